@@ -1,0 +1,38 @@
+"""masa: cross-layer weight sharing in Transformers (Matrix Atom Sharing in Attention, arXiv 2508.04581)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from masa.errors import MasaError
+from masa.spec import METHODS, ModelShape, SharingSpec
+
+if TYPE_CHECKING:
+    from masa.checkpoint import load, save
+    from masa.sharing import ParameterCount, count_parameters, fold, share
+
+__version__ = "0.1.0"
+__all__ = [
+    "METHODS",
+    "MasaError",
+    "ModelShape",
+    "ParameterCount",
+    "SharingSpec",
+    "count_parameters",
+    "fold",
+    "load",
+    "save",
+    "share",
+]
+
+# torch is imported when one of these is first used: the workflow reads specs without it
+_LAZY = dict.fromkeys(("share", "fold", "count_parameters", "ParameterCount"), "masa.sharing")
+_LAZY |= {"save": "masa.checkpoint", "load": "masa.checkpoint"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        from importlib import import_module
+
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'masa' has no attribute {name!r}")
