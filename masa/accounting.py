@@ -1,0 +1,24 @@
+"""Parameter counts of every scale and method, on models that take no memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from masa import models, run
+from masa.sharing import count_parameters
+
+
+def count(specs: Sequence[Mapping[str, Any]], out: Path) -> list[dict[str, Any]]:
+    """Build each run's model on the meta device, count, and write a JSON list."""
+    records = []
+    for spec in specs:
+        with torch.device("meta"):
+            model = models.build(spec["model"], spec["sharing"], spec["training"]["context"])
+        scale, experiment, _ = spec["run"].split("/")
+        records.append({"scale": scale, "experiment": experiment} | count_parameters(model).to_dict())
+    run.write_json(out, records)
+    return records

@@ -1,0 +1,320 @@
+"""The command line: one verb a workflow rule, and each of them works alone."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from masa import __version__, config
+from masa.errors import MasaError
+
+EXIT = """\
+exit status: 0 done; 1 a defect of masa (please report it); 2 bad input, the message says what; 75 interrupted by a
+signal after a checkpoint, run the same command again to go on."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that says what was probably meant."""
+
+    def error(self, message: str) -> NoReturn:
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction) and "invalid choice" in message:
+                verb = message.split("'")[1]
+                near = difflib.get_close_matches(verb, action.choices, n=1)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                message = f"there is no verb {verb!r}.{hint} Verbs: {', '.join(action.choices)}."
+        print(f"masa: error: {message}\nTry 'masa --help' or 'masa VERB --help'.", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of ``masa``."""
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    log = Path(given.log) if getattr(given, "log", None) else None
+    try:
+        if log:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            log.write_text("")
+        given.call(given)
+    except MasaError as error:
+        return _fail(f"masa: error: {error}", log, 75 if type(error).__name__ == "Interrupted" else 2)
+    except KeyboardInterrupt:
+        return _fail("masa: interrupted", log, 130)
+    except BrokenPipeError:  # the reader of our output has seen enough
+        sys.stderr.close()
+        return 0
+    except OSError as error:
+        return _fail(f"masa: error: {error.filename or ''}: {error.strerror or error}", log, 2)
+    except Exception:
+        return _fail(f"{traceback.format_exc()}masa: this is a defect; please report it with the lines above.", log, 1)
+    if log:
+        log.write_text("done\n")
+    return 0
+
+
+def _fail(message: str, log: Path | None, status: int) -> int:
+    print(message, file=sys.stderr)
+    if log:
+        log.write_text(message + "\n")
+    return status
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="masa",
+        description="Cross-layer weight sharing in Transformers (MASA, arXiv 2508.04581). The workflow calls these "
+        "verbs; each works alone, too.",
+        epilog=EXIT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"masa {__version__}")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+
+    def verb(
+        name: str, call: Callable[[argparse.Namespace], None], summary: str, example: str
+    ) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            epilog=f"example:\n  {example}\n\n{EXIT}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.set_defaults(call=call)
+        sub.add_argument("--configfile", nargs="+", default=[], metavar="YAML", help="overlays over config/*.yaml")
+        sub.add_argument("--log", metavar="FILE", help="also write an error here")
+        return sub
+
+    v = verb("fetch", _fetch, "get the benchmark data", "masa fetch --out results/data/benchmarks")
+    v.add_argument("--spec", metavar="JSON", help="{tasks, sources, cache, mirror}; default: from the configuration")
+    v.add_argument("--out", required=True, metavar="DIR")
+
+    v = verb("tokenizer", _tokenizer, "train or fetch the tokenizer", "masa tokenizer --out results/data/tokenizer")
+    v.add_argument("--spec", metavar="JSON", help="{data, cache, mirror}; default: from the configuration")
+    v.add_argument("--out", required=True, metavar="DIR")
+
+    v = verb(
+        "tokenize",
+        _tokenize,
+        "pack the corpus into token files",
+        "masa tokenize --tokenizer results/data/tokenizer --tokens 1000000 --out results/data/tokens/nano",
+    )
+    v.add_argument("--spec", metavar="JSON", help="{data, cache, mirror}; default: from the configuration")
+    v.add_argument("--tokenizer", required=True, metavar="DIR")
+    v.add_argument("--tokens", required=True, type=int, help="training tokens to write")
+    v.add_argument("--out", required=True, metavar="DIR")
+
+    v = verb(
+        "pretrain",
+        _pretrain,
+        "train one language model",
+        "masa pretrain --run nano/masa-qkvo/seed0 --tokens results/data/tokens/nano "
+        "--out results/runs/nano/masa-qkvo/seed0",
+    )
+    which = v.add_mutually_exclusive_group(required=True)
+    which.add_argument("--run", metavar="SCALE/EXPERIMENT/seedN", help="a run of the configuration")
+    which.add_argument("--spec", metavar="JSON", help="a resolved run, as JSON or as a file")
+    v.add_argument("--tokens", required=True, metavar="DIR")
+    v.add_argument("--out", required=True, metavar="DIR")
+
+    v = verb(
+        "evaluate",
+        _evaluate,
+        "score a finished run",
+        "masa evaluate results/runs/nano/masa-qkvo/seed0 --tokens results/data/tokens/nano --tokenizer "
+        "results/data/tokenizer --benchmarks results/data/benchmarks --out results/evaluations/nano/masa-qkvo/seed0",
+    )
+    v.add_argument("directory", metavar="RUN_DIR")
+    v.add_argument("--spec", metavar="JSON", help="evaluation settings; default: from the configuration")
+    v.add_argument("--tokens", required=True, metavar="DIR")
+    v.add_argument("--tokenizer", required=True, metavar="DIR")
+    v.add_argument("--benchmarks", required=True, metavar="DIR")
+    v.add_argument("--out", required=True, metavar="DIR")
+
+    v = verb(
+        "throughput", _throughput, "time training and folded inference", "masa throughput --scale nano --out t.json"
+    )
+    which = v.add_mutually_exclusive_group(required=True)
+    which.add_argument("--scale", help="a scale of the configuration")
+    which.add_argument("--spec", metavar="JSON", help="{runs, settings, threads}")
+    v.add_argument("--out", required=True, metavar="FILE")
+
+    v = verb("parameters", _parameters, "count parameters without memory", "masa parameters --out parameters.json")
+    v.add_argument("--spec", metavar="JSON", help="list of resolved runs; default: from the configuration")
+    v.add_argument("--out", required=True, metavar="FILE")
+
+    v = verb("table", _table, "make one table from evaluations", "masa table table1 --out results/parts/tables")
+    v.add_argument("name", help="a table of the configuration, or runs, throughput, parameters")
+    v.add_argument("--spec", metavar="JSON", help="the table as data; default: from the configuration")
+    v.add_argument("--results", metavar="DIR", help="default: from the configuration")
+    v.add_argument("--out", required=True, metavar="DIR")
+
+    v = verb("figure", _figure, "draw one figure", "masa figure validation_loss --out results/parts/figures")
+    v.add_argument("name", help="a figure of the configuration")
+    v.add_argument("--spec", metavar="JSON", help="the figure as data; default: from the configuration")
+    v.add_argument("--results", metavar="DIR", help="default: from the configuration")
+    v.add_argument("--out", required=True, metavar="DIR")
+
+    v = verb(
+        "config", _config, "check the configuration and list its runs", "masa config --configfile config/paper.yaml"
+    )
+    v.add_argument("--describe", action="store_true", help="print every key with type, default and effect")
+    v.add_argument("--json", action="store_true", help="print the merged configuration")
+    return parser
+
+
+def _spec(given: argparse.Namespace, default: Callable[[config.Config], Any]) -> Any:
+    """``--spec`` as JSON text or file, else what the configuration says."""
+    if given.spec is None:
+        return default(config.load(given.configfile))
+    text = given.spec if given.spec.lstrip()[:1] in "{[" else Path(given.spec).read_text(encoding="utf-8")
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise MasaError(f"--spec is not valid JSON ({error}).") from error
+
+
+def data_spec(c: config.Config) -> dict[str, Any]:
+    """What the tokenizer and tokens depend on."""
+    return {"data": {k: c["data"][k] for k in ("corpus", "tokenizer")}, "cache": c["cache"], "mirror": config.mirror(c)}
+
+
+def benchmarks_spec(c: config.Config) -> dict[str, Any]:
+    """What the benchmark data depends on."""
+    return {k: c["evaluation"][k] for k in ("tasks", "sources")} | {"cache": c["cache"], "mirror": config.mirror(c)}
+
+
+def throughput_spec(c: config.Config, scale: str) -> dict[str, Any]:
+    """The runs that are timed at one scale, and how."""
+    settings = {k: c["throughput"][k] for k in ("repeats", "batch_size", "context")}
+    runs = {name: config.run_spec(c, scale, name, 0) for name in c["throughput"]["methods"]}
+    return {"runs": runs, "settings": settings, "threads": runs["vanilla"]["training"]["threads"]}
+
+
+def parameters_spec(c: config.Config) -> list[dict[str, Any]]:
+    """The runs whose parameters are counted."""
+    chosen = c["parameters"]
+    return [config.run_spec(c, s, e, 0) for s in chosen["scales"] for e in chosen["experiments"]]
+
+
+def labels(c: config.Config) -> dict[str, str]:
+    """Experiment -> its name in tables."""
+    return {name: entry["label"] for name, entry in c["experiments"].items()}
+
+
+def table_spec(c: config.Config, name: str) -> Any:
+    """One table as data; ``runs``, ``throughput`` and ``parameters`` are made for every configuration."""
+    if name == "runs":
+        return config.all_runs(c)
+    if name == "throughput":
+        return {"scales": c["throughput"]["scales"], "labels": labels(c)}
+    if name == "parameters":
+        return {"labels": labels(c)}
+    return config.artefact_spec(c, "tables", name)
+
+
+def _fetch(given: argparse.Namespace) -> None:
+    from masa import benchmarks
+
+    spec = _spec(given, benchmarks_spec)
+    records = benchmarks.prepare(spec["tasks"], spec["sources"], Path(spec["cache"]), spec["mirror"], Path(given.out))
+    for task, record in records.items():
+        print(f"{task}: {record.get('source') or 'unavailable: ' + record['unavailable']}", file=sys.stderr)
+
+
+def _tokenizer(given: argparse.Namespace) -> None:
+    from masa import text
+
+    spec = _spec(given, data_spec)
+    text.make_tokenizer(spec["data"], Path(spec["cache"]), spec["mirror"], Path(given.out))
+
+
+def _tokenize(given: argparse.Namespace) -> None:
+    from masa import text
+
+    spec = _spec(given, data_spec)
+    cache, tokenizer = Path(spec["cache"]), Path(given.tokenizer)
+    text.tokenize(spec["data"], tokenizer, cache, spec["mirror"], given.tokens, Path(given.out))
+
+
+def _pretrain(given: argparse.Namespace) -> None:
+    if given.run:
+        config.parse_run(given.run)
+    spec = _spec(given, lambda c: config.run_spec(c, *config.parse_run(given.run)))
+    from masa import training
+
+    training.pretrain(spec, Path(given.tokens), Path(given.out))
+
+
+def _evaluate(given: argparse.Namespace) -> None:
+    from masa import evaluation, run
+
+    settings = _spec(given, lambda c: c["evaluation"])
+    tasks = run.read_json(Path(given.benchmarks) / "manifest.json")
+    tasks = {task: tasks[task] for task in settings["tasks"] if task in tasks}
+    tokens, tokenizer = Path(given.tokens), Path(given.tokenizer)
+    evaluation.evaluate(Path(given.directory), tokens, tokenizer, tasks, settings, Path(given.out))
+
+
+def _throughput(given: argparse.Namespace) -> None:
+    spec = _spec(given, lambda c: throughput_spec(c, given.scale))
+    from masa import throughput
+
+    throughput.measure(spec["runs"], spec["settings"], spec["threads"], Path(given.out))
+
+
+def _parameters(given: argparse.Namespace) -> None:
+    spec = _spec(given, parameters_spec)
+    from masa import accounting
+
+    accounting.count(spec, Path(given.out))
+
+
+def _table(given: argparse.Namespace) -> None:
+    from masa.report import tables
+
+    spec = _spec(given, lambda c: table_spec(c, given.name))
+    results = Path(given.results or config.load(given.configfile)["results"])
+    out, published = Path(given.out), config.ROOT / "config" / "paper" / "other.csv"
+    if given.name == "runs":
+        tables.write_runs(spec, results, out)
+    elif given.name == "throughput":
+        files = {scale: results / "throughput" / f"{scale}.json" for scale in spec["scales"]}
+        tables.write_throughput(files, spec["labels"], out, published)
+    elif given.name == "parameters":
+        tables.write_parameters(results / "parameters.json", spec["labels"], out, published)
+    else:
+        tables.write(tables.build(spec, results), spec, out, tables.note_for(spec, results))
+
+
+def _figure(given: argparse.Namespace) -> None:
+    from masa.report import figures
+
+    spec = _spec(given, lambda c: config.artefact_spec(c, "figures", given.name))
+    results = Path(given.results or config.load(given.configfile)["results"])
+    figures.write(spec, results, Path(given.out))
+
+
+def _config(given: argparse.Namespace) -> None:
+    if given.describe:
+        print(config.describe(), end="")
+        return
+    c = config.load(given.configfile)
+    if given.json:
+        print(json.dumps(c, indent=2, ensure_ascii=False))
+        return
+    for run_id in config.all_runs(c):
+        recipe = config.run_spec(c, *config.parse_run(run_id))["training"]
+        tokens = recipe["steps"] * recipe["batch_size"] * recipe["context"]
+        print(f"{run_id}\t{recipe['steps']:,} steps\t{tokens:,} tokens")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Tables and figures from metrics files; no model is ever loaded here."""

@@ -1,0 +1,178 @@
+"""Figures in one style: PDF for print, PNG for the screen, colour-blind safe. A new kind is one function in KINDS."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+
+from masa import run
+from masa.errors import unknown
+from masa.report import metrics as m
+from masa.sources import whole_file
+
+# Okabe and Ito's palette, with line styles and markers so that colour is never the only sign
+COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#0072B2", "#F0E442")
+LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), "-", "--")
+MARKERS = "osD^vPX*"
+STYLE = {
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "legend.fontsize": 7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "lines.linewidth": 1.3,
+    "figure.dpi": 200,
+    "savefig.bbox": "tight",
+    "pdf.fonttype": 42,
+}
+PROJECTION = {"q": "Query", "k": "Key", "v": "Value", "o": "Output"}
+
+
+def write(spec: Mapping[str, Any], results: Path, folder: Path) -> None:
+    """Draw one figure into ``NAME.pdf`` and ``NAME.png``.
+
+    Raises:
+        MasaError: a kind of figure that does not exist.
+    """
+    if spec["kind"] not in KINDS:
+        raise unknown(f"figures.{spec['name']}: kind", spec["kind"], KINDS)
+    folder.mkdir(parents=True, exist_ok=True)
+    with plt.rc_context(STYLE):
+        figure = KINDS[spec["kind"]](spec, results)
+        for suffix in ("pdf", "png"):
+            with whole_file(folder / f"{spec['name']}.{suffix}") as path:
+                figure.savefig(path, metadata={"CreationDate": None} if suffix == "pdf" else {"Software": None})
+        plt.close(figure)
+
+
+def curves(spec: Mapping[str, Any], results: Path) -> Figure:
+    """Held-out loss over tokens, and the paired difference to vanilla, which is where methods can be told apart."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(6.8, 2.7))
+    scales = list(dict.fromkeys(row["scale"] for row in spec["rows"]))
+    reference: dict[str, dict[str, dict[int, float]]] = {}
+    most = 1
+    for index, row in enumerate(spec["rows"]):
+        logs = {run_id: _curve(results, run_id) for run_id in row["runs"]}
+        reference.setdefault(row["scale"], logs)
+        tokens = sorted(set.intersection(*(set(log) for log in logs.values())))
+        most = max(most, *tokens)
+        label = row["label"] if len(scales) == 1 else f"{row['scale']} {row['label']}"
+        style = _style(index % 8)
+        values = np.array([[log[t] for t in tokens] for log in logs.values()])
+        _band(left, tokens, values, label, style)
+        base = reference[row["scale"]]
+        paired = np.array(
+            [[log[t] - base[other][t] for t in tokens] for log, other in zip(logs.values(), base, strict=True)]
+        )
+        _band(right, tokens, paired, label, style)
+    for axis in (left, right):
+        axis.set_xlabel("Training tokens")
+        axis.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
+    left.set_ylabel("Held-out loss (nats/token)")
+    right.set_ylabel("Difference to vanilla (nats/token)")
+    right.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    seeds = len(spec["rows"][0]["runs"])
+    note = f"mean over {seeds} seeds, band: ± 1 standard deviation" if seeds > 1 else "one seed"
+    figure.suptitle(f"{spec['title']} ({note})", fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+def _curve(results: Path, run_id: str) -> dict[int, float]:
+    records = run.read_jsonl(results / "runs" / run_id / "metrics.jsonl")
+    return {r["tokens"]: r["validation_loss"] for r in records if "validation_loss" in r}
+
+
+def _band(axis: Any, x: list[int], values: np.ndarray, label: str, style: Mapping[str, Any]) -> None:
+    mean = values.mean(0)
+    axis.plot(x, mean, label=label, **style, markersize=3)
+    if len(values) > 1:
+        std = values.std(0, ddof=1)
+        axis.fill_between(x, mean - std, mean + std, color=style["color"], alpha=0.12, linewidth=0)
+
+
+def _style(index: int) -> dict[str, Any]:
+    return {"color": COLOURS[index], "linestyle": LINES[index], "marker": MARKERS[index]}
+
+
+def quality(spec: Mapping[str, Any], results: Path) -> Figure:
+    """Held-out loss against stored attention parameters; the S sweeps of MASA-QKV and -QKVO are joined."""
+    figure, axis = plt.subplots(figsize=(4.6, 3.0))
+    groups: dict[str, list[tuple[float, float, str]]] = {}
+    for row in spec["rows"]:
+        flat = [m.flatten(m.load(results, run_id)) for run_id in row["runs"]]
+        x = flat[0]["attention_parameters"]
+        y = statistics.fmean(f["validation_loss"] for f in flat)
+        family, _, atoms = row["label"].partition(" S=")
+        groups.setdefault(family, []).append((x, y, atoms))
+    for index, (family, points) in enumerate(groups.items()):
+        points.sort()
+        x, y = zip(*((px, py) for px, py, _ in points), strict=True)
+        axis.plot(x, y, label=family, **_style(index % 8), markersize=5)
+        for px, py, note in points:
+            if len(points) > 1:
+                note = note or "4"
+                axis.annotate(f"S={note}", (px, py), textcoords="offset points", xytext=(4, 4), fontsize=6)
+    axis.set_xlabel("Stored attention parameters")
+    axis.set_ylabel("Held-out loss (nats/token)")
+    axis.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
+    axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    axis.set_title(f"{spec['title']} (lower left is better; one seed)", fontsize=8)
+    return figure
+
+
+def effective_rank(spec: Mapping[str, Any], results: Path) -> Figure:
+    """Effective rank of every attention matrix over depth, one panel a projection."""
+    figure, axes = plt.subplots(1, 4, figsize=(6.8, 2.1), sharey=True)
+    for index, row in enumerate(spec["rows"]):
+        ranks = run.read_json(results / "evaluations" / row["runs"][0] / "weights.json")["effective_rank"]
+        for axis, letter in zip(axes, PROJECTION, strict=True):
+            axis.plot(
+                range(1, len(ranks[letter]) + 1), ranks[letter], label=row["label"], **_style(index), markersize=3
+            )
+    for axis, name in zip(axes, PROJECTION.values(), strict=True):
+        axis.set_title(name)
+        axis.set_xlabel("Layer")
+    axes[0].set_ylabel("Effective rank")
+    axes[0].set_ylim(bottom=0)
+    axes[-1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure
+
+
+def coefficients(spec: Mapping[str, Any], results: Path) -> Figure:
+    """C of every projection as a heat map, layers down, atoms across."""
+    row = spec["rows"][0]
+    found = run.read_json(results / "evaluations" / row["runs"][0] / "weights.json")["coefficients"]
+    figure, axes = plt.subplots(1, len(found), figsize=(1.5 * len(found) + 0.8, 2.6), sharey=True, squeeze=False)
+    limit = max(abs(v) for c in found.values() for line in c for v in line)
+    for axis, (letter, values) in zip(axes[0], found.items(), strict=True):
+        image = axis.imshow(values, cmap="PuOr", vmin=-limit, vmax=limit, aspect="auto")
+        axis.set_title(PROJECTION.get(letter, letter))
+        axis.set_xticks(range(len(values[0])), [str(i + 1) for i in range(len(values[0]))])
+        axis.set_xlabel("Atom")
+        axis.grid(False)
+    layers = len(next(iter(found.values())))
+    axes[0][0].set_yticks(range(0, layers, max(1, layers // 6)), range(1, layers + 1, max(1, layers // 6)))
+    axes[0][0].set_ylabel("Layer")
+    figure.colorbar(image, ax=axes[0].tolist(), label="Coefficient", fraction=0.05)
+    figure.suptitle(f"{row['label']}, {row['scale']}", fontsize=8, y=1.02)
+    return figure
+
+
+KINDS: dict[str, Callable[[Mapping[str, Any], Path], Figure]] = {
+    "curves": curves,
+    "quality": quality,
+    "effective_rank": effective_rank,
+    "coefficients": coefficients,
+}

@@ -1,0 +1,105 @@
+"""The columns of all tables: what they are called, where they stand in a metrics file, and how they are printed."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from masa import run
+
+AVERAGED = ("piqa", "hellaswag", "lambada_acc", "arc_easy", "arc_challenge", "sciq", "race", "mmlu")
+"""The eight accuracies whose plain mean is the paper's average."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One column.
+
+    Args:
+        name: column of the CSV, the paper's own name where it has one.
+        label: heading, with the unit.
+        digits: decimals printed.
+        better: "higher", "lower" or "" where neither.
+    """
+
+    name: str
+    label: str
+    digits: int
+    better: str = ""
+
+
+METRICS = (
+    Metric("parameters", "Parameters", 0),
+    Metric("attention_parameters", "Attention parameters", 0),
+    Metric("attn_cr_pct", "Attention reduction (%)", 1),
+    Metric("model_cr_pct", "Model reduction (%)", 1),
+    Metric("tokens", "Training tokens", 0),
+    Metric("validation_loss", "Held-out loss (nats/token)", 4, "lower"),
+    Metric("word_ppl", "Held-out word perplexity", 0, "lower"),
+    Metric("byte_ppl", "Held-out byte perplexity", 3, "lower"),
+    Metric("piqa", "PIQA", 3, "higher"),
+    Metric("hellaswag", "HellaSwag", 3, "higher"),
+    Metric("lambada_acc", "LAMBADA acc", 3, "higher"),
+    Metric("arc_easy", "ARC-E", 3, "higher"),
+    Metric("arc_challenge", "ARC-C", 3, "higher"),
+    Metric("sciq", "SciQ", 3, "higher"),
+    Metric("race", "RACE", 3, "higher"),
+    Metric("mmlu", "MMLU", 3, "higher"),
+    Metric("avg_pct", "Average (%)", 2, "higher"),
+    Metric("avg_available_pct", "Average of available tasks (%)", 2, "higher"),
+    Metric("wikitext_ppl", "WikiText-2 word perplexity", 2, "lower"),
+    Metric("lambada_ppl", "LAMBADA perplexity", 2, "lower"),
+)
+
+_TASKS = {
+    "piqa": ("piqa", "acc_norm"),
+    "hellaswag": ("hellaswag", "acc_norm"),
+    "lambada_acc": ("lambada_openai", "acc"),
+    "arc_easy": ("arc_easy", "acc_norm"),
+    "arc_challenge": ("arc_challenge", "acc_norm"),
+    "sciq": ("sciq", "acc_norm"),
+    "race": ("race", "acc"),
+    "mmlu": ("mmlu", "acc"),
+    "wikitext_ppl": ("wikitext", "word_perplexity"),
+    "lambada_ppl": ("lambada_openai", "perplexity"),
+}
+"""Column -> lm-eval's task and metric; acc_norm where it exists, which fits the paper better (docs/deviations.md)."""
+
+
+def flatten(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """One run's metrics file as column -> number; a task that could not be had has no entry."""
+    parameters, corpus = metrics["parameters"], metrics["corpus"]
+    flat = {
+        "parameters": parameters["total"],
+        "attention_parameters": parameters["attention"],
+        "attn_cr_pct": 100 * parameters["attention_reduction"],
+        "model_cr_pct": 100 * parameters["model_reduction"],
+        "tokens": metrics["training"]["tokens"],
+        "validation_loss": corpus["loss"],
+        "word_ppl": corpus["word_perplexity"],
+        "byte_ppl": corpus["byte_perplexity"],
+    }
+    for column, (task, name) in _TASKS.items():
+        if name in metrics["tasks"].get(task, {}):
+            flat[column] = metrics["tasks"][task][name]
+    return flat | averages(flat)
+
+
+def averages(row: Mapping[str, float]) -> dict[str, float]:
+    """Mean of the eight accuracies, in percent: ``avg_pct`` only if all are there, and over those that are."""
+    found = [row[name] for name in AVERAGED if name in row]
+    result = {"avg_available_pct": 100 * statistics.fmean(found)} if found else {}
+    return result | ({"avg_pct": result["avg_available_pct"]} if len(found) == len(AVERAGED) else {})
+
+
+def every_score(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """All that lm-eval gave, as ``task/metric`` -> number: acc and acc_norm both."""
+    return {f"{task}/{name}": value for task, scores in metrics["tasks"].items() for name, value in scores.items()}
+
+
+def load(results: Path, run_id: str) -> dict[str, Any]:
+    """The metrics file of one run."""
+    return run.read_json(results / "evaluations" / run_id / "metrics.json")

