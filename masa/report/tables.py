@@ -36,7 +36,8 @@ def build(spec: Mapping[str, Any], results: Path) -> pd.DataFrame:
     paper = _paper_rows(spec.get("paper"))
     rows = [_row(row, results, paper, spec) for row in spec["rows"]]
     frame = pd.DataFrame(rows)
-    names = [metric.name for metric in m.METRICS if metric.name in frame]
+    names = [x.name for x in m.METRICS if {x.name, f"{x.name}_paper"} & set(frame)]
+    frame = frame.reindex(columns=[*frame.columns, *(n for n in names if n not in frame)])  # not available: empty
     order = [*_KEYS, *names]
     for suffix in ("_std", "_paper", "_difference"):
         order += [n + suffix for n in names if n + suffix in frame]
