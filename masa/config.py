@@ -353,6 +353,7 @@ def artefact_spec(config: Config, kind: str, name: str) -> dict[str, Any]:
             "scale": scale,
             "experiment": experiment,
             "label": config["experiments"][experiment]["label"],
+            "sharing": run_spec(config, scale, experiment, grid["seeds"][0])["sharing"],
             "runs": [f"{scale}/{experiment}/seed{seed}" for seed in grid["seeds"]],
             "paper": {"scale": config["scales"][scale].get("compare_with")}
             | (config["experiments"][experiment].get("paper") or {}),

@@ -36,6 +36,7 @@ STYLE = {
     "savefig.bbox": "tight",
     "pdf.fonttype": 42,
 }
+ORDER = ("vanilla", "gqa", "masa-qkv", "low-rank", "sequential", "repeat-all-over", "masa-qkvo")
 PROJECTION = {"q": "Query", "k": "Key", "v": "Value", "o": "Output"}
 
 
@@ -68,7 +69,7 @@ def curves(spec: Mapping[str, Any], results: Path) -> Figure:
         tokens = sorted(set.intersection(*(set(log) for log in logs.values())))
         most = max(most, *tokens)
         label = row["label"] if len(scales) == 1 else f"{row['scale']} {row['label']}"
-        style = _style(index % 8)
+        style = _style(row["experiment"], index)
         values = np.array([[log[t] for t in tokens] for log in logs.values()])
         _band(left, tokens, values, label, style)
         base = reference[row["scale"]]
@@ -102,7 +103,9 @@ def _band(axis: Any, x: list[int], values: np.ndarray, label: str, style: Mappin
         axis.fill_between(x, mean - std, mean + std, color=style["color"], alpha=0.12, linewidth=0)
 
 
-def _style(index: int) -> dict[str, Any]:
+def _style(name: str, index: int) -> dict[str, Any]:
+    """The same look for one experiment in every figure; what is not in ORDER takes the ``index``-th."""
+    index = (ORDER.index(name) if name in ORDER else index) % len(COLOURS)
     return {"color": COLOURS[index], "linestyle": LINES[index], "marker": MARKERS[index]}
 
 
@@ -110,20 +113,21 @@ def quality(spec: Mapping[str, Any], results: Path) -> Figure:
     """Held-out loss against stored attention parameters; the S sweeps of MASA-QKV and -QKVO are joined."""
     figure, axis = plt.subplots(figsize=(4.6, 3.0))
     groups: dict[str, list[tuple[float, float, str]]] = {}
+    names: dict[str, str] = {}
     for row in spec["rows"]:
         flat = [m.flatten(m.load(results, run_id)) for run_id in row["runs"]]
         x = flat[0]["attention_parameters"]
         y = statistics.fmean(f["validation_loss"] for f in flat)
-        family, _, atoms = row["label"].partition(" S=")
-        groups.setdefault(family, []).append((x, y, atoms))
+        family = row["label"].partition(" S=")[0]
+        groups.setdefault(family, []).append((x, y, f"S={row['sharing'].get('atoms')}"))
+        names.setdefault(family, row["experiment"] if family == row["label"] else "")
     for index, (family, points) in enumerate(groups.items()):
         points.sort()
         x, y = zip(*((px, py) for px, py, _ in points), strict=True)
-        axis.plot(x, y, label=family, **_style(index % 8), markersize=5)
+        axis.plot(x, y, label=family, **_style(names[family], index), markersize=5)
         for px, py, note in points:
             if len(points) > 1:
-                note = note or "4"
-                axis.annotate(f"S={note}", (px, py), textcoords="offset points", xytext=(4, 4), fontsize=6)
+                axis.annotate(note, (px, py), textcoords="offset points", xytext=(4, 4), fontsize=6)
     axis.set_xlabel("Stored attention parameters")
     axis.set_ylabel("Held-out loss (nats/token)")
     axis.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
@@ -139,7 +143,11 @@ def effective_rank(spec: Mapping[str, Any], results: Path) -> Figure:
         ranks = run.read_json(results / "evaluations" / row["runs"][0] / "weights.json")["effective_rank"]
         for axis, letter in zip(axes, PROJECTION, strict=True):
             axis.plot(
-                range(1, len(ranks[letter]) + 1), ranks[letter], label=row["label"], **_style(index), markersize=3
+                range(1, len(ranks[letter]) + 1),
+                ranks[letter],
+                label=row["label"],
+                **_style(row["experiment"], index),
+                markersize=3,
             )
     for axis, name in zip(axes, PROJECTION.values(), strict=True):
         axis.set_title(name)

@@ -1,0 +1,79 @@
+"""Small real models and data for all tests."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+torch.set_num_threads(1)
+
+
+def language_model(layers=6, width=24, heads=4, **more):
+    """A tiny Starcoder2, newly initialised."""
+    from transformers import Starcoder2Config, Starcoder2ForCausalLM
+
+    defaults = {
+        "vocab_size": 64,
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "tie_word_embeddings": True,
+        "use_bias": True,
+        "sliding_window": None,
+        "residual_dropout": 0.0,
+        "embedding_dropout": 0.0,
+    }
+    return Starcoder2ForCausalLM(Starcoder2Config(**(defaults | more)))
+
+
+def llama_model(layers=6, width=32, heads=4, key_value_heads=2):
+    """A tiny Llama with grouped-query attention."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64,
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=key_value_heads,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    )
+
+
+@pytest.fixture
+def ids():
+    """Token ids (2, 16) of a vocabulary of 64."""
+    return torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def mirror():
+    """The offline data mirror, where this machine has one."""
+    path = os.environ.get("MASA_MIRROR")
+    if not path:
+        pytest.skip("MASA_MIRROR is not set")
+    return path
+
+
+@pytest.fixture(scope="session")
+def cache():
+    """Downloads are kept between test runs, as the workflow keeps them."""
+    return ROOT / "cache"
