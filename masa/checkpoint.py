@@ -65,7 +65,7 @@ def load(directory: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
 
     Args:
         directory: folder with ``config.json``, ``masa.json`` and ``model.safetensors``.
-        dtype: convert to this; by default what is stored.
+        dtype: convert the parameters to this; by default what is stored.
 
     Raises:
         MasaError: a file that is missing, truncated or does not belong to the others; the message names it.
@@ -97,7 +97,9 @@ def load(directory: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
     _assign(model, tensors, directory / WEIGHTS)
     if description["dense_attention"] is not None:
         model.sharing = Sharing(SharingSpec.coerce(description["spec"]), description["dense_attention"])
-    return (model.to(dtype) if dtype else model).eval()
+    for parameter in model.parameters() if dtype else ():
+        parameter.data = parameter.data.to(dtype)  # not model.to(dtype), which would round RoPE's buffers too
+    return model.eval()
 
 
 def _prefix(model: nn.Module) -> str:

@@ -47,7 +47,9 @@ def run_spec(wildcards):
 
 
 def training_threads(wildcards):
-    return settings.run_spec(config, *settings.parse_run(wildcards.run))["training"]["threads"]
+    return settings.run_spec(config, *settings.parse_run(wildcards.run))["training"][
+        "threads"
+    ]
 
 
 def tokens_of(wildcards):
@@ -57,4 +59,7 @@ def tokens_of(wildcards):
 
 def evaluations_of(artefact):
     """Metrics files of a table or figure."""
-    return expand(f"{RESULTS}/evaluations/{{run}}/metrics.json", run=settings.artefact_runs(config, artefact))
+    return expand(
+        f"{RESULTS}/evaluations/{{run}}/metrics.json",
+        run=settings.artefact_runs(config, artefact),
+    )

@@ -10,15 +10,15 @@ rule evaluate:
         f"{RESULTS}/evaluations/{{run}}/weights.json",
     log:
         f"{LOGS}/evaluate/{{run}}.log",
+    threads: training_threads
+    resources:
+        gpu=1,
     params:
         spec=as_json(config["evaluation"]),
         code=meaning("evaluation"),
         run=lambda wildcards, input: Path(input.run).parent,
         tokens=lambda wildcards, input: Path(input.tokens).parent,
         out=lambda wildcards, output: Path(output[0]).parent,
-    threads: training_threads
-    resources:
-        gpu=1,
     message:
         "Evaluating {wildcards.run}"
     shell:
@@ -31,11 +31,11 @@ rule throughput:
         f"{RESULTS}/throughput/{{scale}}.json",
     log:
         f"{LOGS}/throughput/{{scale}}.log",
+    resources:
+        gpu=1,
     params:
         spec=lambda wildcards: as_json(cli.throughput_spec(config, wildcards.scale)),
         code=meaning("throughput"),
-    resources:
-        gpu=1,
     message:
         "Timing all methods at {wildcards.scale}"
     shell:

@@ -4,13 +4,19 @@
 
 def table_inputs(wildcards):
     if wildcards.name == "runs":
-        return expand(f"{RESULTS}/evaluations/{{run}}/metrics.json", run=settings.all_runs(config))
+        return expand(
+            f"{RESULTS}/evaluations/{{run}}/metrics.json", run=settings.all_runs(config)
+        )
     if wildcards.name == "throughput":
-        return expand(f"{RESULTS}/throughput/{{scale}}.json", scale=config["throughput"]["scales"])
+        return expand(
+            f"{RESULTS}/throughput/{{scale}}.json", scale=config["throughput"]["scales"]
+        )
     if wildcards.name == "parameters":
         return [f"{RESULTS}/parameters.json"]
     artefact = config["tables"][wildcards.name]
-    return evaluations_of(artefact) + ([artefact["paper"]["file"]] if "paper" in artefact else [])
+    return evaluations_of(artefact) + (
+        [artefact["paper"]["file"]] if "paper" in artefact else []
+    )
 
 
 rule table:
@@ -38,7 +44,9 @@ rule figure:
     log:
         f"{LOGS}/figures/{{name}}.log",
     params:
-        spec=lambda wildcards: as_json(settings.artefact_spec(config, "figures", wildcards.name)),
+        spec=lambda wildcards: as_json(
+            settings.artefact_spec(config, "figures", wildcards.name)
+        ),
         code=meaning("report.figures"),
     message:
         "Figure {wildcards.name}"

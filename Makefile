@@ -1,0 +1,34 @@
+# Two commands do everything on a fresh machine with Python 3.11 or newer and make:
+#   make results   the environment, then every table and figure of the default run (config/config.yaml)
+#   make test      the environment, then all tests
+PYTHON ?= python3
+BIN = .venv/bin
+CORES ?= all
+
+.PHONY: env results smoke test lint clean
+
+env: .venv/.done
+
+.venv/.done: pyproject.toml requirements.lock
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("masa needs Python 3.11 or newer; try make PYTHON=python3.12 env")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet pip==25.3
+	$(BIN)/python -m pip install --constraint requirements.lock --editable '.[test]'
+	touch $@
+
+results: env
+	PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --cores $(CORES) results/tables results/figures
+
+smoke: env
+	PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --cores $(CORES) --configfile config/smoke.yaml
+
+test: env
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -n 2
+
+lint: env
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/snakefmt --check workflow
+	PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --lint
+
+clean:
+	rm -rf results/[!r]* .snakemake

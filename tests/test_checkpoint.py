@@ -1,0 +1,114 @@
+"""Factored checkpoints: every parameter once, the same model back, and a clear word for what is broken."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import language_model, llama_model
+from safetensors.torch import load_file, save_file
+from test_sharing import SPECS, label
+
+import masa
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=label)
+def test_round_trip(spec, tmp_path, ids):
+    model = masa.share(language_model(), spec).eval()
+    masa.save(model, tmp_path)
+    back = masa.load(tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(back(ids).logits, model(ids).logits, rtol=1e-6, atol=1e-7)
+    stored, counted = load_file(tmp_path / "model.safetensors"), masa.count_parameters(model)
+    assert sum(t.numel() for t in stored.values()) == counted.total == masa.count_parameters(back).total
+    assert masa.count_parameters(back).attention_reduction == counted.attention_reduction
+    assert not any("layers.0.weight" in name or "embedding" in name for name in stored if ".shared." in name)
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_llama_round_trip_in_bfloat16(tmp_path, ids):
+    model = masa.share(llama_model().bfloat16(), "masa").eval()
+    back = masa.load(masa.save(model, tmp_path))
+    assert all(torch.equal(t, model.state_dict()[name]) for name, t in back.state_dict().items())
+    torch.testing.assert_close(back(ids).logits, model(ids).logits, rtol=0.05, atol=0.05)
+    other = masa.load(tmp_path, dtype=torch.float32)
+    assert {p.dtype for p in other.parameters()} == {torch.float32}
+    assert back.model.rotary_emb.inv_freq.dtype == torch.float32, "RoPE's table is never rounded"
+
+
+def test_a_loaded_model_trains_on(tmp_path, ids):
+    back = masa.load(masa.save(masa.share(language_model(), "masa"), tmp_path)).train()
+    back(input_ids=ids, labels=ids).loss.backward()
+    assert back.model.shared["q"].atoms.grad.abs().sum() > 0
+
+
+@pytest.fixture
+def saved(tmp_path):
+    return masa.save(masa.share(language_model(), "masa"), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "masa.json", "model.safetensors"])
+def test_missing_file(saved, name):
+    (saved / name).unlink()
+    with pytest.raises(masa.MasaError, match=f"{name} is missing"):
+        masa.load(saved)
+
+
+def test_truncated_weights(saved):
+    path = saved / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(masa.MasaError, match=r"model\.safetensors is corrupt or truncated"):
+        masa.load(saved)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"format": 99}', '{"format": 1}'])
+def test_broken_description(saved, text):
+    (saved / "masa.json").write_text(text)
+    with pytest.raises(masa.MasaError, match=r"masa\.json"):
+        masa.load(saved)
+
+
+def test_files_that_do_not_belong_together(saved):
+    tensors = load_file(saved / "model.safetensors")
+    save_file({k: v for k, v in tensors.items() if "shared.q.atoms" not in k}, saved / "model.safetensors")
+    with pytest.raises(masa.MasaError, match=r"missing \['model.shared.q.atoms'\]"):
+        masa.load(saved)
+    save_file(tensors | {"extra": torch.zeros(1)}, saved / "model.safetensors")
+    with pytest.raises(masa.MasaError, match=r"unexpected \['extra'\]"):
+        masa.load(saved)
+    save_file(tensors | {"model.shared.q.atoms": torch.zeros(2, 3, 3)}, saved / "model.safetensors")
+    with pytest.raises(masa.MasaError, match=r"shape \(2, 3, 3\)"):
+        masa.load(saved)
+
+
+def test_unknown_kind_of_source(saved):
+    description = json.loads((saved / "masa.json").read_text())
+    description["sources"][0]["kind"] = "atom"
+    (saved / "masa.json").write_text(json.dumps(description))
+    with pytest.raises(masa.MasaError, match="Did you mean 'atoms'"):
+        masa.load(saved)
+
+
+PLAIN = """
+import sys, json, torch
+sys.modules["masa"] = None  # must not be needed
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+ids = torch.arange(16).view(2, 8)
+with torch.no_grad():
+    print(json.dumps([model(ids).logits.double().tolist(), model.generate(ids, max_new_tokens=4, do_sample=False,
+          pad_token_id=0).tolist()]))
+"""
+
+
+def test_a_folded_model_is_a_plain_hugging_face_model(tmp_path):
+    model = masa.share(language_model(), {"method": "masa", "coefficients": "mlp"}).eval()
+    plain = masa.fold(model)
+    plain.save_pretrained(tmp_path)
+    out = subprocess.run([sys.executable, "-c", PLAIN, str(tmp_path)], capture_output=True, text=True, check=True)
+    logits, generated = json.loads(out.stdout)
+    ids = torch.arange(16).view(2, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits.double(), torch.tensor(logits).double(), rtol=1e-4, atol=1e-6)
+    assert model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0).tolist() == generated

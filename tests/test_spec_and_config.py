@@ -1,0 +1,246 @@
+"""Bad input is one clear message before anything starts; every configuration that ships is right."""
+
+import copy
+import csv
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+
+import masa
+from masa import config, models
+
+SHAPE = masa.ModelShape(12, 96, 6, 6, dict.fromkeys("qkvo", (96, 96)) | {"u": (384, 96), "d": (96, 384)})
+GROUPED = masa.ModelShape(12, 96, 6, 2, {"q": (96, 96), "k": (32, 96), "v": (32, 96), "o": (96, 96)})
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"method": "massa"}, "Did you mean 'masa'"),
+        ({"method": "masa", "atom": 4}, "Did you mean 'atoms'"),
+        ({}, "needs the key 'method'"),
+        ({"method": "masa", "rank": 4}, "'rank' has no effect with method 'masa'"),
+        ({"method": "masa", "projections": "qkx"}, "projection 'x' does not exist"),
+        ({"method": "masa", "projections": "qqk"}, "twice"),
+        ({"method": "masa", "projections": ""}, "must be a string of the letters"),
+        ({"method": "masa", "atoms": 13}, "more than L = 12"),
+        ({"method": "masa", "atoms": 0}, "at least 1"),
+        ({"method": "masa", "atoms": "L/5"}, "not an integer here: L = 12"),
+        ({"method": "masa", "atoms": "many"}, "a fraction of L, d or H"),
+        ({"method": "masa", "atoms": True}, "must be an integer"),
+        ({"method": "masa", "coefficients": "mpl"}, "Did you mean 'mlp'"),
+        ({"method": "masa", "projections": "qk", "dictionaries": ["qv"]}, "does not share"),
+        ({"method": "masa", "dictionaries": ["qk", "kv"]}, "twice"),
+        ({"method": "masa", "atoms": {"q": 4}}, "but the dictionaries are"),
+        ({"method": "sequential", "sets": 5}, r"Choose one of \[1, 2, 3, 4, 6, 12\]"),
+        ({"method": "low-rank", "rank": 97}, "exceeds 96"),
+        ({"method": "gqa", "num_key_value_heads": 4}, r"Choose one of \[1, 2, 3, 6\]"),
+        ({"method": "masa", "projections": "qkvog"}, "projection 'g' does not exist"),
+    ],
+)
+def test_bad_specs(spec, message):
+    with pytest.raises(masa.MasaError, match=message):
+        masa.SharingSpec.coerce(spec).resolve(SHAPE)
+
+
+def test_unequal_shapes_have_no_common_dictionary():
+    with pytest.raises(masa.MasaError, match="equal shapes"):
+        masa.SharingSpec("masa", dictionaries=("qv",)).resolve(GROUPED)
+
+
+def test_relative_numbers():
+    assert masa.SharingSpec("masa").resolve(SHAPE).atoms == 4
+    assert masa.SharingSpec("low-rank").resolve(SHAPE).rank == 16
+    assert masa.SharingSpec("low-rank", rank="d/3").resolve(SHAPE).rank == 32
+    assert masa.SharingSpec("gqa", num_key_value_heads="H/6").resolve(SHAPE).num_key_value_heads == 1
+    spec = masa.SharingSpec("masa", dictionaries=("qv",), atoms={"qv": 8, "k": 4, "o": "L/6"})
+    assert masa.SharingSpec.coerce(spec.resolve(SHAPE).to_dict()).resolve(SHAPE).atoms == {"qv": 8, "k": 4, "o": 2}
+
+
+BREAK = {
+    "mistyped key": (lambda c: c["training"].update(learnig_rate=1), "Did you mean 'learning_rate'"),
+    "mistyped top key": (lambda c: c.update(evaluatoin={}), "Did you mean 'evaluation'"),
+    "wrong value": (lambda c: c["training"].update(dtype="bf16"), "Did you mean 'bfloat16'"),
+    "wrong type": (lambda c: c["training"].update(learning_rate="fast"), "training.learning_rate"),
+    "unknown run in a table": (lambda c: c["tables"]["table1"]["experiments"].append("vanila"), "mean 'vanilla'"),
+    "unknown run in a figure": (lambda c: c["figures"]["validation_loss"]["experiments"].append("x"), "'x'"),
+    "unknown grid": (lambda c: c["tables"]["table1"].update(grid="mian"), "Did you mean 'main'"),
+    "unknown scale": (lambda c: c["grids"]["main"].update(scales=["nanno"]), "Did you mean 'nano'"),
+    "unknown method": (lambda c: c["experiments"]["vanilla"].update(method="vanila"), "Did you mean 'vanilla'"),
+    "too many atoms": (lambda c: c["experiments"]["masa-qkv"].update(atoms=13), "nano/masa-qkv/seed0: atoms = 13"),
+    "sets": (lambda c: c["experiments"]["sequential"].update(sets=5), "does not divide L = 12"),
+    "odd heads": (lambda c: c["scales"]["nano"]["model"].update(num_attention_heads=7), "heads of even width"),
+    "micro batch": (lambda c: c["training"].update(micro_batch_size=3), "does not divide"),
+    "vocabulary": (lambda c: c["scales"]["nano"]["model"].update(vocab_size=99), "needs the tokenizer's vocabulary"),
+    "too few tokens": (lambda c: c["scales"]["nano"]["training"].update(tokens=100), "less than one step"),
+    "missing paper": (lambda c: c["tables"]["table1"]["paper"].update(file="config/paper/x.csv"), "do not exist"),
+    "shell in a name": (lambda c: c["scales"].update({"a; rm -rf x": c["scales"]["nano"]}), "does not match"),
+    "path in a name": (lambda c: c["experiments"].update({"../x": c["experiments"]["vanilla"]}), "does not match"),
+    "no vanilla": (lambda c: c["throughput"].update(methods=["gqa"]), "must begin with vanilla"),
+}
+
+
+@pytest.mark.parametrize("name", BREAK)
+def test_bad_configuration(name):
+    change, message = BREAK[name]
+    broken = copy.deepcopy(config.load())
+    change(broken)
+    with pytest.raises(masa.MasaError, match=message):
+        config.check(broken)
+
+
+def test_missing_and_broken_files(tmp_path):
+    with pytest.raises(masa.MasaError, match="does not exist"):
+        config.load([tmp_path / "none.yaml"])
+    (tmp_path / "broken.yaml").write_text("a: [1")
+    with pytest.raises(masa.MasaError, match=r"broken\.yaml is not valid YAML"):
+        config.load([tmp_path / "broken.yaml"])
+    (tmp_path / "latin.yaml").write_bytes("a: é".encode("latin-1"))
+    with pytest.raises(masa.MasaError, match="not valid YAML"):
+        config.load([tmp_path / "latin.yaml"])
+
+
+OVERLAYS = sorted(
+    p.name for p in (ROOT / "config").glob("*.yaml") if p.name not in ("experiments.yaml", "artefacts.yaml")
+)
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_every_run_of_every_configuration_builds_with_the_right_count(overlay):
+    merged = config.load([ROOT / "config" / overlay])
+    built = set()
+    for run_id in config.all_runs(merged):
+        scale, experiment, seed = config.parse_run(run_id)
+        if (scale, experiment) in built:
+            continue
+        built.add((scale, experiment))
+        spec = config.run_spec(merged, scale, experiment, seed)
+        with torch.device("meta"):
+            model = models.build(spec["model"], spec["sharing"], spec["training"]["context"])
+        counts = masa.count_parameters(model)
+        vanilla = config.vanilla_parameters(spec["model"], spec["model"]["vocab_size"])
+        if experiment == "vanilla":
+            assert counts.total == vanilla
+        fewer_biases = 2 * sum(
+            block.self_attn.q_proj.out_features - block.self_attn.k_proj.out_features for block in model.model.layers
+        )
+        assert counts.total + (counts.attention_dense - counts.attention) + fewer_biases == vanilla
+    assert built
+
+
+def paper(name):
+    with (ROOT / "config" / "paper" / name).open() as file:
+        return list(csv.DictReader(file))
+
+
+def reduction(scale, experiment):
+    merged = config.load([ROOT / "config" / "paper.yaml"])
+    spec = config.run_spec(merged, scale, experiment, 0)
+    with torch.device("meta"):
+        return masa.count_parameters(models.build(spec["model"], spec["sharing"], 1024))
+
+
+@pytest.mark.parametrize("row", paper("table1.csv"), ids=lambda r: f"{r['scale']}-{r['method']}")
+def test_reductions_of_table_1_are_the_papers(row):
+    assert 100 * reduction(row["scale"], row["method"]).attention_reduction == pytest.approx(
+        float(row["attn_cr_pct"]),
+        abs=0.1,  # at M, d/6 is rounded down to 170
+    )
+
+
+@pytest.mark.parametrize("row", paper("table2.csv"), ids=lambda r: f"{r['method']}-{r['atoms']}")
+def test_reductions_of_table_2_are_the_papers(row):
+    name = row["method"] if row["atoms"] in ("", "4") else f"{row['method']}-s{row['atoms']}"
+    assert 100 * reduction("S", name).attention_reduction == pytest.approx(float(row["attn_cr_pct"]), abs=0.06)
+
+
+def test_parameter_counts_are_the_papers():
+    for scale, wanted in (("S", 110), ("M", 335), ("L", 729)):
+        assert round(reduction(scale, "vanilla").total / 1e6) == wanted
+    large = reduction("L", "masa-qkvo")
+    assert round(large.attention_dense / 1e6, 1) == 226.5
+    assert round(large.attention / 1e6, 1) == 75.5
+    assert 100 * reduction("S", "low-rank-text").attention_reduction == pytest.approx(33.3, abs=0.06)
+
+
+def test_paper_steps_are_those_of_the_recipe():
+    merged = config.load([ROOT / "config" / "paper.yaml"])
+    steps = {s: config.run_spec(merged, s, "vanilla", 0)["training"]["steps"] for s in ("S", "M", "L")}
+    assert steps == {"S": 4196, "M": 12779, "L": 27809}
+
+
+def test_tokens_per_parameter_when_tokens_are_not_given():
+    merged = config.load()
+    merged["scales"]["nano"]["training"].pop("tokens")
+    spec = config.run_spec(merged, "nano", "masa-qkvo", 0)
+    tokens = 20 * config.vanilla_parameters(spec["model"], 2048)
+    assert spec["training"]["steps"] == tokens // (8 * 128)
+
+
+def test_config_readme_is_made_from_the_schema():
+    text = (ROOT / "config" / "README.md").read_text()
+    assert config.describe() in text, "run: masa config --describe, and put its output into config/README.md"
+
+
+def test_every_schema_key_has_a_description():
+    def leaves(node, path):
+        for key, child in node.get("properties", {}).items():
+            yield from leaves(child, f"{path}.{key}")
+            if "properties" not in child and "$ref" not in child:
+                yield f"{path}.{key}", child
+
+    schema = config.schema()
+    found = [*leaves(schema, ""), *leaves(schema["$defs"]["training"], "training")]
+    assert len(found) > 30
+    assert not [path for path, child in found if "description" not in child and "additionalProperties" not in child]
+
+
+def test_environment_yml_and_pyproject_agree():
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = set(project["dependencies"]) | set(project["optional-dependencies"]["test"])
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    given = next(d["pip"] for d in environment["dependencies"] if isinstance(d, dict))
+    assert {d for d in given if not d.startswith("--")} == wanted
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[^=]+", d) for d in wanted), "exact pins only"
+    lock = {line.strip().lower().replace("_", "-") for line in (ROOT / "requirements.lock").read_text().splitlines()}
+    assert {d.lower().replace("_", "-") for d in wanted} <= lock
+
+
+def test_parsing_needs_neither_torch_nor_transformers():
+    code = (
+        "import sys; from masa import config, cli; c = config.load(); cli.data_spec(c);"
+        "config.fingerprint('masa.training');"
+        "assert not {'torch', 'transformers', 'datasets', 'pandas', 'numpy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_fingerprint_follows_meaning(tmp_path, monkeypatch):
+    package = tmp_path / "masa"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "b.py").write_text("def g(x):\n    return x + 1\n")
+    source = package / "a.py"
+
+    def now(text):
+        source.write_text(text)
+        for cached in (config.fingerprint, config._tree, config._meaning):
+            cached.cache_clear()
+        return config.fingerprint("masa.a")
+
+    monkeypatch.setattr(config, "ROOT", tmp_path)
+    first = now("from masa.b import g\ndef f(x):\n    return g(x)\n")
+    assert now('"""Doc."""\nfrom masa.b import g\n\ndef f(x):  # why\n    """Doc."""\n    return g(x)\n') == first
+    assert now("from masa.b import g\ndef f(x):\n    return g(x) + 1\n") != first
+    (package / "b.py").write_text("def g(x):\n    return x + 2\n")
+    assert now("from masa.b import g\ndef f(x):\n    return g(x)\n") != first
+    monkeypatch.undo()
+    for cached in (config.fingerprint, config._tree, config._meaning):
+        cached.cache_clear()

@@ -1,0 +1,222 @@
+"""Training for real on a few steps: the recipe, the same data for all, the same bits again, and what can go wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, language_model
+
+import masa
+from masa import config, run, text, training
+from masa.perplexity import held_out_loss
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory):
+    """A token directory with a little structure to learn: vocabulary 64, 20,000 training tokens."""
+    folder = tmp_path_factory.mktemp("tokens")
+    generator = np.random.default_rng(0)
+
+    def stream(n):
+        ids = np.cumsum(generator.integers(1, 3, n)) % 64
+        return ids.astype("<u2")
+
+    train = text._write_shard(folder / "train-00000.bin", stream(20_000))
+    held_out = text._write_shard(folder / "validation.bin", stream(600))
+    run.write_json(
+        folder / "manifest.json",
+        {
+            "dtype": "<u2",
+            "vocab_size": 64,
+            "tokenizer": "none",
+            "train": {"tokens": 20_000, "shards": [train]},
+            "validation": held_out | {"documents": 2, "words": 300, "bytes": 1500, "document_ends": [300, 600]},
+        },
+    )
+    return folder
+
+
+def spec_of(method="masa", seed=0, **recipe):
+    base = config.load([ROOT / "config" / "smoke.yaml"])["training"]
+    base |= {
+        "context": 32,
+        "batch_size": 4,
+        "micro_batch_size": 4,
+        "learning_rate": 5e-3,
+        "steps": 20,
+        "evaluations": 4,
+    }
+    base.pop("tokens"), base.pop("tokens_per_parameter")
+    sizes = {"num_layers": 6, "hidden_size": 24, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 64}
+    sharing = method if isinstance(method, dict) else {"method": method}
+    return {
+        "run": f"test/{sharing['method']}/seed{seed}",
+        "seed": seed,
+        "model": sizes,
+        "sharing": sharing,
+        "training": base | recipe,
+    }
+
+
+def test_a_run_learns_and_stores_everything(tokens, tmp_path):
+    result = training.pretrain(spec_of(steps=60), tokens, tmp_path)
+    log = list(run.read_jsonl(tmp_path / "metrics.jsonl"))
+    losses = [r["validation_loss"] for r in log if "validation_loss" in r]
+    assert len(losses) == 4
+    assert losses[-1] < losses[0] - 0.3
+    assert result["training"]["validation_loss"] == losses[-1]
+    assert result["training"]["tokens"] == 60 * 4 * 32
+    rates = [r["learning_rate"] for r in log if "loss" in r]
+    assert max(rates) == pytest.approx(5e-3, rel=0.02)
+    assert rates[-1] == pytest.approx(5e-4, rel=0.1), "cosine to a tenth of the peak"
+    provenance = run.read_json(tmp_path / "provenance.json")
+    assert provenance["packages"]["torch"] == torch.__version__.split("+")[0]
+    assert provenance["seed"] == 0
+    assert provenance["inputs"]["tokens"]
+    assert run.read_json(tmp_path / "spec.json")["training"]["steps"] == 60
+    model = masa.load(tmp_path / "model")
+    ids, _ = text.validation_tokens(tokens)
+    assert held_out_loss(model, ids, 32).mean == pytest.approx(losses[-1], rel=1e-5)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("method", ["masa", "vanilla", {"method": "masa", "coefficients": "mlp"}])
+def test_the_same_run_gives_the_same_bits(method, tokens, tmp_path):
+    first = training.pretrain(spec_of(method), tokens, tmp_path / "a")
+    second = training.pretrain(spec_of(method), tokens, tmp_path / "b")
+    assert first["sha256"] == second["sha256"]
+    other = training.pretrain(spec_of(method, seed=1), tokens, tmp_path / "c")
+    assert other["sha256"] != first["sha256"]
+
+
+def test_all_methods_see_the_same_batches_and_start_from_the_same_common_weights(tokens, tmp_path, monkeypatch):
+    seen = {}
+    step = training.Trainer.training_step
+    for method in ("vanilla", "masa", "low-rank"):
+        batches, start = [], {}
+
+        def look(self, model, inputs, *rest, batches=batches, start=start, **more):
+            if not batches:
+                start |= {n: p.detach().clone() for n, p in model.named_parameters() if "mlp" in n or "embed" in n}
+            batches.append(inputs["input_ids"].clone())
+            return step(self, model, inputs, *rest, **more)
+
+        monkeypatch.setattr(training.Trainer, "training_step", look)
+        training.pretrain(spec_of(method, steps=3), tokens, tmp_path / method)
+        monkeypatch.setattr(training.Trainer, "training_step", step)
+        seen[method] = batches, start
+    batches, start = seen["vanilla"]
+    assert len(batches) == 3
+    for other, common in (seen["masa"], seen["low-rank"]):
+        assert all(torch.equal(a, b) for a, b in zip(batches, other, strict=True))
+        assert all(torch.equal(start[n], common[n]) for n in start)
+
+
+def test_gradient_accumulation_is_the_same_step(tokens, tmp_path):
+    whole = training.pretrain(spec_of(steps=5), tokens, tmp_path / "a")["training"]["validation_loss"]
+    parts = training.pretrain(spec_of(steps=5, micro_batch_size=2), tokens, tmp_path / "b")["training"][
+        "validation_loss"
+    ]
+    assert parts == pytest.approx(whole, rel=1e-5)
+
+
+def test_who_decays():
+    model = masa.share(language_model(), {"method": "masa", "coefficients": "mlp"})
+    recipe = spec_of(coefficients_learning_rate_ratio=3.0)["training"]
+    decay, plain, coefficients = training.parameter_groups(model, recipe)
+    names = {id(p): n for n, p in model.named_parameters()}
+    of = [{names[id(p)] for p in group["params"]} for group in (decay, plain, coefficients)]
+    assert sum(map(len, of)) == len(names)
+    assert decay["weight_decay"] == 0.1
+    assert plain["weight_decay"] == coefficients["weight_decay"] == 0.0
+    assert coefficients["lr"] == 3 * decay["lr"]
+    assert {n for n in of[0] if "atoms" in n} == {f"model.shared.{p}.atoms" for p in "qkvo"}
+    assert "model.embed_tokens.weight" in of[0]
+    assert all("norm" in n or n.endswith("bias") for n in of[1])
+    assert all("maker" in n for n in of[2])
+    assert any("embedding" in n for n in of[2])
+
+
+def test_held_out_loss_scores_every_token_once():
+    model = language_model().eval()
+    ids = np.random.default_rng(0).integers(0, 64, 75)
+    got = held_out_loss(model, ids, 16)
+    expected = []
+    with torch.no_grad():
+        for start in range(0, 74, 16):
+            window = torch.from_numpy(ids[start : start + 17])[None]
+            logp = model(window[:, :-1]).logits.double().log_softmax(-1)
+            expected += (-logp[0, torch.arange(logp.shape[1]), window[0, 1:]]).tolist()
+    assert len(got.nll) == 74
+    torch.testing.assert_close(got.nll, torch.tensor(expected).double(), rtol=1e-4, atol=1e-5)
+    assert got.perplexity(37) == pytest.approx(np.exp(sum(expected) / 37), rel=1e-4)
+    assert got.by_document([40, 75]) == pytest.approx([np.mean(expected[:39]), np.mean(expected[39:])], rel=1e-4)
+
+
+def test_wrong_vocabulary(tokens, tmp_path):
+    spec = spec_of()
+    spec["model"]["vocab_size"] = 65
+    with pytest.raises(masa.MasaError, match="made with a vocabulary of 64, but the model of test/masa/seed0 has 65"):
+        training.pretrain(spec, tokens, tmp_path)
+
+
+def test_exploding_loss_stops_and_names_the_step(tokens, tmp_path):
+    with pytest.raises(masa.MasaError, match=r"test/vanilla/seed0: the loss is \w+ at step \d+"):
+        training.pretrain(spec_of("vanilla", learning_rate=1e30, max_grad_norm=1e30), tokens, tmp_path)
+    assert not (tmp_path / "manifest.json").exists()
+
+
+def test_two_processes_do_not_write_one_run(tokens, tmp_path):
+    with training.exclusive(tmp_path), pytest.raises(masa.MasaError, match=f"being written by process {os.getpid()}"):
+        training.pretrain(spec_of(), tokens, tmp_path)
+
+
+def command(spec, tokens, out):
+    return [
+        sys.executable,
+        "-m",
+        "masa.cli",
+        "pretrain",
+        "--spec",
+        json.dumps(spec),
+        "--tokens",
+        str(tokens),
+        "--out",
+        str(out),
+    ]
+
+
+@pytest.mark.parametrize("method", ["masa", {"method": "masa", "coefficients": "mlp"}])
+def test_a_run_stopped_by_a_signal_goes_on_to_the_same_bits(method, tokens, tmp_path):
+    spec = spec_of(method, steps=120)
+    whole = training.pretrain(spec, tokens, tmp_path / "whole")
+    process = subprocess.Popen(command(spec, tokens, tmp_path / "cut"), stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    log = tmp_path / "cut" / "metrics.jsonl"
+    while not (log.is_file() and log.read_text().count("\n") > 20):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 75, said
+    assert "stopped by SIGTERM at step" in said
+    assert not (tmp_path / "cut" / "manifest.json").exists()
+    again = training.pretrain(spec, tokens, tmp_path / "cut")
+    assert again["sha256"] == whole["sha256"]
+    steps = [r["step"] for r in run.read_jsonl(log) if "loss" in r]
+    assert steps == sorted(set(steps)), "no step is logged twice"
+
+
+def test_a_changed_spec_does_not_resume_the_old_run(tokens, tmp_path):
+    checkpoints = tmp_path / "checkpoints"
+    checkpoints.mkdir()
+    (checkpoints / "identity").write_text("another run")
+    (checkpoints / "checkpoint-5").mkdir()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 5}\n')
+    training.pretrain(spec_of(steps=4), tokens, tmp_path)
+    assert all(r["step"] <= 4 for r in run.read_jsonl(tmp_path / "metrics.jsonl"))
