@@ -1,0 +1,129 @@
+"""The command line: help that shows an example, errors that help, exit codes that mean something."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from masa import cli, config
+
+VERBS = (
+    "fetch",
+    "tokenizer",
+    "tokenize",
+    "pretrain",
+    "evaluate",
+    "throughput",
+    "parameters",
+    "table",
+    "figure",
+    "config",
+)
+
+
+def masa(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "masa.cli", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_shows_an_example_that_parses(verb, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main([verb, "--help"])
+    assert end.value.code == 0
+    said = capsys.readouterr().out
+    assert "exit status" in said
+    example = re.search(r"example:\n  masa (.*)", said)[1].split()
+    assert example[0] == verb
+    assert cli._parser().parse_args(example)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pretrian"], "Did you mean 'pretrain'"),
+        (["pretrain", "--tokens", "x", "--out", "y"], "one of the arguments --run --spec is required"),
+        (["pretrain", "--run", "nano/masa", "--tokens", "x", "--out", "y"], "not of the form SCALE/EXPERIMENT/seedN"),
+        (["pretrain", "--run", "nano/vanila/seed0", "--tokens", "x", "--out", "y"], "Did you mean 'vanilla'"),
+        (["pretrain", "--spec", "{oops", "--tokens", "x", "--out", "y"], "not valid JSON"),
+        (["pretrain", "--spec", "none.json", "--tokens", "x", "--out", "y"], "No such file"),
+        (["pretrain", "--run", "nano/vanilla/seed0", "--tokens", "none", "--out", "/tmp/masa-test"], "does not exist"),
+        (
+            ["evaluate", "none", "--tokens", "x", "--tokenizer", "x", "--benchmarks", "none", "--out", "y"],
+            "none/manifest",
+        ),
+        (["table", "tabel1", "--out", "x"], "Did you mean 'table1'"),
+        (["table", "long_run", "--out", "x"], "grids.long.scales is empty"),
+        (["figure", "x", "--out", "x"], "'x' does not exist"),
+        (["config", "--configfile", "none.yaml"], "none.yaml does not exist"),
+        (["throughput", "--scale", "nan", "--out", "x"], "Did you mean 'nano'"),
+    ],
+)
+def test_bad_input_is_a_message_and_status_2(arguments, message):
+    result = masa(*arguments)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_an_error_is_also_in_the_log(tmp_path):
+    result = masa("table", "tabel1", "--out", str(tmp_path), "--log", str(tmp_path / "logs" / "a.log"))
+    assert result.returncode == 2
+    assert "Did you mean 'table1'" in (tmp_path / "logs" / "a.log").read_text()
+
+
+def test_config_lists_runs_and_prints_json():
+    listed = masa("config", "--configfile", "config/smoke.yaml").stdout.splitlines()
+    assert listed[0].split("\t") == ["smoke/vanilla/seed0", "10 steps", "2,560 tokens"]
+    assert json.loads(masa("config", "--json").stdout) == config.load()
+
+
+def test_the_whole_path_works_without_snakemake(tmp_path, cache):
+    """tokenizer, tokenize, pretrain, fetch, evaluate, table: each verb alone, on a corpus of one's own."""
+    docs = tmp_path / "docs.jsonl"
+    docs.write_text("".join(json.dumps({"text": f"Sentence {i} of my own corpus. " * 5}) + "\n" for i in range(300)))
+    overlay = tmp_path / "mine.yaml"
+    overlay.write_text(
+        json.dumps(
+            {
+                "cache": str(cache),
+                "results": str(tmp_path / "results"),
+                "data": {
+                    "corpus": {"source": f"file:{docs}", "reader": "json", "sha256": None, "validation_tokens": 300},
+                    "tokenizer": {"vocab_size": 280, "training_bytes": 20000},
+                },
+                "evaluation": {"tasks": ["piqa", "race"], "limit": 2},
+                "grids": {"main": {"seeds": [0]}},
+                "tables": {"table1": {"experiments": ["masa-qkvo"]}},
+            }
+        )
+    )
+    more = ["--configfile", "config/smoke.yaml", str(overlay)]
+    r = tmp_path / "results"
+    trained, scored = r / "runs/smoke/masa-qkvo/seed0", r / "evaluations/smoke/masa-qkvo/seed0"
+    for call in (
+        ["tokenizer", "--out", r / "tok"],
+        ["tokenize", "--tokenizer", r / "tok", "--tokens", "2560", "--out", r / "tokens"],
+        ["pretrain", "--run", "smoke/masa-qkvo/seed0", "--tokens", r / "tokens", "--out", trained],
+        ["fetch", "--out", r / "bench"],
+        [
+            "evaluate",
+            trained,
+            "--tokens",
+            r / "tokens",
+            "--tokenizer",
+            r / "tok",
+            "--benchmarks",
+            r / "bench",
+            "--out",
+            scored,
+        ],
+        ["table", "table1", "--out", r / "tables"],
+    ):
+        assert cli.main([*map(str, call), *more]) == 0, call
+    assert "MASA-QKVO" in (r / "tables" / "table1.md").read_text()
+    assert "n/a" in (r / "tables" / "table1.md").read_text()

@@ -1,0 +1,156 @@
+"""Snakemake for real: the smoke configuration from raw text to all tables and figures, then what reruns and why."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import ROOT
+
+BIN = Path(sys.executable).parent
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "MASA_MIRROR"} | {"PATH": f"{BIN}:{os.environ['PATH']}"}
+
+
+def snakemake(folder, *arguments, check=True):
+    command = [f"{BIN}/snakemake", "--cores", "2", "--configfile", "config/smoke.yaml", *arguments]
+    environment = ENVIRONMENT | {"PYTHONPATH": str(folder)}
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert not check or result.returncode == 0, result.stdout[-3000:] + result.stderr[-5000:]
+    return result
+
+
+def jobs(result):
+    """Rule -> number of jobs, from a dry run's statistics."""
+    table = result.stdout.rpartition("Job stats:")[2] or result.stderr.rpartition("Job stats:")[2]
+    found = dict(re.findall(r"^(\w+)\s+(\d+)$", table, re.M))
+    return {rule: int(count) for rule, count in found.items() if rule != "total"}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A copy of the project with the downloads that this machine already has, after a full smoke run."""
+    folder = tmp_path_factory.mktemp("project")
+    for name in ("masa", "workflow", "config"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    if (ROOT / "cache").is_dir():
+        shutil.copytree(ROOT / "cache", folder / "cache")
+    snakemake(folder)
+    if not (ROOT / "cache").is_dir():
+        shutil.copytree(folder / "cache", ROOT / "cache")
+    return folder
+
+
+def test_every_table_and_figure_is_there(project):
+    tables, figures = project / "results/smoke/tables", project / "results/smoke/figures"
+    for name in ("table1", "table2", "dictionaries", "coefficients", "throughput", "parameters"):
+        assert {(tables / f"{name}.{s}").stat().st_size > 100 for s in ("csv", "md", "tex")} == {True}, name
+    for name in ("validation_loss", "quality_parameters", "effective_rank", "coefficient_maps"):
+        assert (figures / f"{name}.png").stat().st_size > 5000
+        assert (figures / f"{name}.pdf").stat().st_size > 2000
+    table = pd.read_csv(tables / "table1.csv")
+    assert list(table["method"]) == ["vanilla", "gqa", "low-rank", "sequential", "masa-qkvo"]
+    assert table["validation_loss"].between(4, 7).all()
+    assert table["attn_cr_pct"].round(1).tolist() == [0.0, 41.7, 66.7, 66.7, 66.0]
+    assert table["piqa_paper"].tolist() == [0.593, 0.6, 0.579, 0.589, 0.602]
+    assert set(table["unavailable_tasks"]) == {"race"}
+    runs = pd.read_csv(tables / "runs.csv")
+    assert len(runs) == 6
+    assert {"piqa/acc", "piqa/acc_norm"} <= set(runs.columns)
+    throughput = pd.read_csv(tables / "throughput.csv")
+    assert throughput.loc[0, "training_ratio"] == 1.0
+    assert (throughput["training_tokens_per_second"] > 0).all()
+
+
+def test_nothing_runs_again(project):
+    assert jobs(snakemake(project, "-n")) == {}
+
+
+def test_one_table_runs_only_what_it_needs(project):
+    result = snakemake(project, "-n", "--forceall", "coefficients")
+    assert jobs(result) == {
+        "benchmarks": 1, "coefficients": 1, "evaluate": 2, "pretrain": 2, "table": 1, "tokenize": 1, "tokenizer": 1,
+    }  # fmt: skip
+
+
+def edit(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    return lambda: path.write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "expected"),
+    [
+        ("masa/training.py", "    torch.set_num_threads", "    # a comment\n    torch.set_num_threads", {}),
+        ("masa/weight_sources.py", '"""Linear combinations of atoms', '"""Sums of atoms', {}),
+        ("masa/training.py", "p.ndim >= 2]", "p.ndim >= 1]", {"pretrain": 6}),
+        ("masa/report/tables.py", 'NA = "n/a"', 'NA = "missing"', {"table": 7}),
+        ("masa/report/figures.py", '"font.size": 8', '"font.size": 9', {"figure": 4}),
+        ("config/experiments.yaml", "coefficients: mlp", "coefficients: mlp, embedding_dim: 32", {"pretrain": 1}),
+        ("config/experiments.yaml", "label: Vanilla", "label: Dense", {"table": 4, "figure": 3}),
+        ("config/smoke.yaml", "limit: 2", "limit: 3", {"evaluate": 6}),
+        ("config/smoke.yaml", "vocab_size: 512", "vocab_size: 500", {"tokenizer": 1}),
+    ],
+)
+def test_reruns_follow_meaning(project, file, old, new, expected):
+    restore = edit(project / file, old, new)
+    try:
+        found = jobs(snakemake(project, "-n"))
+    finally:
+        restore()
+    assert {rule: found.get(rule) for rule in expected} == expected
+    if not expected:
+        assert found == {}
+    if "table" in expected or "figure" in expected:
+        assert not {"pretrain", "evaluate"} & set(found), "a report never trains"
+
+
+def test_bad_configuration_is_one_message_before_anything_runs(project):
+    bad = project / "bad.yaml"
+    bad.write_text("tables: {table1: {experiments: [vanilla, masa-qkvoo]}}\n")
+    result = snakemake(project, "config/smoke.yaml", "--configfile", "config/smoke.yaml", "bad.yaml", check=False)
+    said = result.stdout + result.stderr
+    assert result.returncode != 0
+    assert "tables.table1: experiment 'masa-qkvoo' does not exist. Did you mean 'masa-qkvo'" in said
+    assert "Traceback" not in said
+
+
+def test_a_failing_run_stops_with_its_reason_and_nothing_half_written(project):
+    bad = project / "bad.yaml"
+    bad.write_text("training: {max_grad_norm: 1.0e30}\nscales: {smoke: {training: {learning_rate: 1.0e30}}}\n")
+    target = "results/smoke/runs/smoke/vanilla/seed0/manifest.json"
+    result = snakemake(project, target, "--configfile", "config/smoke.yaml", "bad.yaml", check=False)
+    assert result.returncode != 0
+    assert "smoke/vanilla/seed0: the loss is" in result.stdout + result.stderr
+    assert not (project / target).exists()
+    snakemake(project)  # with the right configuration the next call mends it
+    assert (project / target).exists()
+    assert jobs(snakemake(project, "-n")) == {}
+
+
+def test_paper_configuration_passes_a_dry_run():
+    command = [
+        f"{BIN}/snakemake",
+        "-n",
+        "--cores",
+        "2",
+        "--configfile",
+        "config/paper.yaml",
+        "results/tables",
+        "results/figures",
+    ]
+    result = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = jobs(result)
+    assert found["pretrain"] == 35
+    assert found["tokenize"] == 4
+    assert found["table"] == 8
+
+
+def test_rules_are_formatted():
+    subprocess.run([f"{BIN}/snakefmt", "--check", "workflow"], cwd=ROOT, check=True, capture_output=True)
