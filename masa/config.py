@@ -287,12 +287,25 @@ def _reachable(modules: Iterable[str]) -> set[str]:
         if not _module_path(name).is_file():
             raise MasaError(f"Module {name} does not exist; a rule asks for its fingerprint.")
         found.add(name)
-        for node in ast.walk(_tree(_module_path(name))):
-            if isinstance(node, ast.Import):
-                queue += [a.name for a in node.names if a.name.startswith("masa.")]
-            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("masa."):
-                queue.append(node.module or "")
+        queue += _imports(_tree(_module_path(name)))
     return found
+
+
+def _imports(tree: ast.Module) -> list[str]:
+    """masa's modules that a module imports when it runs, anywhere in it."""
+    for_types = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    names = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and id(node) not in for_types:
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return [n for n in names if n.split(".")[0] == "masa" and n != "masa" and _module_path(n).is_file()]
 
 
 @functools.cache

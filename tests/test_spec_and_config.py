@@ -222,6 +222,14 @@ def test_parsing_needs_neither_torch_nor_transformers():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
+def test_fingerprint_follows_every_form_of_import():
+    assert {"masa.analysis", "masa.benchmarks", "masa.weight_sources", "masa.sources", "masa.run"} <= config._reachable(
+        ["masa.evaluation"]
+    )
+    assert "masa.evaluation" not in config._reachable(["masa.training"])
+    assert "masa.report.metrics" in config._reachable(["masa.report.tables"])
+
+
 def test_fingerprint_follows_meaning(tmp_path, monkeypatch):
     package = tmp_path / "masa"
     package.mkdir()
@@ -241,6 +249,12 @@ def test_fingerprint_follows_meaning(tmp_path, monkeypatch):
     assert now("from masa.b import g\ndef f(x):\n    return g(x) + 1\n") != first
     (package / "b.py").write_text("def g(x):\n    return x + 2\n")
     assert now("from masa.b import g\ndef f(x):\n    return g(x)\n") != first
+    types_only = (
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from masa.b import g\ndef f(x):\n    return 1\n"
+    )
+    unused = now(types_only)
+    (package / "b.py").write_text("def g(x):\n    return x + 3\n")
+    assert now(types_only) == unused
     monkeypatch.undo()
     for cached in (config.fingerprint, config._tree, config._meaning):
         cached.cache_clear()

@@ -74,6 +74,27 @@ def test_mirror_text(mirror):
         list(documents.read(spec, None, None, "train"))
 
 
+def test_a_hub_data_set_is_read_from_the_mirror_where_that_has_it(tmp_path):
+    folder = tmp_path / "org" / "name"
+    folder.mkdir(parents=True)
+    (folder / "a.jsonl").write_text("".join(json.dumps({"content": f"document {i}"}) + "\n" for i in range(40)))
+    spec = corpus("", source=f"hub:org/name@{'0' * 40}", reader="hub")
+    texts = [
+        *documents.read(spec, None, str(tmp_path), "train"),
+        *documents.read(spec, None, str(tmp_path), "validation"),
+    ]
+    assert sorted(texts) == sorted(f"document {i}" for i in range(40))
+    with pytest.raises(masa.MasaError, match=r"column 'text' does not exist"):
+        list(documents.read(spec | {"column": "text"}, None, str(tmp_path), "train"))
+
+
+def test_an_unreachable_hub_is_said_to_be_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    spec = corpus("", source=f"hub:org/none@{'0' * 40}", reader="hub")
+    with pytest.raises(masa.MasaError, match=r"hub:org/none@0+ could not be read .*MASA_MIRROR"):
+        list(documents.read(spec, None, str(tmp_path), "train"))
+
+
 def test_parquet_and_plain_text(tmp_path):
     import datasets
 

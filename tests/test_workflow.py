@@ -15,8 +15,8 @@ BIN = Path(sys.executable).parent
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "MASA_MIRROR"} | {"PATH": f"{BIN}:{os.environ['PATH']}"}
 
 
-def snakemake(folder, *arguments, check=True):
-    command = [f"{BIN}/snakemake", "--cores", "2", "--configfile", "config/smoke.yaml", *arguments]
+def snakemake(folder, *arguments, overlays=(), check=True):
+    command = [f"{BIN}/snakemake", "--cores", "2", *arguments, "--configfile", "config/smoke.yaml", *overlays]
     environment = ENVIRONMENT | {"PYTHONPATH": str(folder)}
     result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert not check or result.returncode == 0, result.stdout[-3000:] + result.stderr[-5000:]
@@ -76,6 +76,11 @@ def test_one_table_runs_only_what_it_needs(project):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["table1", "throughput", "parameters", "runs", "validation_loss"])
+def test_every_artefact_has_a_short_rule(project, name):
+    assert jobs(snakemake(project, "-n", "--force", name)) == {name: 1}
+
+
 def edit(path, old, new):
     text = path.read_text()
     assert old in text
@@ -113,7 +118,7 @@ def test_reruns_follow_meaning(project, file, old, new, expected):
 def test_bad_configuration_is_one_message_before_anything_runs(project):
     bad = project / "bad.yaml"
     bad.write_text("tables: {table1: {experiments: [vanilla, masa-qkvoo]}}\n")
-    result = snakemake(project, "config/smoke.yaml", "--configfile", "config/smoke.yaml", "bad.yaml", check=False)
+    result = snakemake(project, overlays=["bad.yaml"], check=False)
     said = result.stdout + result.stderr
     assert result.returncode != 0
     assert "tables.table1: experiment 'masa-qkvoo' does not exist. Did you mean 'masa-qkvo'" in said
@@ -124,7 +129,7 @@ def test_a_failing_run_stops_with_its_reason_and_nothing_half_written(project):
     bad = project / "bad.yaml"
     bad.write_text("training: {max_grad_norm: 1.0e30}\nscales: {smoke: {training: {learning_rate: 1.0e30}}}\n")
     target = "results/smoke/runs/smoke/vanilla/seed0/manifest.json"
-    result = snakemake(project, target, "--configfile", "config/smoke.yaml", "bad.yaml", check=False)
+    result = snakemake(project, target, overlays=["bad.yaml"], check=False)
     assert result.returncode != 0
     assert "smoke/vanilla/seed0: the loss is" in result.stdout + result.stderr
     assert not (project / target).exists()
@@ -134,16 +139,8 @@ def test_a_failing_run_stops_with_its_reason_and_nothing_half_written(project):
 
 
 def test_paper_configuration_passes_a_dry_run():
-    command = [
-        f"{BIN}/snakemake",
-        "-n",
-        "--cores",
-        "2",
-        "--configfile",
-        "config/paper.yaml",
-        "results/tables",
-        "results/figures",
-    ]
+    command = [f"{BIN}/snakemake", "-n", "--cores", "2", "results/tables", "results/figures"]
+    command += ["--configfile", "config/paper.yaml"]
     result = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     found = jobs(result)

@@ -26,7 +26,7 @@ rule evaluate:
         " --benchmarks {DATA}/benchmarks --out {params.out} --log {log}"
 
 
-rule throughput:
+rule time_methods:
     output:
         f"{RESULTS}/throughput/{{scale}}.json",
     log:
@@ -42,7 +42,7 @@ rule throughput:
         "masa throughput --spec {params.spec:q} --out {output} --log {log}"
 
 
-rule parameters:
+rule count_parameters:
     output:
         f"{RESULTS}/parameters.json",
     log:

@@ -84,7 +84,7 @@ rule figures:
         "mkdir -p {output} && for name in {params.names}; do cp {PARTS}/figures/$name.* {output}/ ; done 2> {log}"
 
 
-for artefact in [name for name in TABLES if name not in ("throughput", "parameters")]:
+for artefact in TABLES:
 
     rule:
         name:
