@@ -7,7 +7,6 @@ Remote code is never run.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -97,7 +96,7 @@ def convert_gguf(file: str | Path, folder: str | Path) -> Path:
         tokenizer.save_pretrained(temporary)
         if folder.exists():
             shutil.rmtree(folder)
-        os.replace(temporary, folder)
+        temporary.replace(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder

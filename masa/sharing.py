@@ -24,7 +24,7 @@ from masa.weight_sources import KINDS
 
 @dataclass(frozen=True)
 class Sharing:
-    """How a model came to share, kept as ``model.sharing``: the resolved spec and what the dense attention would hold."""
+    """How a model came to share, kept as ``model.sharing``: its spec and what the dense attention would hold."""
 
     spec: SharingSpec | CompressionSpec
     dense_attention: int

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from masa.compression.api import compress
     from masa.compression.base import COMPRESSORS, Compressor
     from masa.compression.calibration import calibrate
-    from masa.compression.scoring import perplexity
     from masa.compression.report import CompressionReport
     from masa.compression.run import run_calibrate, run_compress
+    from masa.compression.scoring import perplexity
     from masa.compression.statistics import Calibration
 
 __all__ = [

@@ -26,12 +26,14 @@ class Truncation:
         energy: (k,) squared singular values of W H^(1/2), descending: the tail ``energy[r:].sum()`` is the output
             error ``||X W^T - X W_r^T||_F^2``.
         total: ``tr(W H W^T)``, the squared norm of the output itself.
+        root: R (out, out), lower triangular, where ``weight`` is R^T W of a metric R R^T on the outputs.
     """
 
     weight: Tensor
     left: Tensor
     energy: Tensor
     total: float
+    root: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -41,6 +43,8 @@ class Truncation:
         """B (out, r) and A (r, in) with equal norms, column by row."""
         left = self.left[:, :rank].double()
         right = left.T @ self.weight.double()
+        if self.root is not None:
+            left = torch.linalg.solve_triangular(self.root.T, left, upper=True)
         balance = right.norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny).sqrt()
         return left * balance, right / balance[:, None]
 

@@ -90,6 +90,7 @@ class Compressor:
 
     name: ClassVar[str]
     needs_calibration: ClassVar[bool] = True
+    needs_gradients: ClassVar[bool] = False
     needs_tokens: ClassVar[bool] = False
     changes_model: ClassVar[bool] = False
 
@@ -126,7 +127,8 @@ def make_compressor(method: str, **options: Any) -> Compressor:
 
 def unreachable(problem: Problem, least: int, what: str) -> MasaError:
     """The error for a budget below the ``least`` numbers that a method stores."""
+    most = max(0.0, 1 - least / problem.dense)
     return MasaError(
         f"A reduction of {1 - problem.budget / problem.dense:.2%} leaves {problem.budget} numbers, but {what} "
-        f"{least}: at most {max(0.0, 1 - least / problem.dense):.2%} can be reached. Ask for less or change the options."
+        f"{least}: reachable are 0 to {most:.2%}. Ask for less or change the options."
     )

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from masa.compression.gradients import add_gradients
 from masa.compression.statistics import INPUT_OF, Calibration, model_sha256, tokens_sha256
 from masa.errors import MasaError
 from masa.projections import decoder, family_of, model_shape
@@ -75,7 +76,7 @@ class BlockStream:
 
     @torch.no_grad()
     def run(self, block: nn.Module, keep: bool = True) -> Tensor:
-        """Run every batch through ``block``, replace the hidden states if ``keep``, return their mean (d,) in float64."""
+        """Run every batch through ``block``, replace the hidden states if ``keep``; their mean (d,) in float64."""
         total = torch.zeros(self.hidden[0].shape[-1], dtype=torch.float64, device=self.hidden[0].device)
         for i, hidden in enumerate(self.hidden):
             output = block(hidden, **_cast(self._arguments[len(hidden)], self.dtype))
@@ -136,6 +137,7 @@ def calibrate(
     projections: str = ATTENTION,
     batch_size: int = 4,
     dtype: torch.dtype | None = None,
+    gradient_samples: int = 0,
     progress: Progress = lambda what, done, of: None,
 ) -> Calibration:
     """Collect, in one pass, what every compression method needs.
@@ -147,6 +149,8 @@ def calibrate(
         projections: letters whose inputs are wanted; attention by default.
         batch_size: samples that run at once.
         dtype: of the computation; by default the model's. float32 for a model stored in bfloat16 costs one block.
+        gradient_samples: run this many of the sequences through the whole model once more, forward and backward, for
+            the methods that weigh outputs by the loss's gradients (:mod:`masa.compression.gradients`).
         progress: called with ("calibrating", done, of).
 
     Returns:
@@ -199,6 +203,8 @@ def calibrate(
         progress("calibrating", shape.num_layers, shape.num_layers)
         result.tokens_per_second = round(tokens.numel() / (time.perf_counter() - started), 1)
         result.drift = kl_drift(model, torch.stack(means)).tolist()
+        if gradient_samples:
+            add_gradients(result, model, tokens[:gradient_samples], projections, batch_size, progress)
     finally:
         model.train(training)
     if directory is not None:

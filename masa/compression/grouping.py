@@ -6,6 +6,7 @@ returns a partition of 0 .. L-1 into runs.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ Groups = list[list[int]]
 def fixed(drift: Sequence[float], size: int = 5) -> Groups:
     """Runs of ``size`` layers whatever the drift; the last may be shorter."""
     layers = len(drift) + 1
-    if not 1 <= size:
+    if size < 1:
         raise MasaError(f"A group needs at least one layer, got size = {size}.")
     return [list(range(start, min(start + size, layers))) for start in range(0, layers, size)]
 
@@ -85,7 +86,7 @@ def _count(drift: Sequence[float], groups: int | None) -> int:
 
 def _runs(cuts: Sequence[int], layers: int) -> Groups:
     edges = [0, *(cut + 1 for cut in cuts), layers]
-    return [list(range(a, b)) for a, b in zip(edges, edges[1:], strict=False)]
+    return [list(range(a, b)) for a, b in itertools.pairwise(edges)]
 
 
 GROUPINGS: dict[str, Callable[..., Groups]] = {"fixed": fixed, "top-k": top_k, "greedy": greedy, "optimal": optimal}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from masa.compression.algebra import EPS, Truncation, truncation
 from masa.compression.base import Compressor, Problem, register, unreachable
-from masa.compression.grouping import Groups, make_groups
+from masa.compression.grouping import make_groups
 from masa.compression.low_rank import AtomGroup, factored_sources, factorise, ranks_by_projection
 from masa.compression.ranks import Key, make_ranks
 from masa.compression.svd_llm import relative_error

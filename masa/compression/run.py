@@ -1,4 +1,4 @@
-"""Calibrate and compress from plain arguments, with progress on the terminal: the bodies of the command line's verbs."""
+"""Calibrate and compress from plain arguments, with progress on the terminal: the command line's verbs."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ def run_calibrate(
     projections: str = ATTENTION,
     batch_size: int = 4,
     dtype: str | None = None,
+    gradient_samples: int = 0,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Load a model, draw N x T tokens from texts and write calibration statistics and tokens.
@@ -43,6 +44,7 @@ def run_calibrate(
         projections: letters to calibrate.
         batch_size: samples that run at once.
         dtype: of the computation; by default the stored one.
+        gradient_samples: sequences whose gradients are collected too, for the methods that need them.
         quiet: no progress.
 
     Returns:
@@ -69,6 +71,7 @@ def run_calibrate(
             projections=projections,
             batch_size=batch_size,
             dtype=_dtype(dtype),
+            gradient_samples=gradient_samples,
             progress=progress,
         )
     save_tokens(tokens, output)

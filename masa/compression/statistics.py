@@ -32,6 +32,7 @@ class Calibration:
         tokens_per_second: of the pass that made this.
         drift: (L - 1,) ``KL(p_l || p_l+1)`` between consecutive blocks' mean outputs read through the final norm and
             the head.
+        gradient_samples: sequences whose gradients were collected (:mod:`masa.compression.gradients`); 0 if none.
         directory: where the layers' files are; None keeps them in memory.
     """
 
@@ -43,6 +44,7 @@ class Calibration:
     model_sha256: str
     tokens_per_second: float = 0.0
     drift: list[float] = field(default_factory=list)
+    gradient_samples: int = 0
     directory: Path | None = None
     _layers: dict[int, dict[str, Tensor]] = field(default_factory=dict, repr=False)
 
@@ -57,6 +59,18 @@ class Calibration:
             raise unknown(f"In this calibration the input of projection {letter!r}:", name, self.inputs)
         return self._read(layer, name).double()
 
+    def gradient_gram(self, letter: str, layer: int) -> Tensor:
+        """G = E[g g^T] (out, out), float64, of the loss's gradients at the output of one projection.
+
+        Raises:
+            MasaError: gradients were not collected.
+        """
+        if not self.gradient_samples:
+            raise MasaError(
+                "This calibration has no gradients, which this method needs: calibrate with gradient_samples > 0."
+            )
+        return self._read(layer, f"gradient.{letter}").double()
+
     def mean_output(self, layer: int) -> Tensor:
         """Mean output (d,) of block ``layer`` over all tokens, float32."""
         return self._read(layer, "output")
@@ -64,9 +78,10 @@ class Calibration:
     def add(self, layer: int, tensors: Mapping[str, Tensor]) -> None:
         """Store one layer's statistics (in the file of that layer if there is a directory)."""
         if self.directory is None:
-            self._layers[layer] = dict(tensors)
+            self._layers[layer] = self._layers.get(layer, {}) | dict(tensors)
         else:
-            save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, self._file(layer))
+            for name, part in _parts(layer, tensors).items():
+                save_file(part, self.directory / name)
 
     def save(self, directory: str | Path | None = None) -> Path:
         """Write ``calibration.json`` and one safetensors file a layer; a directory given at the start holds both."""
@@ -75,7 +90,8 @@ class Calibration:
             raise MasaError("This calibration is in memory: save(directory) needs a directory.")
         target.mkdir(parents=True, exist_ok=True)
         for layer, tensors in self._layers.items():
-            save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, target / _name(layer))
+            for name, part in _parts(layer, tensors).items():
+                save_file(part, target / name)
         data = {k: v for k, v in asdict(self).items() if k not in ("directory", "_layers")}
         (target / "calibration.json").write_text(json.dumps({"format": FORMAT, **data}, indent=2) + "\n")
         return target
@@ -100,8 +116,8 @@ class Calibration:
         except (json.JSONDecodeError, TypeError, AttributeError) as error:
             raise MasaError(f"{path} is not a calibration: {error}") from error
         for layer in range(calibration.num_layers):
-            if not calibration._file(layer).is_file():
-                raise MasaError(f"{calibration._file(layer)} is missing; calibrate again.")
+            if not (directory / _name(layer)).is_file():
+                raise MasaError(f"{directory / _name(layer)} is missing; calibrate again.")
         return calibration
 
     def check(self, model: nn.Module, tokens: Tensor | None) -> None:
@@ -118,13 +134,10 @@ class Calibration:
         if tokens is not None and tokens_sha256(tokens) != self.tokens_sha256:
             raise MasaError("The tokens are not those of the calibration (sha256 differs). Pass the same ones.")
 
-    def _file(self, layer: int) -> Path:
-        return (self.directory or Path()) / _name(layer)
-
     def _read(self, layer: int, name: str) -> Tensor:
         if self.directory is None:
             return self._layers[layer][name]
-        path = self._file(layer)
+        path = (self.directory or Path()) / _name(layer, name.startswith("gradient."))
         try:
             with safe_open(path, framework="pt") as file:
                 return file.get_tensor(name)
@@ -132,8 +145,16 @@ class Calibration:
             raise MasaError(f"{path} is corrupt or lacks {name!r} ({error}); calibrate again.") from error
 
 
-def _name(layer: int) -> str:
-    return f"layer-{layer:03d}.safetensors"
+def _name(layer: int, gradients: bool = False) -> str:
+    return f"{'gradients' if gradients else 'layer'}-{layer:03d}.safetensors"
+
+
+def _parts(layer: int, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """File name -> tensors; gradients have a file of their own."""
+    files: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        files.setdefault(_name(layer, key.startswith("gradient.")), {})[key] = value.contiguous().cpu()
+    return files
 
 
 def tokens_sha256(tokens: Tensor) -> str:

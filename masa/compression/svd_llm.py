@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from masa.compression.algebra import refit, truncation
+from masa.compression.algebra import Truncation, refit, truncation
 from masa.compression.base import Compressor, Problem, register
 from masa.compression.calibration import BlockStream, GramHooks
 from masa.compression.low_rank import Factors, factored_sources, factorise, ranks_by_projection
@@ -29,9 +28,12 @@ class LowRankCompressor(Compressor):
     def __init__(self, ranks: str | Mapping[str, Any] = "uniform") -> None:
         self.ranks = ranks
 
-    def metric(self, problem: Problem, letter: str, layer: int) -> Tensor | None:
-        """H (in, in) in which a matrix is truncated, or None for the identity."""
+    def solve(self, problem: Problem, letter: str, layer: int) -> Truncation:
+        """The best approximations of one matrix at every rank."""
         raise NotImplementedError
+
+    def scale(self, truncations: Mapping[Key, Truncation]) -> None:
+        """Set the ``total`` by which every matrix's errors are divided when ranks are allocated."""
 
     def refine(self, problem: Problem, factors: Factors) -> Factors:
         """Improve the factors once the ranks are known."""
@@ -42,8 +44,8 @@ class LowRankCompressor(Compressor):
         for layer in problem.layers:
             problem.progress("factorising", layer, len(problem.layers))
             for letter in problem.projections:
-                gram = self.metric(problem, letter, layer)
-                truncations[letter, (layer,)] = truncation(problem.weight(letter, layer), gram)
+                truncations[letter, (layer,)] = self.solve(problem, letter, layer)
+        self.scale(truncations)
         ranks = allocator.allocate(truncations, problem.budget)
         self.ranks_ = ranks_by_projection(ranks)
         self.error_ = relative_error(truncations, ranks)
@@ -66,16 +68,16 @@ class Svd(LowRankCompressor):
 
     needs_calibration = False
 
-    def metric(self, problem: Problem, letter: str, layer: int) -> None:
-        return None
+    def solve(self, problem: Problem, letter: str, layer: int) -> Truncation:
+        return truncation(problem.weight(letter, layer))
 
 
 @register("svd-llm")
 class SvdLlm(LowRankCompressor):
     """SVD in the metric of the data: minimises ``||X W^T - X (BA)^T||_F`` for every matrix."""
 
-    def metric(self, problem: Problem, letter: str, layer: int) -> Tensor:
-        return problem.gram(letter, layer)
+    def solve(self, problem: Problem, letter: str, layer: int) -> Truncation:
+        return truncation(problem.weight(letter, layer), problem.gram(letter, layer))
 
 
 @register("svd-llm-global")

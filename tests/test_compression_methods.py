@@ -1,0 +1,335 @@
+"""One suite that every compression method passes, and what is special about some."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from compression_models import LAYERS, projection_inputs, statistics, tiny_llama, tokens, weight
+
+import masa
+from masa.compression import COMPRESSORS, CompressionSpec, compress
+from masa.compression.base import make_compressor
+from masa.errors import MasaError
+
+FAST = {"post-share": {"steps": 2}}
+COARSE = {"direct-share", "post-share"}  # a twelfth of the model at a time, an eighth of that for the last unit
+METHODS = sorted(COMPRESSORS)
+
+
+def compressed(method: str, reduction: float = 0.25, **options):
+    return compress(tiny_llama(), method, statistics(), reduction, tokens=tokens(), **FAST.get(method, {}) | options)
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(tokens()[:2]).logits
+
+
+@pytest.mark.parametrize("reduction", [0.2, 0.3, 0.5])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_budget_is_met_and_every_stored_number_counted(method, reduction, tmp_path):
+    model, report = compressed(method, reduction)
+    granularity = 0.005 if method not in COARSE else 0.0125
+    # one rank of this tiny model is 0.7 % of it; the half point is checked at a real width below
+    assert reduction <= report.reduction_achieved <= reduction + granularity + 0.007
+    assert report.on_target == (report.reduction_achieved <= reduction + 0.005)
+    masa.save(model, tmp_path)
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        sizes = [file.get_tensor(name).numel() for name in file.keys() if ".shared." in name]  # noqa: SIM118
+    assert sum(sizes) == report.stored
+    assert report.reduction_achieved == pytest.approx(1 - report.stored / report.dense)
+    count = masa.count_parameters(model)
+    assert count.attention_reduction == pytest.approx(report.reduction_achieved)
+    assert count.total == report.parameters_after
+    assert report.parameters_before - report.parameters_after == report.dense - report.stored
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_folded_and_reloaded_models_give_the_factored_logits(method, tmp_path):
+    model, report = compressed(method)
+    expected = logits(model)
+    scale = expected.abs().max()
+    plain = masa.fold(model)
+    assert type(plain) is type(tiny_llama())
+    assert (logits(plain) - expected).abs().max() <= 1e-4 * scale
+    masa.save(model, tmp_path)
+    loaded = masa.load(tmp_path)
+    assert torch.equal(logits(loaded), expected)
+    assert isinstance(loaded.sharing.spec, CompressionSpec)
+    assert loaded.sharing.spec.to_dict() == json.loads(json.dumps(model.sharing.spec.to_dict()))
+    assert masa.count_parameters(loaded) == masa.count_parameters(model)
+    json.dumps(report.to_dict())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_compressed_model_can_be_trained_on(method):
+    model, _ = compressed(method)
+    model.train()
+    model(tokens()[:2], labels=tokens()[:2]).loss.backward()
+    for name, parameter in model.model.shared.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_hyperparameters_live_in_init_alone_and_results_in_underscored_names(method):
+    compressor = make_compressor(method)
+    assert set(vars(compressor)) == set(inspect.signature(type(compressor).__init__).parameters) - {"self"}
+    assert make_compressor(method, **compressor.get_params()).get_params() == compressor.get_params()
+    assert type(compressor).__doc__
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_not_compressed_stays(method):
+    if COMPRESSORS[method].changes_model:
+        pytest.skip("trains the whole model")
+    model, _ = compressed(method)
+    before, after = tiny_llama().state_dict(), masa.fold(model).state_dict()
+    assert before.keys() == after.keys()
+    for name in before:
+        if not name.endswith("_proj.weight") or ".mlp." in name:
+            assert torch.equal(before[name], after[name]), name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_runs_give_the_same_bits(method):
+    first, second = (masa.fold(compressed(method)[0]).state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def output_error(model, letters="qkvo") -> float:
+    """Mean relative squared error of the projections' outputs on the dense model's inputs."""
+    dense, plain, inputs = tiny_llama(), masa.fold(model), projection_inputs(tiny_llama(), tokens())
+    errors = []
+    for letter in letters:
+        for layer in range(LAYERS):
+            x = inputs["o" if letter == "o" else "q", layer]
+            exact = x @ weight(dense, letter, layer).double().T
+            errors.append(((x @ weight(plain, letter, layer).double().T - exact).norm() / exact.norm()) ** 2)
+    return float(torch.stack(errors).mean())
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["svd-llm", "svd-llm-global", "svd-global", "matrix-pca", "matrix-pca-role", "matrix-pca-data"],
+)
+def test_the_reported_error_is_the_one_on_the_data(method):
+    model, report = compressed(method)
+    assert output_error(model) == pytest.approx(report.learned["error"], rel=1e-3)
+
+
+def test_better_allocation_gives_less_error_on_the_data():
+    error = {m: output_error(compressed(m)[0]) for m in ("svd", "svd-llm", "svd-llm-global", "svd-global")}
+    assert error["svd-global"] < error["svd-llm-global"] < error["svd-llm"] < error["svd"]
+
+
+def test_refitting_the_shared_basis_lowers_the_error_of_every_layer():
+    plain, refitted = compressed("basis-sharing")[0], compressed("basis-sharing", refit=True)[0]
+    for letter in "qkv":
+        assert output_error(refitted, letter) < output_error(plain, letter)
+
+
+def test_basis_sharing_stores_one_right_factor_for_a_group_and_none_shared_for_o():
+    source = compressed("basis-sharing", group_size=4)[0].model.shared["q"]
+    assert [layers for layers, _ in source.factor_groups] == [[0, 1, 2, 3], [4, 5]]
+    assert source.right[0].shape == (source.factor_groups[0][1], 48)
+    o = compressed("basis-sharing")[0].model.shared["o"]
+    assert [layers for layers, _ in o.factor_groups] == [[layer] for layer in range(LAYERS)]
+
+
+def test_matrix_pca_with_an_atom_for_each_layer_and_no_pressure_reproduces_the_weights():
+    # two groups of three; nearly nothing to save, so the residual must close the gap
+    model, _ = compressed("matrix-pca", 0.001, grouping={"rule": "fixed", "size": 3})
+    assert output_error(model) < 1e-3
+
+
+def test_a_group_whose_layers_are_all_dense_stores_no_atoms():
+    model, report = compressed("matrix-pca", 0.2, grouping={"rule": "fixed", "size": 1})
+    for letter in "qkvo":
+        source = model.model.shared[letter]
+        dense = {layers[0] for layers, rank in report.learned["ranks"][letter] if rank == "dense"}
+        assert not dense & {layer for layers, _ in source.atom_groups for layer in layers}
+    assert report.on_target
+
+
+def test_the_update_lowers_the_error_on_compressed_inputs():
+    """Sequential refitting minimises the error on what the compressed prefix produces."""
+    dense = tiny_llama()
+    errors = {}
+    for method in ("svd-llm", "svd-llm-update"):
+        plain = masa.fold(compressed(method, 0.4)[0])
+        inputs = projection_inputs(plain, tokens())
+        errors[method] = [
+            float((inputs["q", i] @ (weight(plain, p, i) - weight(dense, p, i)).double().T).square().sum())
+            for i in range(LAYERS)
+            for p in "qkv"
+        ]
+    assert sum(errors["svd-llm-update"]) < sum(errors["svd-llm"])
+    # the first layer's inputs are the dense model's, for which the factors are optimal already
+    assert errors["svd-llm-update"][:3] == pytest.approx(errors["svd-llm"][:3], rel=1e-3)
+
+
+def test_shared_heads_are_copies_of_an_earlier_layer_that_keeps_its_own():
+    model, report = compressed("direct-share", 0.3)
+    dense, plain = tiny_llama(), masa.fold(model)
+    index = model.model.shared["q"].index
+    assert index.shape == (LAYERS, 2) and index.max() + 1 == model.model.shared["q"].num_heads
+    shared = {tuple(row[:2]) for row in report.learned["shared"]["q"]}
+    assert shared and all(layer > 0 for layer, _ in shared)
+    rows, columns = weight(plain, "q", 0).shape[0] // 2, weight(plain, "o", 0).shape[1] // 2
+    for layer in range(LAYERS):
+        for head in range(2):
+            q = weight(plain, "q", layer)[head * rows : (head + 1) * rows]
+            o = weight(plain, "o", layer)[:, head * columns : (head + 1) * columns]
+            own_q = weight(dense, "q", layer)[head * rows : (head + 1) * rows]
+            own_o = weight(dense, "o", layer)[:, head * columns : (head + 1) * columns]
+            assert torch.equal(q, own_q) == ((layer, head) not in shared)
+            assert torch.equal(o, own_o) or (layer, head) in shared
+
+
+def test_chains_of_shared_heads_end_at_a_root():
+    from masa.compression.head_sharing import Match, roots
+
+    found = roots([Match((3, 0), (2, 1), 0.9), Match((2, 1), (1, 0), 0.8), Match((1, 1), (0, 0), 0.7)])
+    assert found == {(3, 0): (1, 0), (2, 1): (1, 0), (1, 1): (0, 0)}
+
+
+def test_identical_heads_are_found_first_and_shared_without_loss():
+    model = tiny_llama()
+    for letter in "qkv":
+        w = weight(model, letter, 4)
+        rows = len(w) // 2
+        w[:rows] = weight(model, letter, 1)[rows:]
+    columns = weight(model, "o", 4)
+    columns[:, :24] = weight(model, "o", 1)[:, 24:]
+    expected = logits(model)
+    model, report = compress(model, "direct-share", None, 1 / (LAYERS * 2) - 0.01)
+    assert report.learned["shared"]["k"][0][:4] == [4, 0, 1, 1]
+    assert torch.equal(logits(model), expected)
+
+
+def test_post_training_pulls_matched_heads_together():
+    model, report = compressed("post-share", steps=12, lr=2e-3, pull=0.9)
+    losses = report.learned["losses"]
+    assert losses[-1][1] < 0.9 * losses[0][1]
+    assert not any(p.grad is not None for p in model.parameters())
+
+
+def test_at_a_real_width_every_factored_method_is_within_half_a_point():
+    model = tiny_llama(hidden_size=192, num_attention_heads=6, num_hidden_layers=4)
+    from masa.compression import calibrate
+
+    found = calibrate(model, tokens())
+    for method in METHODS:
+        if method in COARSE:
+            continue
+        for reduction in (0.2, 0.3):
+            dense = tiny_llama(hidden_size=192, num_attention_heads=6, num_hidden_layers=4)
+            _, report = compress(dense, method, found, reduction, tokens=tokens())
+            assert report.on_target, (method, report.reduction_achieved)
+
+
+def test_rank_deficient_calibration_is_compressed_without_silence():
+    few = tokens(1, 8)  # 8 tokens for 48 dimensions
+    from masa.compression import calibrate
+
+    for method in METHODS:
+        found = calibrate(tiny_llama(), few)
+        options = {"refit": True} if method == "basis-sharing" else FAST.get(method, {})
+        model, report = compress(tiny_llama(), method, found, 0.2, tokens=few, **options)
+        assert torch.isfinite(logits(model)).all(), method
+        if method in ("svd-llm-update", "basis-sharing"):
+            assert report.regularisation and all(1e-8 <= v <= 1e-4 for v in report.regularisation.values())
+        if method == "svd-llm":
+            assert not report.regularisation
+
+
+PROBE = """
+import sys
+sys.modules["masa"] = None  # importing it is an error from here on
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+ids = torch.load(sys.argv[2])
+with torch.no_grad():
+    torch.save({"logits": model(ids).logits, "text": model.generate(ids[:1], max_new_tokens=8, do_sample=False)}, sys.argv[3])
+"""
+
+
+def test_a_folded_folder_needs_no_masa(tmp_path):
+    model, _ = compressed("matrix-pca")
+    masa.fold(model).save_pretrained(tmp_path / "plain")
+    ids = tokens()[:2]
+    torch.save(ids, tmp_path / "ids.pt")
+    # an empty folder as working directory, so that masa could only come from an installation
+    command = [sys.executable, "-P", "-c", PROBE, tmp_path / "plain", tmp_path / "ids.pt", tmp_path / "out.pt"]
+    subprocess.run(command, check=True, cwd=tmp_path, capture_output=True)
+    found = torch.load(tmp_path / "out.pt")
+    expected = logits(model)
+    assert (found["logits"] - expected).abs().max() <= 1e-4 * expected.abs().max()
+    assert found["text"].shape[1] > ids.shape[1]
+    assert torch.equal(found["text"], model.generate(ids[:1], max_new_tokens=8, do_sample=False))
+
+
+@pytest.mark.parametrize("reduction", [0, 1, 20, -0.1, True, "20%"])
+def test_a_reduction_is_a_fraction(reduction):
+    with pytest.raises(MasaError, match="fraction between 0 and 1"):
+        compress(tiny_llama(), "svd", None, reduction)
+
+
+@pytest.mark.parametrize(
+    ("method", "reduction"), [("direct-share", 0.9), ("matrix-pca", 0.9), ("svd", 0.99), ("svd-global", 0.9999)]
+)
+def test_an_unreachable_budget_says_what_is_reachable(method, reduction):
+    with pytest.raises(MasaError, match=r"reachable|one rank"):
+        compressed(method, reduction)
+
+
+def test_names_are_suggested_and_inputs_checked():
+    with pytest.raises(MasaError, match="svd-llm"):
+        compressed("svd-lm")
+    with pytest.raises(MasaError, match="group_size"):
+        compressed("basis-sharing", groupsize=2)
+    with pytest.raises(MasaError, match="global-dense"):
+        compressed("svd-llm", ranks="globl-dense")
+    with pytest.raises(MasaError, match="needs calibration"):
+        compress(tiny_llama(), "svd-llm")
+    with pytest.raises(MasaError, match="tokens="):
+        compress(tiny_llama(), "svd-llm-update", statistics())
+    with pytest.raises(MasaError, match="not those of the calibration"):
+        compress(tiny_llama(), "svd-llm-update", statistics(), tokens=tokens(4))
+    with pytest.raises(MasaError, match="another model"):
+        compress(tiny_llama(seed=1), "svd-llm", statistics())
+    with pytest.raises(MasaError, match="distinct letters"):
+        compress(tiny_llama(), "svd", projections="qx")
+    with pytest.raises(MasaError, match="fold it first"):
+        compress(compressed("svd")[0], "svd")
+
+
+def test_broken_models_are_refused():
+    model = tiny_llama()
+    weight(model, "v", 3)[0, 0] = float("nan")
+    with pytest.raises(MasaError, match=r"'v'.*layer 3"):
+        compress(model, "svd")
+    model = tiny_llama()
+    model.model.layers[2].self_attn.k_proj.weight = model.model.layers[1].self_attn.k_proj.weight
+    with pytest.raises(MasaError, match="one tensor"):
+        compress(model, "svd")
+    from transformers import GPT2Config, GPT2LMHeadModel, Phi3Config, Phi3ForCausalLM
+
+    with pytest.raises(MasaError, match="no list of transformer blocks"):
+        compress(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=32)), "svd")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with pytest.raises(MasaError, match="FAMILIES"):
+        compress(Phi3ForCausalLM(Phi3Config(**sizes, vocab_size=32, pad_token_id=0)), "svd")
+
+
+def test_the_package_is_imported_without_torch():
+    code = "import masa.compression, masa, sys; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
