@@ -161,3 +161,33 @@ def test_an_interrupted_calibration_leaves_nothing_that_looks_finished(tmp_path)
         calibrate(tiny_llama(), tokens(), directory=tmp_path, progress=interrupt)
     with pytest.raises(MasaError, match="no finished calibration"):
         Calibration.load(tmp_path)
+
+
+def test_gradient_moments_are_those_of_autograd():
+    """For one token there is nothing to average: G is the outer product of the gradient with itself."""
+    model, ids = tiny_llama(), tokens(1, 1)
+    found = calibrate(model, ids, gradient_samples=1)
+    probabilities = model(ids).logits[0, -1].softmax(-1)
+    outputs = {}
+    layer = model.model.layers[2].self_attn
+    handle = layer.v_proj.register_forward_hook(lambda m, a, out: outputs.setdefault("v", out))
+    candidates = []
+    for label in range(VOCABULARY):
+        outputs.clear()
+        logits = model(ids).logits[0]
+        (g,) = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, torch.tensor([label])), outputs["v"])
+        candidates.append(torch.outer(g.flatten(), g.flatten()).double())
+    handle.remove()
+    exact = found.gradient_gram("v", 2)
+    distances = torch.stack([(c - exact).norm() for c in candidates])
+    assert distances.min() < 1e-4 * exact.norm()  # the label drawn is one of the vocabulary's
+    assert probabilities[distances.argmin()] > 0
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_gradients_are_saved_and_missed_where_there_are_none(tmp_path):
+    statistics().save(tmp_path)
+    found = Calibration.load(tmp_path)
+    assert torch.equal(found.gradient_gram("o", 1), statistics().gradient_gram("o", 1))
+    with pytest.raises(MasaError, match="gradient_samples"):
+        compress(tiny_llama(), "svd-fisher", calibrate(tiny_llama(), tokens()))

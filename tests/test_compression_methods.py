@@ -16,7 +16,7 @@ from masa.compression import COMPRESSORS, CompressionSpec, compress
 from masa.compression.base import make_compressor
 from masa.errors import MasaError
 
-FAST = {"post-share": {"steps": 2}}
+FAST = {"post-share": {"steps": 1}}
 COARSE = {"direct-share", "post-share"}  # a twelfth of the model at a time, an eighth of that for the last unit
 METHODS = sorted(COMPRESSORS)
 
@@ -30,7 +30,7 @@ def logits(model) -> torch.Tensor:
         return model(tokens()[:2]).logits
 
 
-@pytest.mark.parametrize("reduction", [0.2, 0.3, 0.5])
+@pytest.mark.parametrize("reduction", [0.2, 0.45])
 @pytest.mark.parametrize("method", METHODS)
 def test_the_budget_is_met_and_every_stored_number_counted(method, reduction, tmp_path):
     model, report = compressed(method, reduction)
@@ -87,14 +87,12 @@ def test_hyperparameters_live_in_init_alone_and_results_in_underscored_names(met
 
 @pytest.mark.parametrize("method", METHODS)
 def test_what_is_not_compressed_stays(method):
-    if COMPRESSORS[method].changes_model:
-        pytest.skip("trains the whole model")
     model, _ = compressed(method)
     before, after = tiny_llama().state_dict(), masa.fold(model).state_dict()
     assert before.keys() == after.keys()
-    for name in before:
-        if not name.endswith("_proj.weight") or ".mlp." in name:
-            assert torch.equal(before[name], after[name]), name
+    others = [name for name in before if not name.endswith("_proj.weight") or ".mlp." in name]
+    same = {torch.equal(before[name], after[name]) for name in others}
+    assert same == ({False} if COMPRESSORS[method].changes_model else {True})
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -143,19 +141,19 @@ def test_basis_sharing_stores_one_right_factor_for_a_group_and_none_shared_for_o
     assert [layers for layers, _ in o.factor_groups] == [[layer] for layer in range(LAYERS)]
 
 
-def test_matrix_pca_with_an_atom_for_each_layer_and_no_pressure_reproduces_the_weights():
-    # two groups of three; nearly nothing to save, so the residual must close the gap
-    model, _ = compressed("matrix-pca", 0.001, grouping={"rule": "fixed", "size": 3})
-    assert output_error(model) < 1e-3
-
-
 def test_a_group_whose_layers_are_all_dense_stores_no_atoms():
-    model, report = compressed("matrix-pca", 0.2, grouping={"rule": "fixed", "size": 1})
-    for letter in "qkvo":
-        source = model.model.shared[letter]
-        dense = {layers[0] for layers, rank in report.learned["ranks"][letter] if rank == "dense"}
-        assert not dense & {layer for layers, _ in source.atom_groups for layer in layers}
-    assert report.on_target
+    from masa.compression import calibrate
+
+    model = tiny_llama()
+    for layer in range(LAYERS):  # q needs every rank, the others hardly any: q stays dense
+        torch.nn.init.orthogonal_(weight(model, "q", layer))
+        for letter in "kvo":
+            w = weight(model, letter, layer)
+            w.copy_(w[:, :2] @ w[:2] + 1e-4 * w)
+    found = calibrate(model, tokens())
+    model, report = compress(model, "matrix-pca", found, 0.2, grouping={"rule": "fixed", "size": 3})
+    assert all(rank == "dense" for _, rank in report.learned["ranks"]["q"])
+    assert not model.model.shared["q"].atom_groups and model.model.shared["o"].atom_groups
 
 
 def test_the_update_lowers_the_error_on_compressed_inputs():
@@ -215,23 +213,21 @@ def test_identical_heads_are_found_first_and_shared_without_loss():
 
 
 def test_post_training_pulls_matched_heads_together():
-    model, report = compressed("post-share", steps=12, lr=2e-3, pull=0.9)
+    model, report = compressed("post-share", steps=20, lr=1e-2, pull=0.9)
     losses = report.learned["losses"]
-    assert losses[-1][1] < 0.9 * losses[0][1]
+    assert losses[-1][1] < 0.8 * losses[0][1]
     assert not any(p.grad is not None for p in model.parameters())
 
 
 def test_at_a_real_width_every_factored_method_is_within_half_a_point():
-    model = tiny_llama(hidden_size=192, num_attention_heads=6, num_hidden_layers=4)
     from masa.compression import calibrate
 
-    found = calibrate(model, tokens())
+    sizes = {"hidden_size": 192, "num_attention_heads": 6, "num_hidden_layers": 4}
+    ids = tokens(4)
+    found = calibrate(tiny_llama(**sizes), ids, gradient_samples=2)
     for method in METHODS:
-        if method in COARSE:
-            continue
-        for reduction in (0.2, 0.3):
-            dense = tiny_llama(hidden_size=192, num_attention_heads=6, num_hidden_layers=4)
-            _, report = compress(dense, method, found, reduction, tokens=tokens())
+        if method not in COARSE:
+            _, report = compress(tiny_llama(**sizes), method, found, 0.23, tokens=ids)
             assert report.on_target, (method, report.reduction_achieved)
 
 
@@ -240,7 +236,7 @@ def test_rank_deficient_calibration_is_compressed_without_silence():
     from masa.compression import calibrate
 
     for method in METHODS:
-        found = calibrate(tiny_llama(), few)
+        found = calibrate(tiny_llama(), few, gradient_samples=1)
         options = {"refit": True} if method == "basis-sharing" else FAST.get(method, {})
         model, report = compress(tiny_llama(), method, found, 0.2, tokens=few, **options)
         assert torch.isfinite(logits(model)).all(), method
@@ -258,7 +254,8 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
 ids = torch.load(sys.argv[2])
 with torch.no_grad():
-    torch.save({"logits": model(ids).logits, "text": model.generate(ids[:1], max_new_tokens=8, do_sample=False)}, sys.argv[3])
+    text = model.generate(ids[:1], max_new_tokens=8, do_sample=False)
+    torch.save({"logits": model(ids).logits, "text": text}, sys.argv[3])
 """
 
 
@@ -333,3 +330,26 @@ def test_broken_models_are_refused():
 def test_the_package_is_imported_without_torch():
     code = "import masa.compression, masa, sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_fisher_truncation_minimises_the_weighted_error_and_reports_it():
+    """The error in nats, tr(G dW H dW^T) with the damped G, is what the discarded energy says and beats SVD-LLM's."""
+    found, dense = statistics(), tiny_llama()
+
+    def cost(model) -> tuple[float, float]:
+        plain, lost, total = masa.fold(model), 0.0, 0.0
+        for letter in "qkvo":
+            for layer in range(LAYERS):
+                g, h = found.gradient_gram(letter, layer), found.gram(letter, layer)
+                g = g + 0.01 * g.diagonal().mean() * torch.eye(len(g)).double()
+                w = weight(dense, letter, layer).double()
+                gap = w - weight(plain, letter, layer)
+                lost += float(((g @ gap @ h) * gap).sum())
+                total += float(((g @ w @ h) * w).sum())
+        return lost, total
+
+    model, report = compressed("svd-fisher", 0.4)
+    lost, total = cost(model)
+    assert lost / total == pytest.approx(report.learned["error"] * 4 * LAYERS, rel=1e-3)
+    assert lost < 0.9 * cost(compressed("svd-global", 0.4)[0])[0]
+    assert lost < 0.9 * cost(compressed("svd-fisher", 0.4, ranks="uniform")[0])[0]

@@ -90,7 +90,6 @@ class Compressor:
 
     name: ClassVar[str]
     needs_calibration: ClassVar[bool] = True
-    needs_gradients: ClassVar[bool] = False
     needs_tokens: ClassVar[bool] = False
     changes_model: ClassVar[bool] = False
 

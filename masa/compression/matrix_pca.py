@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from masa.compression.algebra import EPS, Truncation, truncation
+from masa.compression.algebra import EPS
 from masa.compression.base import Compressor, Problem, register, unreachable
 from masa.compression.grouping import make_groups
 from masa.compression.low_rank import AtomGroup, factored_sources, factorise, ranks_by_projection
+from masa.compression.metrics import make_metric
 from masa.compression.ranks import Key, make_ranks
 from masa.compression.svd_llm import relative_error
 from masa.errors import MasaError
@@ -67,6 +68,7 @@ class MatrixPCA(Compressor):
         ranks: a rule of :data:`~masa.compression.ranks.RANKS` for the residual. With "global-dense" a layer may be
             stored as it is; a group without layers stores no atoms.
         metric: "weights" (Eq. 4), or "data": atoms in the group's mean normalised autocorrelation (ours).
+        residual: a metric of :data:`~masa.compression.metrics.METRICS` for the residual.
     """
 
     def __init__(
@@ -75,8 +77,9 @@ class MatrixPCA(Compressor):
         atoms: int = 1,
         ranks: str | Mapping[str, Any] = "global-dense",
         metric: str = "weights",
+        residual: str | Mapping[str, Any] = "data",
     ) -> None:
-        self.grouping, self.atoms, self.ranks, self.metric = grouping, atoms, ranks, metric
+        self.grouping, self.atoms, self.ranks, self.metric, self.residual = grouping, atoms, ranks, metric, residual
 
     def fit(self, problem: Problem) -> list[WeightSource]:
         assert problem.calibration is not None
@@ -89,19 +92,23 @@ class MatrixPCA(Compressor):
         used = sum(group.numbers() for found in dictionaries.values() for group in found)
         if used >= problem.budget:
             raise unreachable(problem, used, f"{self.atoms} atom(s) for each of {len(groups)} groups alone store")
-        truncations: dict[Key, Truncation] = {}
+        metric, truncations = make_metric(self.residual), {}
         for letter, found in dictionaries.items():
             for group in found:
                 problem.progress(f"residual of {letter}", group.layers[0], len(problem.layers))
                 for layer, row in zip(group.layers, group.coefficients, strict=True):
-                    truncations[letter, (layer,)] = self._residual(problem, letter, layer, group.atoms, row)
+                    left_over = problem.weight(letter, layer) - torch.tensordot(row, group.atoms, 1)
+                    truncations[letter, (layer,)] = metric.truncate(problem, letter, layer, left_over)
+        metric.scale(truncations)
         ranks = allocator.allocate(truncations, problem.budget - used)
         while idle := _idle_atoms(dictionaries, ranks):  # what they free buys more ranks
             for letter, group in idle:
                 dictionaries[letter].remove(group)
                 used -= group.numbers()
                 for layer in group.layers:
-                    truncations[letter, (layer,)] = self._residual(problem, letter, layer)
+                    scale = truncations[letter, (layer,)].total
+                    truncations[letter, (layer,)] = metric.truncate(problem, letter, layer)
+                    truncations[letter, (layer,)].total = scale
             ranks = allocator.allocate(truncations, problem.budget - used)
         self.ranks_ = ranks_by_projection(ranks)
         self.error_ = relative_error(truncations, ranks)
@@ -115,17 +122,6 @@ class MatrixPCA(Compressor):
             metric = sum(gram / gram.diagonal().sum() for gram in grams)
         dictionary, coefficients, _ = matrix_pca(weights, min(self.atoms, len(layers)), metric)
         return AtomGroup(layers, dictionary.to(weights[0].dtype), coefficients.to(weights[0].dtype))
-
-    def _residual(
-        self, problem: Problem, letter: str, layer: int, atoms: Tensor | None = None, row: Tensor | None = None
-    ) -> Truncation:
-        weight, gram = problem.weight(letter, layer), problem.gram(letter, layer)
-        if atoms is None or row is None:
-            return truncation(weight, gram)
-        found = truncation(weight - torch.tensordot(row, atoms, 1), gram)
-        # errors of the residual compete as fractions of the whole output
-        found.total = float(((weight.double() @ gram) * weight.double()).sum())
-        return found
 
 
 def _idle_atoms(
@@ -150,8 +146,9 @@ class MatrixPCARole(MatrixPCA):
         atoms: int = 1,
         ranks: str | Mapping[str, Any] = "role",
         metric: str = "weights",
+        residual: str | Mapping[str, Any] = "data",
     ) -> None:
-        super().__init__(grouping, atoms, ranks, metric)
+        super().__init__(grouping, atoms, ranks, metric, residual)
 
 
 @register("matrix-pca-data")
@@ -164,5 +161,21 @@ class MatrixPCAData(MatrixPCA):
         atoms: int = 1,
         ranks: str | Mapping[str, Any] = "global-dense",
         metric: str = "data",
+        residual: str | Mapping[str, Any] = "data",
     ) -> None:
-        super().__init__(grouping, atoms, ranks, metric)
+        super().__init__(grouping, atoms, ranks, metric, residual)
+
+
+@register("matrix-pca-fisher")
+class MatrixPCAFisher(MatrixPCA):
+    """Matrix PCA whose residual and ranks are in the metric of the loss (ours); needs gradients."""
+
+    def __init__(
+        self,
+        grouping: str | Mapping[str, Any] = "optimal",
+        atoms: int = 1,
+        ranks: str | Mapping[str, Any] = "global-dense",
+        metric: str = "weights",
+        residual: str | Mapping[str, Any] = "fisher",
+    ) -> None:
+        super().__init__(grouping, atoms, ranks, metric, residual)

@@ -1,20 +1,16 @@
-"""Plain SVD and SVD-LLM (Wang et al. 2024, arXiv 2403.07378), with any rank rule and the sequential update."""
+"""Plain SVD, SVD-LLM (Wang et al. 2024, arXiv 2403.07378) and ours: one method, three metrics, any rank rule."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
-from masa.compression.algebra import Truncation, refit, truncation
+from masa.compression.algebra import Truncation
 from masa.compression.base import Compressor, Problem, register
-from masa.compression.calibration import BlockStream, GramHooks
 from masa.compression.low_rank import Factors, factored_sources, factorise, ranks_by_projection
+from masa.compression.metrics import DataMetric, FisherMetric, WeightMetric
 from masa.compression.ranks import Key, make_ranks
-from masa.compression.statistics import INPUT_OF
-from masa.projections import family_of
+from masa.compression.update import sequential_update
 from masa.weight_sources import WeightSource
 
 
@@ -28,32 +24,30 @@ class LowRankCompressor(Compressor):
     def __init__(self, ranks: str | Mapping[str, Any] = "uniform") -> None:
         self.ranks = ranks
 
-    def solve(self, problem: Problem, letter: str, layer: int) -> Truncation:
-        """The best approximations of one matrix at every rank."""
+    def metric(self) -> WeightMetric:
+        """What the truncation minimises."""
         raise NotImplementedError
-
-    def scale(self, truncations: Mapping[Key, Truncation]) -> None:
-        """Set the ``total`` by which every matrix's errors are divided when ranks are allocated."""
 
     def refine(self, problem: Problem, factors: Factors) -> Factors:
         """Improve the factors once the ranks are known."""
         return factors
 
     def fit(self, problem: Problem) -> list[WeightSource]:
-        allocator, truncations = make_ranks(self.ranks), {}
+        metric, truncations = self.metric(), {}
+        allocator = make_ranks(self.ranks)
         for layer in problem.layers:
             problem.progress("factorising", layer, len(problem.layers))
             for letter in problem.projections:
-                truncations[letter, (layer,)] = self.solve(problem, letter, layer)
-        self.scale(truncations)
+                truncations[letter, (layer,)] = metric.truncate(problem, letter, layer)
+        metric.scale(truncations)
         ranks = allocator.allocate(truncations, problem.budget)
         self.ranks_ = ranks_by_projection(ranks)
         self.error_ = relative_error(truncations, ranks)
         return factored_sources(problem, self.refine(problem, factorise(truncations, ranks)), ranks)
 
 
-def relative_error(truncations: Mapping[Key, Any], ranks: Mapping[Key, int | None]) -> float:
-    """Mean over matrices of ``||X W^T - X W_r^T||^2 / ||X W^T||^2``, the objective of the global rank rule."""
+def relative_error(truncations: Mapping[Key, Truncation], ranks: Mapping[Key, int | None]) -> float:
+    """Mean over matrices of the discarded energy over its scale, ``tail_k(r) / total_k``."""
     tails = [
         float(truncations[key].energy[rank:].sum()) / max(truncations[key].total, 1e-300)
         for key, rank in ranks.items()
@@ -68,16 +62,26 @@ class Svd(LowRankCompressor):
 
     needs_calibration = False
 
-    def solve(self, problem: Problem, letter: str, layer: int) -> Truncation:
-        return truncation(problem.weight(letter, layer))
+    def metric(self) -> WeightMetric:
+        return WeightMetric()
 
 
 @register("svd-llm")
 class SvdLlm(LowRankCompressor):
     """SVD in the metric of the data: minimises ``||X W^T - X (BA)^T||_F`` for every matrix."""
 
-    def solve(self, problem: Problem, letter: str, layer: int) -> Truncation:
-        return truncation(problem.weight(letter, layer), problem.gram(letter, layer))
+    def metric(self) -> WeightMetric:
+        return DataMetric()
+
+
+@register("svd-llm-update")
+class SvdLlmUpdate(SvdLlm):
+    """SVD-LLM with its sequential update of the left factors to compressed inputs."""
+
+    needs_tokens = True
+
+    def refine(self, problem: Problem, factors: Factors) -> Factors:
+        return sequential_update(problem, factors)
 
 
 @register("svd-llm-global")
@@ -96,48 +100,39 @@ class SvdGlobal(SvdLlm):
         super().__init__(ranks)
 
 
-@register("svd-llm-update")
-class SvdLlmUpdate(SvdLlm):
-    """SVD-LLM with its sequential update: layer by layer, the left factors are refitted to compressed inputs.
-
-    Ranks and right factors come from the dense model's statistics. Then every layer sees what the compressed layers
-    before it produce, X', and ``B = argmin ||X' W^T - X' (BA)^T||_F`` in closed form. Two passes over the tokens.
-    """
-
-    needs_tokens = True
-
-    @torch.no_grad()
-    def refine(self, problem: Problem, factors: Factors) -> Factors:
-        assert problem.tokens is not None
-        paths, refined = dict(family_of(problem.model).paths), dict(factors)
-        stream = BlockStream(problem.model, problem.tokens, problem.batch_size)
-        hooks = GramHooks(paths, problem.projections)
-        for layer in problem.layers:
-            problem.progress("updating", layer, len(problem.layers))
-            block = stream.block(layer)
-            handles = hooks.attach(block)
-            try:
-                stream.run(block, keep=False)
-            finally:
-                for handle in handles:
-                    handle.remove()
-            compressed = copy.deepcopy(block)
-            for letter in problem.projections:
-                key = (letter, (layer,))
-                if key not in factors:
-                    continue
-                right, weight = factors[key][1], problem.weight(letter, layer)
-                gram = hooks.grams[INPUT_OF[letter]]
-                left = refit(weight, right, gram, f"{letter} of layer {layer}", problem.regularisation)
-                refined[key] = left, right
-                compressed.get_submodule(paths[letter]).weight.copy_(left @ right)
-            stream.run(compressed)
-        return refined
-
-
 @register("svd-global-update")
 class SvdGlobalUpdate(SvdLlmUpdate):
     """Global ranks with the dense option, then the sequential update (ours)."""
 
     def __init__(self, ranks: str | Mapping[str, Any] = "global-dense") -> None:
         super().__init__(ranks)
+
+
+@register("svd-fisher")
+class SvdFisher(LowRankCompressor):
+    """SVD in the metric of the loss, and ranks that compete in nats (ours).
+
+    With G = R R^T and H = L L^T the best rank-r approximation of a matrix is the truncated SVD of ``R^T W L``, taken
+    back by R^-T. Needs a calibration with gradients.
+
+    Args:
+        ranks: a rule of :data:`~masa.compression.ranks.RANKS`.
+        damping: of G, see :class:`~masa.compression.metrics.FisherMetric`.
+    """
+
+    def __init__(self, ranks: str | Mapping[str, Any] = "global-dense", damping: float = 0.01) -> None:
+        super().__init__(ranks)
+        self.damping = damping
+
+    def metric(self) -> WeightMetric:
+        return FisherMetric(self.damping)
+
+
+@register("svd-fisher-update")
+class SvdFisherUpdate(SvdFisher):
+    """:class:`SvdFisher`, then the sequential update (the best left factor for given inputs is the same for any G)."""
+
+    needs_tokens = True
+
+    def refine(self, problem: Problem, factors: Factors) -> Factors:
+        return sequential_update(problem, factors)
