@@ -68,12 +68,12 @@ def perplexity(
     Raises:
         MasaError: no documents, a window or stride that does not fit, or a model that yields NaN.
     """
+    if isinstance(documents, str) or not any(document.split() for document in documents):
+        raise MasaError("perplexity needs a list of documents with at least one word.")
     stride = window if stride is None else stride
     limit = getattr(model.config, "max_position_embeddings", window)
     if not 1 <= stride <= window <= limit:
         raise MasaError(f"Need 1 <= stride <= window <= {limit}, got stride = {stride}, window = {window}.")
-    if not documents or isinstance(documents, str):
-        raise MasaError("perplexity needs a list of documents.")
     prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if prefix is None:
         raise MasaError("The tokenizer has neither a start nor an end token to predict the first token from.")
@@ -96,7 +96,7 @@ def perplexity(
         raise MasaError("The model's likelihood is not finite; its weights or the documents are broken.")
     return Perplexity(
         token_perplexity=math.exp(total / tokens),
-        word_perplexity=math.exp(total / max(words, 1)),
+        word_perplexity=math.exp(total / words),
         nll=total,
         tokens=tokens,
         words=words,
