@@ -5,6 +5,7 @@ Dimensions: (out, in) of a weight, r rank, H = X^T X (in, in) of the inputs X (t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,14 +27,15 @@ class Truncation:
         energy: (k,) squared singular values of W H^(1/2), descending: the tail ``energy[r:].sum()`` is the output
             error ``||X W^T - X W_r^T||_F^2``.
         total: ``tr(W H W^T)``, the squared norm of the output itself.
-        root: R (out, out), lower triangular, where ``weight`` is R^T W of a metric R R^T on the outputs.
+        root: makes R (out, out), lower triangular, again, where errors are measured as ``||R^T dW H^(1/2)||`` (and U is
+            of R^T W); not kept, since all matrices' truncations are held at once.
     """
 
     weight: Tensor
     left: Tensor
     energy: Tensor
     total: float
-    root: Tensor | None = None
+    root: Callable[[], Tensor] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -41,15 +43,18 @@ class Truncation:
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
         """B (out, r) and A (r, in) with equal norms, column by row."""
-        left = self.left[:, :rank].double()
-        right = left.T @ self.weight.double()
-        if self.root is not None:
-            left = torch.linalg.solve_triangular(self.root.T, left, upper=True)
+        left, weight = self.left[:, :rank].double(), self.weight.double()
+        if self.root is None:
+            right = left.T @ weight
+        else:
+            root = self.root()
+            right = left.T @ (root.T @ weight)
+            left = torch.linalg.solve_triangular(root.T, left, upper=True)
         balance = right.norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny).sqrt()
         return left * balance, right / balance[:, None]
 
 
-def truncation(weight: Tensor, gram: Tensor | None = None) -> Truncation:
+def truncation(weight: Tensor, gram: Tensor | None = None, root: Callable[[], Tensor] | None = None) -> Truncation:
     """Diagonalise ``W H W^T``: SVD-LLM's truncation-aware whitening (Wang et al. 2024) without the inverse.
 
     With ``W L_c = U S V^T`` (H = L_c L_c^T) the truncated product is ``U_r U_r^T W L_c``, so ``U_r U_r^T W`` is the
@@ -58,18 +63,22 @@ def truncation(weight: Tensor, gram: Tensor | None = None) -> Truncation:
     Args:
         weight: W (out, in).
         gram: H (in, in), or None for the identity (plain SVD).
+        root: makes R (out, out), lower triangular, of a metric R R^T on the outputs; None for the identity.
     """
     given, weight = weight, weight.double()
+    if root is not None:
+        weight = root().T @ weight
     out, inp = weight.shape
     if out <= inp:
         product = weight @ weight.T if gram is None else weight @ gram @ weight.T
         energy, left = torch.linalg.eigh((product + product.T) / 2)
         energy, left = energy.flip(0).clamp_min(0), left.flip(1)
     else:
-        root = torch.eye(inp, dtype=weight.dtype, device=weight.device) if gram is None else square_root(gram)
-        left, singular, _ = torch.linalg.svd(weight @ root, full_matrices=False)
+        whitened = weight if gram is None else weight @ square_root(gram)
+        left, singular, _ = torch.linalg.svd(whitened, full_matrices=False)
         energy = singular.square()
-    return Truncation(given, left.to(torch.promote_types(given.dtype, torch.float32)), energy, float(energy.sum()))
+    left = left.to(torch.promote_types(given.dtype, torch.float32))
+    return Truncation(given, left, energy, float(energy.sum()), root)
 
 
 def square_root(gram: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Each metric is ``tr(G dW H dW^T)`` with its own G (out, out) and H (in, in), sol
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -24,8 +24,8 @@ class WeightMetric:
         """H of one projection, or None for the identity."""
         return None
 
-    def root(self, problem: Problem, letter: str, layer: int) -> Tensor | None:
-        """R, lower triangular, with G = R R^T, or None for the identity."""
+    def root(self, problem: Problem, letter: str, layer: int) -> Callable[[], Tensor] | None:
+        """What makes R, lower triangular, with G = R R^T, or None for the identity."""
         return None
 
     def truncate(self, problem: Problem, letter: str, layer: int, matrix: Tensor | None = None) -> Truncation:
@@ -34,20 +34,12 @@ class WeightMetric:
         Args:
             matrix: what is left of the weight, if not all of it; errors still count relative to the whole weight.
         """
-        weight, gram, root = (
-            problem.weight(letter, layer),
-            self.gram(problem, letter, layer),
-            self.root(problem, letter, layer),
-        )
-
-        def seen(w: Tensor) -> Tensor:
-            return w if root is None else root.T @ w.double()
-
-        found = truncation(seen(weight if matrix is None else matrix), gram)
+        weight, gram = problem.weight(letter, layer), self.gram(problem, letter, layer)
+        make_root = self.root(problem, letter, layer)
+        found = truncation(weight if matrix is None else matrix, gram, make_root)
         if matrix is not None:
-            whole = seen(weight).double()
+            whole = weight.double() if make_root is None else make_root().T @ weight.double()
             found.total = float(((whole if gram is None else whole @ gram) * whole).sum())
-        found.root = root
         return found
 
     def scale(self, truncations: Mapping[Any, Truncation]) -> None:
@@ -75,11 +67,14 @@ class FisherMetric(DataMetric):
             raise MasaError(f"damping must not be negative, got {damping}.")
         self.damping = damping
 
-    def root(self, problem: Problem, letter: str, layer: int) -> Tensor:
-        assert problem.calibration is not None
-        metric = problem.calibration.gradient_gram(letter, layer).to(problem.weight(letter, layer).device)
-        metric = metric + self.damping * metric.diagonal().mean() * torch.eye(len(metric)).to(metric)
-        return cholesky(metric, f"gradients of {letter} of layer {layer}", problem.regularisation)
+    def root(self, problem: Problem, letter: str, layer: int) -> Callable[[], Tensor]:
+        def make() -> Tensor:
+            assert problem.calibration is not None
+            metric = problem.calibration.gradient_gram(letter, layer).to(problem.weight(letter, layer).device)
+            metric = metric + self.damping * metric.diagonal().mean() * torch.eye(len(metric)).to(metric)
+            return cholesky(metric, f"gradients of {letter} of layer {layer}", problem.regularisation)
+
+        return make
 
     def scale(self, truncations: Mapping[Any, Truncation]) -> None:
         total = sum(found.total for found in truncations.values())
