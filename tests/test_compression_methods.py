@@ -238,7 +238,7 @@ def test_a_reduction_is_a_fraction(reduction):
     ("method", "reduction"), [("direct-share", 0.9), ("matrix-pca", 0.9), ("svd", 0.99), ("svd-global", 0.9999)]
 )
 def test_an_unreachable_budget_says_what_is_reachable(method, reduction):
-    with pytest.raises(MasaError, match=r"reachable|one rank"):
+    with pytest.raises(MasaError, match="reachable"):
         compressed(method, reduction)
 
 

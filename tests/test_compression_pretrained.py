@@ -126,6 +126,8 @@ def test_calibrate_and_compress_from_plain_arguments(folder, tmp_path):
     assert summary["perplexity_before"]["token_perplexity"] != summary["perplexity_after"]["token_perplexity"]
     run_compress(str(folder), tmp_path / "plain", "svd", 0.2, options={"ranks": "global"}, plain=True, quiet=True)
     assert not (tmp_path / "plain" / "masa.json").exists()
+    with pytest.raises(MasaError, match="choose another"):
+        run_compress(str(folder), folder, "svd", 0.2, quiet=True)
     AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
 
 

@@ -100,7 +100,7 @@ class MatrixPCA(Compressor):
                     left_over = problem.weight(letter, layer) - torch.tensordot(row, group.atoms, 1)
                     truncations[letter, (layer,)] = metric.truncate(problem, letter, layer, left_over)
         metric.scale(truncations)
-        ranks = allocator.allocate(truncations, problem.budget - used)
+        ranks = allocator.allocate(truncations, problem.budget - used, least=0)
         while idle := _idle_atoms(dictionaries, ranks):  # what they free buys more ranks
             for letter, group in idle:
                 dictionaries[letter].remove(group)
@@ -109,7 +109,7 @@ class MatrixPCA(Compressor):
                     scale = truncations[letter, (layer,)].total
                     truncations[letter, (layer,)] = metric.truncate(problem, letter, layer)
                     truncations[letter, (layer,)].total = scale
-            ranks = allocator.allocate(truncations, problem.budget - used)
+            ranks = allocator.allocate(truncations, problem.budget - used, least=0)
         self.ranks_ = ranks_by_projection(ranks)
         self.error_ = relative_error(truncations, ranks)
         return factored_sources(problem, factorise(truncations, ranks), ranks, dictionaries)

@@ -31,13 +31,28 @@ class Spectrum(Protocol):
 class RankAllocator:
     """Base of the rules in :data:`RANKS`."""
 
-    def allocate(self, spectra: Mapping[Key, Spectrum], budget: int) -> dict[Key, int | None]:
+    def allocate(self, spectra: Mapping[Key, Spectrum], budget: int, least: int = 1) -> dict[Key, int | None]:
         """Ranks whose factors hold at most ``budget`` numbers.
 
+        Args:
+            spectra: of all matrices.
+            budget: numbers to spend.
+            least: rank that every matrix gets at least: 1, or 0 for a residual.
+
         Raises:
-            MasaError: the budget is too small for this rule; the message gives the reachable reduction.
+            MasaError: the budget is too small; the message gives the reachable reduction.
         """
         raise NotImplementedError
+
+    def check(self, spectra: Mapping[Key, Spectrum], budget: int, least: int) -> None:
+        """Raise if the least ranks are out of reach."""
+        needed = least * sum(map(per_rank, spectra.values()))
+        dense = sum(map(dense_numbers, spectra.values()))
+        if needed > budget:
+            raise MasaError(
+                f"A budget of {budget} numbers leaves a matrix without any rank: one rank for every matrix takes "
+                f"{needed}, so that reductions of 0 to {1 - needed / dense:.2%} are reachable. Ask for a smaller one."
+            )
 
 
 def per_rank(spectrum: Spectrum) -> int:
@@ -68,14 +83,14 @@ class RoleRanks(RankAllocator):
             raise MasaError(f"The ratio of ranks between q, o and k, v must be positive, got {ratio}.")
         self.ratio = ratio
 
-    def allocate(self, spectra: Mapping[Key, Spectrum], budget: int) -> dict[Key, int | None]:
+    def allocate(self, spectra: Mapping[Key, Spectrum], budget: int, least: int = 1) -> dict[Key, int | None]:
+        self.check(spectra, budget, least)
+        limits = {key: dense_numbers(s) / per_rank(s) for key, s in spectra.items()}  # ranks that cost as much as dense
+
         def ranks_at(keep: float) -> dict[Key, int | None]:
             return {
-                key: min(
-                    int(keep * (self.ratio if key[0] in "qo" else 1) * dense_numbers(s) / per_rank(s)),
-                    dense_numbers(s) // per_rank(s),
-                )
-                for key, s in spectra.items()
+                key: max(least, min(int(keep * (self.ratio if key[0] in "qo" else 1) * limit), int(limit)))
+                for key, limit in limits.items()
             }
 
         low, high = 0.0, max(1.0, 1 / self.ratio)
@@ -83,16 +98,9 @@ class RoleRanks(RankAllocator):
             middle = (low + high) / 2
             low, high = (middle, high) if stored(spectra, ranks_at(middle)) <= budget else (low, middle)
         ranks = ranks_at(low)
-        if not all(ranks.values()):
-            least = sum(map(per_rank, spectra.values()))
-            raise MasaError(
-                f"A budget of {budget} numbers leaves a matrix without any rank under {type(self).__name__}; one rank "
-                f"for every matrix takes {least}. Ask for a smaller reduction, or take ranks='global'."
-            )
         left = budget - stored(spectra, ranks)
         for key, spectrum in spectra.items():
-            room = ranks[key] < dense_numbers(spectrum) // per_rank(spectrum)  # type: ignore[operator]
-            if room and per_rank(spectrum) <= left:
+            if ranks[key] + 1 <= limits[key] and per_rank(spectrum) <= left:  # type: ignore[operator]
                 ranks[key] += 1  # type: ignore[operator]
                 left -= per_rank(spectrum)
         return ranks
@@ -120,21 +128,16 @@ class GlobalRanks(RankAllocator):
     def __init__(self, dense: bool = True) -> None:
         self.dense = dense
 
-    def allocate(self, spectra: Mapping[Key, Spectrum], budget: int) -> dict[Key, int | None]:
-        cheapest = min(map(per_rank, spectra.values()))
-        if budget < cheapest:
-            raise MasaError(
-                f"A budget of {budget} numbers does not buy one rank of any matrix ({cheapest} numbers). Ask for a "
-                "smaller reduction or fewer atoms."
-            )
+    def allocate(self, spectra: Mapping[Key, Spectrum], budget: int, least: int = 1) -> dict[Key, int | None]:
+        self.check(spectra, budget, least)
         errors = {key: _relative(s) for key, s in spectra.items()}
         if self.dense and budget >= sum(map(dense_numbers, spectra.values())):
             return dict.fromkeys(spectra)
 
         def ranks_at(price: float) -> dict[Key, int | None]:
-            return {key: self._best(errors[key], spectra[key], price) for key in spectra}
+            return {key: self._best(errors[key], spectra[key], price, least) for key in spectra}
 
-        low, high = 1e-300, 1.0  # at 1 per number, no rank pays
+        low, high = 1e-300, 1.0  # at 1 per number no rank pays, and all have the least
         for _ in range(200):
             middle = (low * high) ** 0.5
             fits = stored(spectra, ranks_at(middle)) <= budget
@@ -143,9 +146,9 @@ class GlobalRanks(RankAllocator):
         self._spend(ranks, errors, spectra, budget - stored(spectra, ranks))
         return ranks
 
-    def _best(self, energy: Tensor, spectrum: Spectrum, price: float) -> int | None:
+    def _best(self, energy: Tensor, spectrum: Spectrum, price: float, least: int) -> int | None:
         cost = per_rank(spectrum)
-        rank = int((energy > price * cost).sum())
+        rank = max(least, int((energy > price * cost).sum()))
         tail = float(energy[rank:].sum())
         if self.dense and price * dense_numbers(spectrum) < tail + price * cost * rank:
             return None

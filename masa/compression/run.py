@@ -127,7 +127,7 @@ def run_compress(
         perplexities if asked for.
 
     Raises:
-        MasaError: see :func:`masa.compression.compress`.
+        MasaError: the output is the model's own folder; else see :func:`masa.compression.compress`.
     """
     from masa.checkpoint import save
     from masa.compression.api import compress
@@ -135,6 +135,10 @@ def run_compress(
     from masa.pretrained import load_pretrained, save_plain
 
     started = time.perf_counter()
+    if Path(model).is_dir() and Path(output).resolve() == Path(model).resolve():
+        raise MasaError(
+            f"{output} is the model itself, whose weights are read while the output is written; choose another."
+        )
     loaded, tokenizer = load_pretrained(model, revision=revision)
     tokens = load_tokens(calibration) if calibration is not None else None
     documents = read_documents(evaluate) if evaluate is not None else None
