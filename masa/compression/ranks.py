@@ -8,6 +8,7 @@ exceed it.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -137,12 +138,12 @@ class GlobalRanks(RankAllocator):
         def ranks_at(price: float) -> dict[Key, int | None]:
             return {key: self._best(errors[key], spectra[key], price, least) for key in spectra}
 
-        low, high = 1e-300, 1.0  # at 1 per number no rank pays, and all have the least
-        for _ in range(200):
-            middle = (low * high) ** 0.5
-            fits = stored(spectra, ranks_at(middle)) <= budget
+        low, high = math.log(1e-300), 0.0  # logarithms; at 1 per number no rank pays, and all have the least
+        for _ in range(60):
+            middle = (low + high) / 2
+            fits = stored(spectra, ranks_at(math.exp(middle))) <= budget
             low, high = (low, middle) if fits else (middle, high)
-        ranks = ranks_at(high)
+        ranks = ranks_at(math.exp(high))
         self._spend(ranks, errors, spectra, budget - stored(spectra, ranks))
         return ranks
 
