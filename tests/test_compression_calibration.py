@@ -61,7 +61,8 @@ def test_calibration_leaves_the_model_as_it_was():
 def test_saved_statistics_are_read_back_bit_by_bit_and_give_the_same_compression(tmp_path):
     streamed = calibrate(tiny_llama(), tokens(), directory=tmp_path / "streamed")
     statistics().save(tmp_path / "saved")
-    for found in (streamed, Calibration.load(tmp_path / "streamed"), Calibration.load(tmp_path / "saved")):
+    streamed.save(tmp_path / "copied")
+    for found in (streamed, *(Calibration.load(tmp_path / name) for name in ("streamed", "saved", "copied"))):
         assert torch.equal(found.gram("q", 2), statistics().gram("q", 2))
         assert found.drift == statistics().drift
     data = json.loads((tmp_path / "saved" / "calibration.json").read_text())
@@ -131,6 +132,13 @@ def test_broken_weights_and_activations_are_named():
     model.model.layers[4].input_layernorm.weight.data[0] = float("nan")
     with pytest.raises(MasaError, match="q/k/v of layer 4"):
         calibrate(model, tokens())
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
+    kinds = {"layer_types": ["full_attention", "sliding_attention"], "use_sliding_window": True, "sliding_window": 8}
+    mixed = Qwen2ForCausalLM(Qwen2Config(**sizes, **kinds, num_hidden_layers=2, vocab_size=VOCABULARY))
+    with pytest.raises(MasaError, match="different attention masks"):
+        calibrate(mixed, tokens())
     with pytest.raises(MasaError, match="shares weights already"):
         calibrate(compress(tiny_llama(), "svd")[0], tokens())
 

@@ -33,9 +33,18 @@ class BlockStream:
         tokens: (N, T) ids.
         batch_size: samples that run at once.
         dtype: of the computation; blocks stored otherwise are converted one at a time. By default the model's.
+
+    Raises:
+        MasaError: the blocks are not all called alike (sliding-window attention in some of them).
     """
 
     def __init__(self, model: nn.Module, tokens: Tensor, batch_size: int = 4, dtype: torch.dtype | None = None) -> None:
+        kinds = sorted(set(getattr(model.config, "layer_types", None) or []))
+        if len(kinds) > 1:
+            raise MasaError(
+                f"The blocks of this model use different attention masks ({', '.join(kinds)}), but they are run one by "
+                "one with the first block's. Only models with one kind can be calibrated."
+            )
         self.base, self.batch_size = decoder(model), batch_size
         embedding = model.get_input_embeddings()
         self.dtype = dtype or embedding.weight.dtype

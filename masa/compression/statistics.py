@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -57,7 +58,7 @@ class Calibration:
         name = INPUT_OF[letter]
         if name not in self.inputs:
             raise unknown(f"In this calibration the input of projection {letter!r}:", name, self.inputs)
-        return self._read(layer, name).double()
+        return self._read(layer, name).to(torch.float64, copy=True)
 
     def gradient_gram(self, letter: str, layer: int) -> Tensor:
         """G = E[g g^T] (out, out), float64, of the loss's gradients at the output of one projection.
@@ -69,7 +70,7 @@ class Calibration:
             raise MasaError(
                 "This calibration has no gradients, which this method needs: calibrate with gradient_samples > 0."
             )
-        return self._read(layer, f"gradient.{letter}").double()
+        return self._read(layer, f"gradient.{letter}").to(torch.float64, copy=True)
 
     def mean_output(self, layer: int) -> Tensor:
         """Mean output (d,) of block ``layer`` over all tokens, float32."""
@@ -89,6 +90,9 @@ class Calibration:
         if directory is None and self.directory is None:
             raise MasaError("This calibration is in memory: save(directory) needs a directory.")
         target.mkdir(parents=True, exist_ok=True)
+        if self.directory is not None and target.resolve() != self.directory.resolve():
+            for file in self.directory.glob("*-[0-9][0-9][0-9].safetensors"):
+                shutil.copyfile(file, target / file.name)
         for layer, tensors in self._layers.items():
             for name, part in _parts(layer, tensors).items():
                 save_file(part, target / name)
