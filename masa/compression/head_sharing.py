@@ -153,6 +153,9 @@ class PostShare(DirectShare):
         lr: peak learning rate, cosine to zero; AdamW, beta (0.9, 0.95), weight decay 0.1, as published.
         pull: weight of the second term.
         seed: of the order of the sequences.
+
+    Raises (in ``fit``):
+        MasaError: the loss is no longer finite.
     """
 
     needs_tokens = True
@@ -162,15 +165,23 @@ class PostShare(DirectShare):
         super().__init__(mode)
         self.steps, self.lr, self.pull, self.seed = steps, lr, pull, seed
 
-    @torch.enable_grad()
     def prepare(self, problem: Problem, chosen: dict[str, list[Match]]) -> None:
-        model, tokens = problem.model, problem.tokens
-        assert tokens is not None
-        parameters = list({id(p): p for p in model.parameters()}.values())
+        parameters = list({id(p): p for p in problem.model.parameters()}.values())
         trainable = [p.requires_grad for p in parameters]
         for p in parameters:
             p.data = p.data.clone()  # a memory-mapped file is not written to
             p.requires_grad_(True)
+        try:
+            self._train(problem, chosen, parameters)
+        finally:
+            for p, flag in zip(parameters, trainable, strict=True):
+                p.requires_grad_(flag)
+                p.grad = None
+
+    @torch.enable_grad()
+    def _train(self, problem: Problem, chosen: dict[str, list[Match]], parameters: list[nn.Parameter]) -> None:
+        tokens = problem.tokens
+        assert tokens is not None
         optimiser = torch.optim.AdamW(parameters, lr=self.lr, betas=(0.9, 0.95), weight_decay=0.1)
         generator = torch.Generator().manual_seed(self.seed)
         order = iter(())
@@ -184,22 +195,18 @@ class PostShare(DirectShare):
                 order = iter(torch.randperm(len(tokens), generator=generator).tolist())
                 batch = list(itertools.islice(order, problem.batch_size))
             ids = tokens[batch].to(parameters[0].device)
-            lm, apart = model(input_ids=ids, labels=ids, use_cache=False).loss, self._distance(problem, chosen)
-            ((1 - self.pull) * lm + self.pull * apart).backward()
+            lm = problem.model(input_ids=ids, labels=ids, use_cache=False).loss
+            apart = self._distance(problem, chosen)
             if not math.isfinite(lm.item()):
                 raise MasaError(f"post-share: the loss became {lm.item()} at step {step}. Lower lr (now {self.lr}).")
+            ((1 - self.pull) * lm + self.pull * apart).backward()
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
             self.losses_.append([round(lm.item(), 5), round(apart.item(), 5)])
-        for p, flag in zip(parameters, trainable, strict=True):
-            p.requires_grad_(flag)
 
     def _distance(self, problem: Problem, chosen: dict[str, list[Match]]) -> Tensor:
-        units, blocks, paths = (
-            problem.shape.num_key_value_heads,
-            decoder(problem.model).layers,
-            family_of(problem.model).paths,
-        )
+        units, paths = problem.shape.num_key_value_heads, family_of(problem.model).paths
+        blocks = decoder(problem.model).layers
         terms: list[Tensor] = []
         for letter, matches in chosen.items():
             if letter == "o":
