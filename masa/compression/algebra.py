@@ -125,6 +125,7 @@ def refit(weight: Tensor, right: Tensor, gram: Tensor, name: str, log: dict[str,
     """
     if not len(right):
         return weight.new_zeros(len(weight), 0, dtype=torch.float64)
+    right = right.double()
     projected = gram @ right.T
     factor = cholesky(right @ projected, name, log)
     return torch.cholesky_solve((weight.double() @ projected).T, factor).T

@@ -32,8 +32,13 @@ Factors = dict[Key, tuple[Tensor, Tensor]]
 
 
 def factorise(truncations: Mapping[Key, Truncation], ranks: Mapping[Key, int | None]) -> Factors:
-    """The factors of every matrix that is not dense."""
-    return {key: truncations[key].factors(rank) for key, rank in ranks.items() if rank is not None}
+    """Factors of every matrix that is not dense; float32 unless the weights are float64, as all are held at once."""
+    found: Factors = {}
+    for key, rank in ranks.items():
+        if rank is not None:
+            left, right = truncations[key].factors(rank)
+            found[key] = left.to(truncations[key].left.dtype), right.to(truncations[key].left.dtype)
+    return found
 
 
 @torch.no_grad()

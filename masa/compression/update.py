@@ -45,7 +45,7 @@ def sequential_update(problem: Problem, factors: Factors) -> Factors:
                 continue
             right, weight = factors[key][1], problem.weight(letter, layer)
             gram = hooks.grams[INPUT_OF[letter]]
-            left = refit(weight, right, gram, f"{letter} of layer {layer}", problem.regularisation)
+            left = refit(weight, right, gram, f"{letter} of layer {layer}", problem.regularisation).to(right.dtype)
             refined[key] = left, right
             compressed.get_submodule(paths[letter]).weight.copy_(left @ right)
         stream.run(compressed)
