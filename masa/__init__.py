@@ -9,6 +9,7 @@ from masa.spec import METHODS, ModelShape, SharingSpec
 
 if TYPE_CHECKING:
     from masa.checkpoint import load, save
+    from masa.compression import calibrate, compress
     from masa.sharing import ParameterCount, count_parameters, fold, share
 
 __version__ = "0.1.0"
@@ -18,6 +19,8 @@ __all__ = [
     "ModelShape",
     "ParameterCount",
     "SharingSpec",
+    "calibrate",
+    "compress",
     "count_parameters",
     "fold",
     "load",
@@ -28,6 +31,7 @@ __all__ = [
 # torch is imported when one of these is first used: the workflow reads specs without it
 _LAZY = dict.fromkeys(("share", "fold", "count_parameters", "ParameterCount"), "masa.sharing")
 _LAZY |= {"save": "masa.checkpoint", "load": "masa.checkpoint"}
+_LAZY |= {"calibrate": "masa.compression", "compress": "masa.compression"}
 
 
 def __getattr__(name: str) -> Any:

@@ -15,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from masa.compression import sources as _compressed  # noqa: F401 (registers the kinds that compression solves for)
+from masa.compression.spec import CompressionSpec
 from masa.errors import MasaError
 from masa.projections import SharedProjections, decoder
 from masa.sharing import Sharing, install
@@ -96,7 +98,8 @@ def load(directory: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
         raise MasaError(f"{directory / WEIGHTS} is corrupt or truncated ({error}); fetch or train it again.") from error
     _assign(model, tensors, directory / WEIGHTS)
     if description["dense_attention"] is not None:
-        model.sharing = Sharing(SharingSpec.coerce(description["spec"]), description["dense_attention"])
+        spec = _read_spec(description["spec"], directory / DESCRIPTION)
+        model.sharing = Sharing(spec, description["dense_attention"])
     for parameter in model.parameters() if dtype else ():
         parameter.data = parameter.data.to(dtype)  # not model.to(dtype), which would round RoPE's buffers too
     return model.eval()
@@ -117,6 +120,16 @@ def _unique_tensors(model: nn.Module) -> dict[str, Tensor]:
             seen.add(id(tensor))
             unique[name] = tensor.detach()
     return unique
+
+
+def _read_spec(data: dict[str, Any], path: Path) -> SharingSpec | CompressionSpec:
+    """A compressed model's spec has a reduction, a shared one's has not."""
+    if "reduction" not in data:
+        return SharingSpec.coerce(data)
+    try:
+        return CompressionSpec(**data)
+    except TypeError as error:
+        raise MasaError(f"{path}: {error}.") from error
 
 
 def _read_description(path: Path) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from masa import sources
-from masa.config import fingerprint
 from masa.errors import MasaError, unknown
+from masa.fingerprint import fingerprint
 
 Document = tuple[str, str]
 PAGE = 4000

@@ -14,7 +14,7 @@ from masa import analysis, benchmarks, checkpoint, run
 from masa.errors import MasaError
 from masa.perplexity import held_out_loss
 from masa.sharing import count_parameters, fold
-from masa.text import validation_tokens
+from masa.tokens import validation_tokens
 
 
 def evaluate(

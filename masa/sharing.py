@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from masa.compression.spec import CompressionSpec
 from masa.errors import MasaError
 from masa.projections import SharedLinear, SharedProjections, decoder, family_of, model_shape
 from masa.spec import ATTENTION, METHODS, SharingSpec
@@ -23,9 +24,9 @@ from masa.weight_sources import KINDS
 
 @dataclass(frozen=True)
 class Sharing:
-    """What :func:`share` did, kept as ``model.sharing``: the resolved spec and what the dense attention would hold."""
+    """How a model came to share, kept as ``model.sharing``: its spec and what the dense attention would hold."""
 
-    spec: SharingSpec
+    spec: SharingSpec | CompressionSpec
     dense_attention: int
 
 

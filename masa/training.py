@@ -37,7 +37,7 @@ from masa.progress import Progress
 from masa.projections import SharedProjections
 from masa.sharing import count_parameters
 from masa.sources import sha256_of
-from masa.text import PackedTokens, validation_tokens
+from masa.tokens import PackedTokens, validation_tokens
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 

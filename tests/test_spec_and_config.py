@@ -12,7 +12,7 @@ import yaml
 from conftest import ROOT
 
 import masa
-from masa import config, models
+from masa import config, fingerprint, models
 
 SHAPE = masa.ModelShape(12, 96, 6, 6, dict.fromkeys("qkvo", (96, 96)) | {"u": (384, 96), "d": (96, 384)})
 GROUPED = masa.ModelShape(12, 96, 6, 2, {"q": (96, 96), "k": (32, 96), "v": (32, 96), "o": (96, 96)})
@@ -215,19 +215,23 @@ def test_environment_yml_and_pyproject_agree():
 
 def test_parsing_needs_neither_torch_nor_transformers():
     code = (
-        "import sys; from masa import config, cli; c = config.load(); cli.data_spec(c);"
-        "config.fingerprint('masa.training');"
+        "import sys; from masa import config, cli, fingerprint; c = config.load(); cli.data_spec(c);"
+        "fingerprint.fingerprint('masa.training');"
         "assert not {'torch', 'transformers', 'datasets', 'pandas', 'numpy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_fingerprint_follows_every_form_of_import():
-    assert {"masa.analysis", "masa.benchmarks", "masa.weight_sources", "masa.sources", "masa.run"} <= config._reachable(
-        ["masa.evaluation"]
-    )
-    assert "masa.evaluation" not in config._reachable(["masa.training"])
-    assert "masa.report.metrics" in config._reachable(["masa.report.tables"])
+    assert {
+        "masa.analysis",
+        "masa.benchmarks",
+        "masa.weight_sources",
+        "masa.sources",
+        "masa.run",
+    } <= fingerprint._reachable(["masa.evaluation"])
+    assert "masa.evaluation" not in fingerprint._reachable(["masa.training"])
+    assert "masa.report.metrics" in fingerprint._reachable(["masa.report.tables"])
 
 
 def test_fingerprint_follows_meaning(tmp_path, monkeypatch):
@@ -239,11 +243,11 @@ def test_fingerprint_follows_meaning(tmp_path, monkeypatch):
 
     def now(text):
         source.write_text(text)
-        for cached in (config.fingerprint, config._tree, config._meaning):
+        for cached in (fingerprint.fingerprint, fingerprint._tree, fingerprint._meaning):
             cached.cache_clear()
-        return config.fingerprint("masa.a")
+        return fingerprint.fingerprint("masa.a")
 
-    monkeypatch.setattr(config, "ROOT", tmp_path)
+    monkeypatch.setattr(fingerprint, "ROOT", tmp_path)
     first = now("from masa.b import g\ndef f(x):\n    return g(x)\n")
     assert now('"""Doc."""\nfrom masa.b import g\n\ndef f(x):  # why\n    """Doc."""\n    return g(x)\n') == first
     assert now("from masa.b import g\ndef f(x):\n    return g(x) + 1\n") != first
@@ -256,5 +260,5 @@ def test_fingerprint_follows_meaning(tmp_path, monkeypatch):
     (package / "b.py").write_text("def g(x):\n    return x + 3\n")
     assert now(types_only) == unused
     monkeypatch.undo()
-    for cached in (config.fingerprint, config._tree, config._meaning):
+    for cached in (fingerprint.fingerprint, fingerprint._tree, fingerprint._meaning):
         cached.cache_clear()

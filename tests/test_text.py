@@ -8,6 +8,7 @@ import pytest
 
 import masa
 from masa import config, documents, sources, text
+from masa import tokens as token_files
 
 
 def corpus(path, **more):
@@ -189,7 +190,7 @@ def test_tokens_are_the_documents_in_order_with_end_marks(tokenized):
     stored = np.fromfile(folder / "tokens" / "train-00000.bin", dtype=manifest["dtype"])
     expected = [i for doc in read(data["corpus"]) for i in [*tokenizer(doc)["input_ids"], tokenizer.eos_token_id]]
     assert stored.tolist() == expected[:1000]
-    held_out, record = text.validation_tokens(folder / "tokens")
+    held_out, record = token_files.validation_tokens(folder / "tokens")
     chosen = read(data["corpus"], "validation")[: record["documents"]]
     assert tokenizer.decode(held_out).split("</s>")[:-1] == chosen
     assert record["words"] == sum(len(d.split()) for d in chosen)
@@ -221,13 +222,13 @@ def test_shards_and_resumption_give_the_same_tokens(tokenized, monkeypatch):
     assert [s["tokens"] for s in manifest["train"]["shards"]] == [700] * 4 + [200]
     joined = b"".join(p.read_bytes() for p in sorted((folder / "many").glob("train-*.bin")))
     assert joined == (folder / "one" / "train-00000.bin").read_bytes()
-    blocks = text.PackedTokens(folder / "many", 64, 40, seed=3)
+    blocks = token_files.PackedTokens(folder / "many", 64, 40, seed=3)
     reference = np.frombuffer(joined, manifest["dtype"])
     for i in (0, 7, 39):
         start = int(blocks.order[i]) * 64
         assert blocks[i]["input_ids"].tolist() == reference[start : start + 64].tolist()
     assert len(set(blocks.order.tolist())) == 40
-    assert blocks.order.tolist() == text.PackedTokens(folder / "one", 64, 40, seed=3).order.tolist()
+    assert blocks.order.tolist() == token_files.PackedTokens(folder / "one", 64, 40, seed=3).order.tolist()
 
 
 def test_too_small_a_corpus_and_missing_shards(tokenized):
@@ -237,10 +238,10 @@ def test_too_small_a_corpus_and_missing_shards(tokenized):
     assert not (folder / "tokens" / "manifest.json").exists()
     text.tokenize(data, folder / "tok", None, None, 1000, folder / "tokens")
     with pytest.raises(masa.MasaError, match="holds 15 blocks of 64 tokens, the run needs 16"):
-        text.PackedTokens(folder / "tokens", 64, 16, 0)
+        token_files.PackedTokens(folder / "tokens", 64, 16, 0)
     (folder / "tokens" / "train-00000.bin").write_bytes(b"123")
     with pytest.raises(masa.MasaError, match="has 3 bytes, expected 2000"):
-        text.PackedTokens(folder / "tokens", 64, 2, 0)
+        token_files.PackedTokens(folder / "tokens", 64, 2, 0)
 
 
 def test_pretrained_tokenizer_and_vocabulary_mismatch(tokenized):

@@ -14,6 +14,7 @@ from conftest import ROOT, language_model
 
 import masa
 from masa import config, run, text, training
+from masa import tokens as token_files
 from masa.perplexity import held_out_loss
 
 
@@ -81,7 +82,7 @@ def test_a_run_learns_and_stores_everything(tokens, tmp_path):
     assert provenance["inputs"]["tokens"]
     assert run.read_json(tmp_path / "spec.json")["training"]["steps"] == 60
     model = masa.load(tmp_path / "model")
-    ids, _ = text.validation_tokens(tokens)
+    ids, _ = token_files.validation_tokens(tokens)
     assert held_out_loss(model, ids, 32).mean == pytest.approx(losses[-1], rel=1e-5)
     assert not (tmp_path / "checkpoints").exists()
 

@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(workflow.basedir).parent))
 from masa import cli
 from masa import config as settings
 from masa.errors import MasaError
+from masa.fingerprint import fingerprint
 
 try:
     settings.check(config)
@@ -39,7 +40,7 @@ def as_json(data):
 
 def meaning(*modules):
     """Fingerprint of the code that a rule runs: it changes with what the code does, not with a comment."""
-    return settings.fingerprint(*(f"masa.{module}" for module in modules))
+    return fingerprint(*(f"masa.{module}" for module in modules))
 
 
 def run_spec(wildcards):

@@ -1,0 +1,50 @@
+"""Training-free compression: solve for the weight sources of a model that is trained already.
+
+    calibration = calibrate(model, tokens)                                  # one pass over the data, for all methods
+    model, report = compress(model, "svd-global", calibration, reduction=0.2)
+    masa.save(model, "factored");  masa.fold(model).save_pretrained("plain")
+
+To add a method, subclass :class:`masa.compression.base.Compressor` in a file of its own, decorate it with ``register``
+and import it in :mod:`masa.compression.api`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from masa.compression.spec import CompressionSpec
+
+if TYPE_CHECKING:
+    from masa.compression.api import compress
+    from masa.compression.base import COMPRESSORS, Compressor
+    from masa.compression.calibration import calibrate
+    from masa.compression.report import CompressionReport
+    from masa.compression.run import run_calibrate, run_compress
+    from masa.compression.scoring import perplexity
+    from masa.compression.statistics import Calibration
+
+__all__ = [
+    "COMPRESSORS",
+    "Calibration",
+    "CompressionReport",
+    "CompressionSpec",
+    "Compressor",
+    "calibrate",
+    "compress",
+    "perplexity",
+    "run_calibrate",
+    "run_compress",
+]
+
+# COMPRESSORS comes through api, which imports every method and so fills it
+_LAZY = {"compress": "api", "COMPRESSORS": "api", "Compressor": "base", "calibrate": "calibration"}
+_LAZY |= {"Calibration": "statistics", "CompressionReport": "report", "perplexity": "scoring"}
+_LAZY |= {"run_calibrate": "run", "run_compress": "run"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        from importlib import import_module
+
+        return getattr(import_module(f"masa.compression.{_LAZY[name]}"), name)
+    raise AttributeError(f"module 'masa.compression' has no attribute {name!r}")

@@ -1,0 +1,142 @@
+"""compress(): a dense model in, a factored model and a report out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from masa.compression import basis_sharing, head_sharing, matrix_pca, svd_llm  # noqa: F401 (they register methods)
+from masa.compression.base import COMPRESSORS, Problem, make_compressor  # noqa: F401 (COMPRESSORS is re-exported)
+from masa.compression.calibration import Progress, check_weights
+from masa.compression.report import CompressionReport, peak_rss, reset_peak_rss
+from masa.compression.spec import CompressionSpec
+from masa.compression.statistics import Calibration
+from masa.errors import MasaError
+from masa.projections import SharedProjections, decoder, family_of, model_shape
+from masa.sharing import Sharing, count_parameters, install
+from masa.spec import ATTENTION
+
+TOLERANCE = 0.005
+"""Achieved reductions lie within this above the requested one."""
+
+
+@torch.no_grad()
+def compress(
+    model: nn.Module,
+    method: str | Mapping[str, Any],
+    calibration: Calibration | str | Path | None = None,
+    reduction: float = 0.2,
+    *,
+    tokens: Tensor | None = None,
+    projections: str = ATTENTION,
+    batch_size: int = 4,
+    progress: Progress = lambda what, done, of: None,
+    **options: Any,
+) -> tuple[nn.Module, CompressionReport]:
+    """Compress a trained model in place: its projections then read from shared sources of fewer numbers.
+
+    The result is what :func:`masa.share` returns, already solved for: :func:`masa.save` and :func:`masa.load` keep it
+    factored, :func:`masa.fold` writes a plain model, :func:`masa.count_parameters` counts it, and it can be trained on.
+
+    Args:
+        model: a dense Llama- or Starcoder2-like causal LM. Only its projections change, unless the method says
+            ``changes_model`` (post-share).
+        method: a key of :data:`masa.compression.COMPRESSORS`, or a mapping of "method" and its hyperparameters.
+        calibration: statistics of this very model (checked by hash), or their directory; methods blind to data take
+            None.
+        reduction: fraction of the numbers in ``projections`` to save, in (0, 1), everything stored counted. Never
+            missed; exceeded by at most 0.5 point unless the method's granularity is coarser (``report.on_target``).
+        tokens: the calibration's (N, T) ids, for methods that run the model again.
+        projections: letters that are compressed.
+        batch_size: samples at once, where the model runs.
+        progress: called with (what, done, of).
+        **options: hyperparameters of the method.
+
+    Returns:
+        (model, report).
+
+    Raises:
+        MasaError: unknown method or option; no, foreign or unfit statistics; NaN or infinity in a weight; an
+            unsupported architecture; tied projections; a reduction out of reach (the message says what is in reach).
+    """
+    if isinstance(method, Mapping):
+        options = {k: v for k, v in method.items() if k != "method"} | options
+        method = str(method.get("method"))
+    compressor = make_compressor(method, **options)
+    if isinstance(reduction, bool) or not isinstance(reduction, int | float) or not 0 < reduction < 1:
+        raise MasaError(f"reduction is a fraction between 0 and 1 (0.2 saves 20 %), got {reduction!r}.")
+    if getattr(model, "sharing", None) is not None:
+        raise MasaError(f"This model shares weights already ({model.sharing.spec.method}); fold it first.")
+    shape = model_shape(model, family_of(model))
+    _check_projections(model, projections)
+    if compressor.needs_calibration or compressor.needs_tokens:
+        if calibration is None:
+            raise MasaError(f"{method!r} needs calibration statistics: pass what masa.compression.calibrate returned.")
+        if compressor.needs_tokens and tokens is None:
+            raise MasaError(f"{method!r} runs the model again: pass the calibration's tokens as tokens=.")
+    if isinstance(calibration, str | Path):
+        calibration = Calibration.load(calibration)
+    if calibration is not None:
+        calibration.check(model, tokens if compressor.needs_tokens else None)
+    problem = Problem(model, shape, projections, 0, calibration, tokens, batch_size, progress)
+    problem.budget = int((1 - reduction) * problem.dense)
+    before, dense_attention = count_parameters(model), problem.shape.num_layers * sum(map(problem.numbers, ATTENTION))
+
+    reset_peak_rss()
+    started = time.perf_counter()
+    sources = compressor.fit(problem)
+    install(model, SharedProjections(sources))
+    seconds, peak = time.perf_counter() - started, peak_rss()
+
+    spec = CompressionSpec(method, float(reduction), projections, compressor.get_params())
+    model.sharing = Sharing(spec, dense_attention)
+    model.eval()
+    after = count_parameters(model)
+    stored = sum(source.stored_numbers() for source in sources)
+    achieved = 1 - stored / problem.dense
+    assert stored <= problem.budget, f"{method} stored {stored} numbers for a budget of {problem.budget}"
+    report = CompressionReport(
+        method=method,
+        options=compressor.get_params(),
+        projections=projections,
+        reduction_requested=float(reduction),
+        reduction_achieved=achieved,
+        attention_reduction=after.attention_reduction,
+        model_reduction=1 - after.total / before.total,
+        parameters_before=before.total,
+        parameters_after=after.total,
+        stored=stored,
+        dense=problem.dense,
+        on_target=achieved <= reduction + TOLERANCE,
+        seconds=round(seconds, 3),
+        peak_rss_bytes=peak,
+        regularisation=problem.regularisation,
+        calibration=None
+        if calibration is None
+        else {k: getattr(calibration, k) for k in ("samples", "length", "tokens_sha256", "model_sha256")},
+        learned=compressor.learned(),
+    )
+    return model, report
+
+
+def _check_projections(model: nn.Module, projections: str) -> None:
+    """Every letter once and present; no NaN; every matrix a tensor of its own."""
+    paths = dict(family_of(model).paths)
+    if not projections or len(set(projections)) != len(projections) or set(projections) - set(paths):
+        raise MasaError(f"projections must be distinct letters of {', '.join(paths)}, got {projections!r}.")
+    seen: dict[int, str] = {}
+    for layer, block in enumerate(decoder(model).layers):
+        check_weights(block, {p: paths[p] for p in projections}, layer)
+        for letter in projections:
+            weight, name = block.get_submodule(paths[letter]).weight, f"{letter} of layer {layer}"
+            if weight.data_ptr() in seen:
+                raise MasaError(
+                    f"{name} and {seen[weight.data_ptr()]} are one tensor: this model ties its projections, and its "
+                    "dense size cannot be told. Untie them first."
+                )
+            seen[weight.data_ptr()] = name

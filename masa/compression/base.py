@@ -1,0 +1,133 @@
+"""The interface of a compression method, and what it is given.
+
+A method is a class with its hyperparameters in ``__init__`` and one method ``fit(problem)`` that returns weight
+sources; what it learned on the way is kept in attributes with a trailing underscore, as in scikit-learn.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from masa.compression.calibration import Progress
+from masa.compression.statistics import Calibration
+from masa.errors import MasaError, unknown
+from masa.projections import decoder, family_of
+from masa.spec import ModelShape
+from masa.weight_sources import WeightSource
+
+COMPRESSORS: dict[str, type[Compressor]] = {}
+
+
+def register(name: str) -> Callable[[type[Compressor]], type[Compressor]]:
+    """Class decorator: make a :class:`Compressor` available to :func:`masa.compression.compress` as ``name``."""
+
+    def add(cls: type[Compressor]) -> type[Compressor]:
+        cls.name = name
+        COMPRESSORS[name] = cls
+        return cls
+
+    return add
+
+
+@dataclass
+class Problem:
+    """One model to be compressed.
+
+    Attributes:
+        model: dense; a method whose ``changes_model`` is true may train it, no other may touch it.
+        shape: its sizes.
+        projections: letters that are compressed.
+        budget: numbers that the sources may store, everything counted.
+        calibration: statistics, or None for methods that read none.
+        tokens: (N, T) ids of the calibration, or None; only for methods whose ``needs_tokens`` is true.
+        batch_size: samples at once, where the model runs.
+        progress: called with (what, done, of).
+        regularisation: relative jitter by matrix, filled where one was needed.
+    """
+
+    model: nn.Module
+    shape: ModelShape
+    projections: str
+    budget: int
+    calibration: Calibration | None = None
+    tokens: Tensor | None = None
+    batch_size: int = 4
+    progress: Progress = lambda what, done, of: None
+    regularisation: dict[str, float] = field(default_factory=dict)
+
+    def weight(self, letter: str, layer: int) -> Tensor:
+        """W (out, in) of one projection as the model stores it."""
+        block = decoder(self.model).layers[layer]
+        return block.get_submodule(family_of(self.model).paths[letter]).weight.detach()
+
+    def gram(self, letter: str, layer: int) -> Tensor:
+        """H = X^T X (in, in), float64, of the input of one projection."""
+        assert self.calibration is not None
+        return self.calibration.gram(letter, layer).to(self.weight(letter, layer).device)
+
+    @property
+    def layers(self) -> range:
+        return range(self.shape.num_layers)
+
+    @property
+    def dense(self) -> int:
+        """Numbers of the dense matrices."""
+        return sum(self.numbers(p) for p in self.projections) * self.shape.num_layers
+
+    def numbers(self, letter: str) -> int:
+        """out * in of one matrix."""
+        out, inp = self.shape.shapes[letter]
+        return out * inp
+
+
+class Compressor:
+    """Base of all methods; see :data:`COMPRESSORS`."""
+
+    name: ClassVar[str]
+    needs_calibration: ClassVar[bool] = True
+    needs_tokens: ClassVar[bool] = False
+    changes_model: ClassVar[bool] = False
+
+    def fit(self, problem: Problem) -> list[WeightSource]:
+        """Solve for sources that store at most ``problem.budget`` numbers.
+
+        Raises:
+            MasaError: the budget cannot be met; the message gives the reachable reduction.
+        """
+        raise NotImplementedError
+
+    def get_params(self) -> dict[str, Any]:
+        """The arguments of ``__init__`` with their values."""
+        return {
+            name: getattr(self, name) for name in inspect.signature(type(self).__init__).parameters if name != "self"
+        }
+
+    def learned(self) -> dict[str, Any]:
+        """What :meth:`fit` found: every attribute that ends in an underscore."""
+        return {k.rstrip("_"): v for k, v in vars(self).items() if k.endswith("_") and not k.startswith("_")}
+
+
+def make_compressor(method: str, **options: Any) -> Compressor:
+    """Build a method from its name and hyperparameters, refusing what it does not know."""
+    if method not in COMPRESSORS:
+        raise unknown("Compression method", method, COMPRESSORS)
+    cls = COMPRESSORS[method]
+    names = [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
+    for key in options:
+        if key not in names:
+            raise unknown(f"Option of {method!r}:", key, names)
+    return cls(**options)
+
+
+def unreachable(problem: Problem, least: int, what: str) -> MasaError:
+    """The error for a budget below the ``least`` numbers that a method stores."""
+    most = max(0.0, 1 - least / problem.dense)
+    return MasaError(
+        f"A reduction of {1 - problem.budget / problem.dense:.2%} leaves {problem.budget} numbers, but {what} "
+        f"{least}: reachable are 0 to {most:.2%}. Ask for less or change the options."
+    )

@@ -1,0 +1,119 @@
+"""Perplexity of whole documents, over tokens and over words, in stated windows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from masa.errors import MasaError
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """``exp`` of the negative log-likelihood per token and per word.
+
+    Attributes:
+        token_perplexity: depends on the tokenizer.
+        word_perplexity: over ``str.split()`` words, as lm-eval's ``word_perplexity``; comparable between tokenizers.
+        nll: summed negative log-likelihood, in nats.
+        tokens, words, documents: scored.
+        window, stride: tokens of a window, and how far it moves; ``stride == window`` means no overlap.
+    """
+
+    token_perplexity: float
+    word_perplexity: float
+    nll: float
+    tokens: int
+    words: int
+    documents: int
+    window: int
+    stride: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@torch.no_grad()
+def perplexity(
+    model: nn.Module,
+    tokenizer: Any,
+    documents: Sequence[str],
+    *,
+    window: int = 512,
+    stride: int | None = None,
+    batch_size: int = 4,
+    progress: Callable[[str, int, int], None] = lambda what, done, of: None,
+) -> Perplexity:
+    """Score every token of every document exactly once.
+
+    A document is preceded by the tokenizer's start token (the end token where it has none), so that its first token is
+    predicted too. It is cut into windows of ``window`` tokens that begin ``stride`` apart; where windows overlap, a
+    token is scored in the first that holds it, so from the second window on every scored token has at least
+    ``window - stride`` tokens of context.
+
+    Args:
+        model: a causal LM.
+        tokenizer: its tokenizer.
+        documents: texts.
+        window: at most the model's ``max_position_embeddings``.
+        stride: 1 .. window; by default ``window``, no overlap.
+        batch_size: windows that run at once.
+        progress: called with ("scoring", done, of).
+
+    Raises:
+        MasaError: no documents, a window or stride that does not fit, or a model that yields NaN.
+    """
+    if isinstance(documents, str) or not any(document.split() for document in documents):
+        raise MasaError("perplexity needs a list of documents with at least one word.")
+    stride = window if stride is None else stride
+    limit = getattr(model.config, "max_position_embeddings", window)
+    if not 1 <= stride <= window <= limit:
+        raise MasaError(f"Need 1 <= stride <= window <= {limit}, got stride = {stride}, window = {window}.")
+    prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if prefix is None:
+        raise MasaError("The tokenizer has neither a start nor an end token to predict the first token from.")
+    windows: list[tuple[Tensor, Tensor]] = []
+    for document in documents:
+        ids = tokenizer(document, add_special_tokens=False)["input_ids"]
+        windows += _windows([prefix, *ids], window, stride)
+    device, total = model.get_input_embeddings().weight.device, 0.0
+    order = sorted(range(len(windows)), key=lambda i: -len(windows[i][0]))  # equal lengths together
+    for start in range(0, len(order), batch_size):
+        progress("scoring", start, len(order))
+        batch = [windows[i] for i in order[start : start + batch_size]]
+        inputs = nn.utils.rnn.pad_sequence([w[0] for w in batch], batch_first=True).to(device)
+        targets = nn.utils.rnn.pad_sequence([w[1] for w in batch], batch_first=True, padding_value=-100).to(device)
+        logits = model(input_ids=inputs, use_cache=False).logits  # padding comes last: causal attention ignores it
+        total += float(nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum"))
+    tokens = sum(int((target != -100).sum()) for _, target in windows)
+    words = sum(len(document.split()) for document in documents)
+    if not math.isfinite(total):
+        raise MasaError("The model's likelihood is not finite; its weights or the documents are broken.")
+    return Perplexity(
+        token_perplexity=math.exp(total / tokens),
+        word_perplexity=math.exp(total / words),
+        nll=total,
+        tokens=tokens,
+        words=words,
+        documents=len(documents),
+        window=window,
+        stride=stride,
+    )
+
+
+def _windows(ids: list[int], window: int, stride: int) -> list[tuple[Tensor, Tensor]]:
+    """(inputs, targets) of each window; -100 marks targets that an earlier window scores."""
+    inputs, targets = torch.tensor(ids[:-1]), torch.tensor(ids[1:])
+    found, scored, start = [], 0, 0
+    while scored < len(targets):
+        end = min(start + window, len(targets))
+        target = targets[start:end].clone()
+        target[: scored - start] = -100
+        found.append((inputs[start:end], target))
+        scored, start = end, start + stride
+    return found

@@ -1,0 +1,179 @@
+"""Pretrained causal LMs from a Hugging Face folder, a hub id or a GGUF file, with memory-mapped weights.
+
+A GGUF file is dequantised once and kept as a plain safetensors folder; from then on it is a model like any other.
+Remote code is never run.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from masa.errors import MasaError
+from masa.projections import family_of
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+def load_pretrained(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype | None = None,
+    cache: str | Path | None = None,
+) -> tuple[nn.Module, Any]:
+    """Load a pretrained causal LM and its tokenizer, in ``eval()`` mode.
+
+    Args:
+        name: a folder in Hugging Face's layout, a ``.gguf`` file, or a hub id such as "meta-llama/Llama-3.2-1B".
+        revision: branch, tag or commit of a hub id.
+        dtype: convert to this. By default the stored dtype, and then every weight is a view of the safetensors file:
+            the operating system reads a page when it is first needed and may drop it again, so that a model larger
+            than the memory can be calibrated block by block.
+        cache: where the safetensors folder made of a GGUF file is kept; by default beside the file.
+
+    Returns:
+        (model, tokenizer); the tokenizer is None where the folder holds none.
+
+    Raises:
+        MasaError: nothing there, a broken file, a missing weight, or an architecture that masa does not know.
+    """
+    path = Path(name)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise MasaError(f"GGUF file {path} does not exist.")
+        folder = Path(cache) if cache else path.with_suffix("")
+        if not (folder / SINGLE).is_file():
+            convert_gguf(path, folder)
+        path = folder
+    elif not path.is_dir():
+        path = _download(str(name), revision)
+    elif revision is not None:
+        raise MasaError(f"revision = {revision!r} belongs to a hub id, but {path} is a local folder. Remove it.")
+    return _load_folder(path, dtype), _load_tokenizer(path)
+
+
+def convert_gguf(file: str | Path, folder: str | Path) -> Path:
+    """Dequantise a GGUF file once into a float32 safetensors folder with its tokenizer.
+
+    Args:
+        file: the ``.gguf`` file.
+        folder: written whole or not at all.
+
+    Returns:
+        ``folder``.
+
+    Raises:
+        MasaError: the file is missing or transformers cannot read it.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    file, folder = Path(file), Path(folder)
+    if not file.is_file():
+        raise MasaError(f"GGUF file {file} does not exist.")
+    where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name, "trust_remote_code": False}
+    try:
+        read = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+    except Exception as error:  # a broken file may fail anywhere in the reader
+        raise MasaError(f"{file} cannot be read as a GGUF model: {error}") from error
+    config = read.config
+    if hasattr(config, "quantization_config"):  # it is float32 now, and save_pretrained would refuse
+        del config.quantization_config
+    model = type(read)(config)
+    model.load_state_dict(read.state_dict())
+    model.tie_weights()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.replace(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def save_plain(model: nn.Module, directory: str | Path, tokenizer: Any = None) -> Path:
+    """Fold and write a folder that plain ``transformers`` loads, with the tokenizer if given."""
+    from masa.sharing import fold
+
+    fold(model).save_pretrained(directory)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+    return Path(directory)
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        patterns = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt"]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise MasaError(
+            f"{name!r} is neither a local folder nor a model that the hub gave ({type(error).__name__}: {error}). "
+            "Check the spelling, your access to gated models, or pass a local folder."
+        ) from error
+
+
+def _load_folder(folder: Path, dtype: torch.dtype | None) -> nn.Module:
+    from accelerate import init_empty_weights
+    from safetensors import SafetensorError, safe_open
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if not (folder / "config.json").is_file():
+        raise MasaError(f"{folder} has no config.json: a model folder has config.json and safetensors weights.")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise MasaError(f"{folder / 'config.json'} does not describe a causal LM of transformers: {error}") from error
+    family_of(model)
+    tensors: dict[str, torch.Tensor] = {}
+    for file in _weight_files(folder):
+        try:
+            with safe_open(file, framework="pt") as opened:
+                tensors |= {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (not a mapping)
+        except (SafetensorError, OSError) as error:
+            raise MasaError(f"{file} is corrupt or truncated ({error}); fetch it again.") from error
+    wanted = model.state_dict()
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    if missing := sorted(set(wanted) - set(tensors) - tied):
+        raise MasaError(f"{folder} lacks weights that its config.json needs: {missing[:3]} ({len(missing)} in all).")
+    for key in set(tensors) & set(wanted):
+        if tensors[key].shape != wanted[key].shape:
+            found, expected = tuple(tensors[key].shape), tuple(wanted[key].shape)
+            raise MasaError(f"{folder}: {key} has shape {found}, but config.json says {expected}.")
+    model.load_state_dict({k: v for k, v in tensors.items() if k in wanted}, strict=False, assign=True)
+    model.tie_weights()
+    return (model.to(dtype) if dtype else model).eval()
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if (folder / INDEX).is_file():
+        names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        if absent := [name for name in names if not (folder / name).is_file()]:
+            raise MasaError(f"{folder} lacks the shards {', '.join(absent)} that {INDEX} names.")
+        return [folder / name for name in names]
+    raise MasaError(f"{folder} has neither {SINGLE} nor {INDEX}; only safetensors weights are read, never pickles.")
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
+        return None
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

@@ -1,0 +1,72 @@
+"""Read token directories (made by :mod:`masa.text`): packed training blocks and held-out tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from masa.errors import MasaError
+
+
+class PackedTokens:
+    """Blocks of ``context`` tokens from a token directory, in a random order that depends on the seed alone.
+
+    Works as a map-style data set for Hugging Face's Trainer: item i is ``{"input_ids", "labels"}`` of length
+    ``context``.
+
+    Raises:
+        MasaError: a shard is missing or has the wrong size, or there are fewer blocks than asked for.
+    """
+
+    def __init__(self, directory: Path, context: int, blocks: int, seed: int) -> None:
+        self.context = context
+        manifest = json.loads((directory / "manifest.json").read_text())
+        dtype = np.dtype(manifest["dtype"])
+        self.shards = [_open_shard(directory, record, dtype) for record in manifest["train"]["shards"]]
+        self.starts = np.cumsum([0] + [len(s) for s in self.shards])
+        available = int(self.starts[-1]) // context
+        if blocks > available:
+            raise MasaError(f"{directory} holds {available:,} blocks of {context} tokens, the run needs {blocks:,}.")
+        self.order = np.random.default_rng(seed).permutation(available)[:blocks]
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        import torch
+
+        start = int(self.order[index]) * self.context
+        block = torch.from_numpy(self._read(start, start + self.context).astype(np.int64))
+        return {"input_ids": block, "labels": block}
+
+    def _read(self, start: int, stop: int) -> np.ndarray:
+        shard = int(np.searchsorted(self.starts, start, side="right")) - 1
+        parts = []
+        while start < stop:
+            offset = start - int(self.starts[shard])
+            parts.append(self.shards[shard][offset : offset + stop - start])
+            start, shard = start + len(parts[-1]), shard + 1
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def validation_tokens(directory: Path) -> tuple[np.ndarray, dict[str, Any]]:
+    """The held-out tokens and their record (documents, words, bytes) in the manifest."""
+    manifest = json.loads((directory / "manifest.json").read_text())
+    record = manifest["validation"]
+    return np.array(_open_shard(directory, record, np.dtype(manifest["dtype"])), np.int64), record
+
+
+def _open_shard(directory: Path, record: Mapping[str, Any], dtype: np.dtype) -> np.ndarray:
+    path = directory / record["name"]
+    expected = record["tokens"] * dtype.itemsize
+    actual = path.stat().st_size if path.is_file() else -1
+    if actual != expected:
+        raise MasaError(
+            f"{path} {'is missing' if actual < 0 else f'has {actual} bytes'}, expected {expected}; delete "
+            f"{directory / 'manifest.json'} and run again to tokenize anew."
+        )
+    return np.memmap(path, dtype=dtype, mode="r")

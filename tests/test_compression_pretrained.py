@@ -1,0 +1,206 @@
+"""Pretrained folders, the bodies of the command line's verbs, and perplexity."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from compression_models import VOCABULARY, tiny_llama, tokens
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import masa
+from masa.compression import perplexity, run_calibrate, run_compress
+from masa.compression.run import draw_tokens, read_documents
+from masa.errors import MasaError
+from masa.pretrained import convert_gguf, load_pretrained
+
+WORDS = [f"w{i}" for i in range(VOCABULARY - 3)]
+TEXT = [" ".join(WORDS[(7 * i * i + j) % len(WORDS)] for i in range(60)) for j in range(12)]
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {word: i + 3 for i, word in enumerate(WORDS)}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A pretrained model with its tokenizer, as a Hugging Face folder."""
+    tiny_llama().save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_a_folder_is_loaded_as_transformers_does(folder):
+    ours, tok = load_pretrained(folder)
+    theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        assert torch.equal(ours(tokens()).logits, theirs(tokens()).logits)
+    assert ours.lm_head.weight is ours.model.embed_tokens.weight
+    assert tok("w0 w1")["input_ids"] == [3, 4]
+    assert {p.dtype for p in load_pretrained(folder, dtype=torch.bfloat16)[0].parameters()} == {torch.bfloat16}
+
+
+def test_sharded_and_untied_folders_are_loaded(tmp_path):
+    model = tiny_llama(tie_word_embeddings=False)
+    model.save_pretrained(tmp_path, max_shard_size="50KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    loaded, tok = load_pretrained(tmp_path)
+    assert tok is None
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+    next(tmp_path.glob("model-00002*")).unlink()
+    with pytest.raises(MasaError, match="lacks the shards model-00002"):
+        load_pretrained(tmp_path)
+
+
+def test_weights_are_mapped_and_the_file_is_never_written(folder):
+    before = (folder / "model.safetensors").read_bytes()
+    loaded, _ = load_pretrained(folder)
+    with torch.no_grad():
+        loaded.model.norm.weight.add_(1)
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_broken_folders_are_named(folder, tmp_path):
+    with pytest.raises(MasaError, match="local folder"):
+        load_pretrained(folder, revision="main")
+    with pytest.raises(MasaError, match=r"no config\.json"):
+        load_pretrained(tmp_path)
+    with pytest.raises(MasaError, match=r"GGUF file .* does not exist"):
+        load_pretrained(tmp_path / "nothing.gguf")
+    config = json.loads((folder / "config.json").read_text())
+    for change, message in (
+        ({"num_hidden_layers": 7}, "lacks weights"),
+        ({"vocab_size": 97}, "has shape"),
+        ({"model_type": "nonsense"}, "does not describe"),
+    ):
+        (folder / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(MasaError, match=message):
+            load_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").write_bytes(b"short")
+    with pytest.raises(MasaError, match="corrupt"):
+        load_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(MasaError, match="never pickles"):
+        load_pretrained(folder)
+
+
+def test_a_broken_gguf_file_leaves_nothing_behind(tmp_path):
+    file = tmp_path / "broken.gguf"
+    file.write_bytes(b"GGUF but not really")
+    with pytest.raises(MasaError, match="cannot be read as a GGUF"):
+        convert_gguf(file, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["broken.gguf"]
+
+
+def test_calibrate_and_compress_from_plain_arguments(folder, tmp_path):
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"page": document}) + "\n" for document in TEXT))
+    made = run_calibrate(str(folder), tmp_path / "statistics", text, samples=6, length=20, quiet=True)
+    assert made["samples"] == 6 and made["tokens_per_second"] > 0 and made["peak_rss_bytes"] > 2**20
+    summary = run_compress(
+        str(folder),
+        tmp_path / "out",
+        "svd-llm-update",
+        0.2,
+        tmp_path / "statistics",
+        evaluate=text,
+        window=32,
+        quiet=True,
+    )
+    assert summary["calibration"]["tokens_sha256"] == made["tokens_sha256"]
+    assert summary["parameters_before"] - summary["parameters_after"] == summary["dense"] - summary["stored"]
+    assert json.loads((tmp_path / "out" / "compression.json").read_text()) == summary
+    # what was reported holds for the model read back from the disk
+    again = perplexity(masa.load(tmp_path / "out"), tokenizer(), TEXT, window=32)
+    assert again.token_perplexity == pytest.approx(summary["perplexity_after"]["token_perplexity"], rel=1e-5)
+    assert summary["perplexity_before"]["token_perplexity"] != summary["perplexity_after"]["token_perplexity"]
+    run_compress(str(folder), tmp_path / "plain", "svd", 0.2, options={"ranks": "global"}, plain=True, quiet=True)
+    assert not (tmp_path / "plain" / "masa.json").exists()
+    with pytest.raises(MasaError, match="choose another"):
+        run_compress(str(folder), folder, "svd", 0.2, quiet=True)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+
+
+def test_bad_texts_are_refused(folder, tmp_path):
+    with pytest.raises(MasaError, match="needs 800"):
+        draw_tokens(tokenizer(), TEXT, 8, 100, 0)
+    with pytest.raises(MasaError, match="does not exist"):
+        read_documents(tmp_path / "none.txt")
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"words": "b"}\n')
+    with pytest.raises(MasaError, match="line 2"):
+        read_documents(tmp_path / "bad.jsonl")
+    with pytest.raises(MasaError, match="float32"):
+        run_calibrate(str(folder), tmp_path / "s", TEXT, samples=2, length=8, dtype="flaot32", quiet=True)
+
+
+def test_drawn_windows_do_not_overlap_and_depend_on_the_seed():
+    drawn = draw_tokens(tokenizer(), TEXT, 10, 20, 0)
+    assert drawn.shape == (10, 20)
+    assert torch.equal(drawn, draw_tokens(tokenizer(), TEXT, 10, 20, 0))
+    assert not torch.equal(drawn, draw_tokens(tokenizer(), TEXT, 10, 20, 1))
+
+
+def by_hand(model, document: str, window: int, stride: int) -> float:
+    """Negative log-likelihood of one document, token by token."""
+    ids = [1, *tokenizer()(document)["input_ids"]]
+    total = 0.0
+    for position in range(1, len(ids)):
+        target = position - 1  # index among the predicted tokens
+        start = 0 if target < window else stride * math.ceil((target + 1 - window) / stride)
+        context = torch.tensor([ids[start:position]])
+        with torch.no_grad():
+            logp = model(context).logits[0, -1].log_softmax(-1)
+        total -= float(logp[ids[position]])
+    return total
+
+
+@pytest.mark.parametrize(("window", "stride"), [(64, None), (16, None), (16, 8), (16, 5)])
+def test_perplexity_agrees_with_scoring_token_by_token(window, stride):
+    model, documents = tiny_llama(), [TEXT[0], TEXT[1][:100], "w5"]
+    found = perplexity(model, tokenizer(), documents, window=window, stride=stride, batch_size=3)
+    exact = sum(by_hand(model, document, window, stride or window) for document in documents)
+    assert found.nll == pytest.approx(exact, rel=1e-4)
+    assert found.tokens == found.words == sum(len(document.split()) for document in documents)
+    assert found.token_perplexity == pytest.approx(math.exp(exact / found.tokens), rel=1e-4)
+
+
+def test_perplexity_refuses_what_it_cannot_score():
+    with pytest.raises(MasaError, match="stride <= window"):
+        perplexity(tiny_llama(), tokenizer(), TEXT, window=16, stride=17)
+    with pytest.raises(MasaError, match="window <= 64"):
+        perplexity(tiny_llama(), tokenizer(), TEXT, window=65)
+    with pytest.raises(MasaError, match="list of documents"):
+        perplexity(tiny_llama(), tokenizer(), "text")
+    with pytest.raises(MasaError, match="one word"):
+        perplexity(tiny_llama(), tokenizer(), ["", " "])
+    broken = tiny_llama()
+    broken.model.norm.weight.data.fill_(float("nan"))
+    with pytest.raises(MasaError, match="not finite"):
+        perplexity(broken, tokenizer(), TEXT, window=64)
+
+
+@pytest.mark.mirror
+def test_wikitext_pages_are_read_from_the_mirror():
+    root = os.environ.get("MASA_MIRROR")
+    if not root:
+        pytest.skip("MASA_MIRROR is not set")
+    pages = read_documents(Path(root) / "lm_eval/wikitext/wikitext-2-raw-v1/test.jsonl")
+    assert len(pages) == 62 and "Robert Boulter" in pages[0]
+
+
+def test_a_folder_left_half_written_is_replaced(folder, tmp_path):
+    """Saving again over an old factored checkpoint leaves the new one whole."""
+    run_compress(str(folder), tmp_path / "out", "svd", 0.2, quiet=True)
+    run_compress(str(folder), tmp_path / "out", "direct-share", 0.3, quiet=True)
+    assert masa.load(tmp_path / "out").sharing.spec.method == "direct-share"
+    shutil.rmtree(tmp_path / "out")
