@@ -163,6 +163,36 @@ def _parser() -> Parser:
     v.add_argument("--out", required=True, metavar="DIR")
 
     v = verb(
+        "calibrate",
+        _calibrate,
+        "collect the statistics that compression needs",
+        "masa calibrate MODEL --text documents.jsonl --out statistics",
+    )
+    v.add_argument("model", metavar="MODEL", help="folder, GGUF file, or ORG/NAME on the hub with --revision")
+    v.add_argument("--text", required=True, metavar="FILE", help="plain text, or JSON lines with text, content or page")
+    v.add_argument("--samples", type=int, default=64, help="sequences (default 64; the paper's size is 256)")
+    v.add_argument("--length", type=int, default=512, help="tokens a sequence (default 512; the paper's size is 2048)")
+    v.add_argument("--gradient-samples", type=int, default=0, help="sequences for the *-fisher methods (default 0)")
+    v.add_argument("--seed", type=int, default=0)
+    v.add_argument("--revision", metavar="COMMIT", help="of a model on the hub")
+    v.add_argument("--out", required=True, metavar="DIR")
+
+    v = verb(
+        "compress",
+        _compress,
+        "compress a pretrained Llama-like model without training",
+        "masa compress MODEL --method svd-global --reduction 0.2 --calibration statistics --out smaller",
+    )
+    v.add_argument("model", metavar="MODEL", help="folder, GGUF file, or ORG/NAME on the hub with --revision")
+    v.add_argument("--method", default="svd-global", help="a key of masa.compression.COMPRESSORS (default svd-global)")
+    v.add_argument("--reduction", type=float, default=0.2, help="fraction of attention to save (default 0.2)")
+    v.add_argument("--calibration", metavar="DIR", help="what `masa calibrate` wrote")
+    v.add_argument("--plain", action="store_true", help="write an ordinary Hugging Face folder instead of factors")
+    v.add_argument("--evaluate", metavar="FILE", help="documents for the perplexity before and after")
+    v.add_argument("--revision", metavar="COMMIT", help="of a model on the hub")
+    v.add_argument("--out", required=True, metavar="DIR")
+
+    v = verb(
         "config", _config, "check the configuration and list its runs", "masa config --configfile config/paper.yaml"
     )
     v.add_argument("--describe", action="store_true", help="print every key with type, default and effect")
@@ -182,13 +212,17 @@ def _spec(given: argparse.Namespace, default: Callable[[config.Config], Any]) ->
 
 
 def data_spec(c: config.Config) -> dict[str, Any]:
-    """What the tokenizer and tokens depend on."""
-    return {"data": {k: c["data"][k] for k in ("corpus", "tokenizer")}, "cache": c["cache"], "mirror": config.mirror(c)}
+    """What the tokenizer and tokens depend on; the mirror only where a source may be read from it."""
+    data = {k: c["data"][k] for k in ("corpus", "tokenizer")}
+    sources = (data["corpus"]["source"], data["corpus"].get("validation_source") or "", data["tokenizer"]["source"])
+    mirrored = any(source.startswith(("hub:", "mirror:")) for source in sources)
+    return {"data": data, "cache": c["cache"], "mirror": config.mirror(c) if mirrored else None}
 
 
 def benchmarks_spec(c: config.Config) -> dict[str, Any]:
     """What the benchmark data depends on."""
-    return {k: c["evaluation"][k] for k in ("tasks", "sources")} | {"cache": c["cache"], "mirror": config.mirror(c)}
+    spec = {k: c["evaluation"][k] for k in ("tasks", "sources")}
+    return spec | {"cache": c["cache"], "mirror": config.mirror(c) if "mirror" in spec["sources"] else None}
 
 
 def throughput_spec(c: config.Config, scale: str) -> dict[str, Any]:
@@ -300,6 +334,39 @@ def _figure(given: argparse.Namespace) -> None:
     spec = _spec(given, lambda c: config.artefact_spec(c, "figures", given.name))
     results = Path(given.results or config.load(given.configfile)["results"])
     figures.write(spec, results, Path(given.out))
+
+
+def _calibrate(given: argparse.Namespace) -> None:
+    from masa.compression import run_calibrate
+
+    summary = run_calibrate(
+        given.model,
+        given.out,
+        given.text,
+        samples=given.samples,
+        length=given.length,
+        seed=given.seed,
+        revision=given.revision,
+        gradient_samples=given.gradient_samples,
+    )
+    print(json.dumps(summary, indent=1, default=str))
+
+
+def _compress(given: argparse.Namespace) -> None:
+    from masa.compression import run_compress
+
+    summary = run_compress(
+        given.model,
+        given.out,
+        given.method,
+        given.reduction,
+        given.calibration,
+        revision=given.revision,
+        plain=given.plain,
+        evaluate=given.evaluate,
+    )
+    shown = {k: v for k, v in summary.items() if k != "learned"}  # the whole of it is in compression.json
+    print(json.dumps(shown, indent=1, default=str))
 
 
 def _config(given: argparse.Namespace) -> None:

@@ -21,6 +21,8 @@ VERBS = (
     "table",
     "figure",
     "config",
+    "calibrate",
+    "compress",
 )
 
 

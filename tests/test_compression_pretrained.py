@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import masa
+from masa import cli, count_parameters, load
 from masa.compression import perplexity, run_calibrate, run_compress
 from masa.compression.run import draw_tokens, read_documents
 from masa.errors import MasaError
@@ -131,6 +132,21 @@ def test_calibrate_and_compress_from_plain_arguments(folder, tmp_path):
     AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
 
 
+def test_the_command_line_calibrates_and_compresses(folder, tmp_path, capsys):
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": document}) + "\n" for document in TEXT))
+    calls = (
+        ["calibrate", folder, "--text", text, "--samples", "4", "--length", "16", "--out", tmp_path / "statistics"],
+        ["compress", folder, "--calibration", tmp_path / "statistics", "--out", tmp_path / "smaller"],
+    )
+    for call in calls:
+        assert cli.main([str(argument) for argument in call]) == 0, capsys.readouterr().err
+    assert count_parameters(load(tmp_path / "smaller")).attention_reduction >= 0.2
+    wrong = [str(argument) for argument in calls[1]] + ["--method", "svd-globl"]
+    assert cli.main(wrong) == 2
+    assert "Did you mean 'svd-global'" in capsys.readouterr().err
+
+
 def test_bad_texts_are_refused(folder, tmp_path):
     with pytest.raises(MasaError, match="needs 800"):
         draw_tokens(tokenizer(), TEXT, 8, 100, 0)
@@ -189,7 +205,6 @@ def test_perplexity_refuses_what_it_cannot_score():
         perplexity(broken, tokenizer(), TEXT, window=64)
 
 
-@pytest.mark.mirror
 def test_wikitext_pages_are_read_from_the_mirror():
     root = os.environ.get("MASA_MIRROR")
     if not root:
