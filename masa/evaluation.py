@@ -13,6 +13,7 @@ import torch
 from masa import analysis, benchmarks, checkpoint, run
 from masa.errors import MasaError
 from masa.perplexity import held_out_loss
+from masa.progress import Progress
 from masa.sharing import count_parameters, fold
 from masa.tokens import validation_tokens
 
@@ -78,9 +79,18 @@ def harness(model: Any, tokenizer: Any, tasks: Mapping[str, Any], settings: Mapp
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
+    class Quiet(HFLM):
+        """Without a progress bar a request type and task, which would drown the lines of parallel jobs."""
+
+        def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
+            return super().loglikelihood(requests, disable_tqdm=True)
+
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> Any:
+            return super().loglikelihood_rolling(requests, disable_tqdm=True)
+
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     loaded, manager = benchmarks.load_tasks(tasks)
-    language_model = HFLM(
+    language_model = Quiet(
         pretrained=model,
         tokenizer=tokenizer,
         backend="causal",
@@ -90,6 +100,7 @@ def harness(model: Any, tokenizer: Any, tasks: Mapping[str, Any], settings: Mapp
     )
     limits = {task: settings["limit_per_task"].get(task, settings["limit"]) for task in loaded}
     merged: dict[str, Any] = {"results": {}, "versions": {}, "n-shot": {}, "configs": {}, "examples": {}}
+    progress = Progress("lm-eval", len(loaded), "tasks")
     for limit in dict.fromkeys(limits.values()):
         chosen = [task for task in loaded if limits[task] == limit]
         output = simple_evaluate(
@@ -105,6 +116,8 @@ def harness(model: Any, tokenizer: Any, tasks: Mapping[str, Any], settings: Mapp
             merged[key] |= json.loads(json.dumps(output[key], default=str))
         for task, counts in output["n-samples"].items():
             merged["examples"][task] = counts["effective"]
+        progress.update(sum(task in merged["results"] for task in loaded), ", ".join(chosen))
+    progress.close(len(loaded))
     for task in [t for t in loaded if t not in merged["examples"]]:  # a group: the sum over its members
         merged["examples"][task] = sum(n for name, n in merged["examples"].items() if name.startswith(f"{task}_"))
     return merged
