@@ -31,4 +31,5 @@ lint: env
 	PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --lint
 
 clean:
-	rm -rf results/[!r]* .snakemake
+	find results -mindepth 1 -maxdepth 1 ! -name reference -exec rm -rf {} +
+	rm -rf .snakemake

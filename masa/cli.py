@@ -230,8 +230,8 @@ def benchmarks_spec(c: config.Config) -> dict[str, Any]:
 def throughput_spec(c: config.Config, scale: str) -> dict[str, Any]:
     """The runs that are timed at one scale, and how."""
     settings = {k: c["throughput"][k] for k in ("repeats", "batch_size", "context")}
-    runs = {name: config.run_spec(c, scale, name, 0) for name in c["throughput"]["methods"]}
-    return {"runs": runs, "settings": settings, "threads": runs["vanilla"]["training"]["threads"]}
+    runs = [config.run_spec(c, scale, name, 0) for name in c["throughput"]["methods"]]
+    return {"runs": runs, "settings": settings, "threads": runs[0]["training"]["threads"]}
 
 
 def parameters_spec(c: config.Config) -> list[dict[str, Any]]:

@@ -21,6 +21,9 @@ from masa.spec import ModelShape, SharingSpec
 BASE = ("config/config.yaml", "config/experiments.yaml", "config/artefacts.yaml")
 SCHEMA = ROOT / "config" / "schemas" / "config.schema.yaml"
 
+TASKS = ("piqa", "hellaswag", "lambada_openai", "arc_easy", "arc_challenge", "sciq", "race", "mmlu", "wikitext")
+"""lm-eval tasks whose data a mirror or pip may have (see :mod:`masa.benchmarks`)."""
+
 Config = dict[str, Any]
 
 
@@ -76,6 +79,14 @@ def check(config: Config) -> None:
     )
     if errors:
         raise _explain(errors[0])
+    if "hub" not in config["evaluation"]["sources"]:  # the hub may have tasks that we do not know
+        for where, tasks in (
+            ("tasks", config["evaluation"]["tasks"]),
+            ("limit_per_task", config["evaluation"]["limit_per_task"]),
+        ):
+            for task in tasks:
+                if task not in TASKS:
+                    raise unknown(f"evaluation.{where}: task", task, TASKS)
     for kind in ("tables", "figures"):
         for name, artefact in config[kind].items():
             if artefact is None:

@@ -41,15 +41,19 @@ def read(corpus: Mapping[str, Any], cache: Path, mirror: str | None, split: str,
     reader = corpus["reader"]
     if reader not in READERS:
         raise unknown("data.corpus.reader: reader", reader, READERS)
-    held_out = corpus.get("validation_source")
-    source = held_out if held_out and split == "validation" else corpus["source"]
+    held_out, large = corpus.get("validation_source"), reader == "hub"
+    source = corpus["source"]
+    if held_out and split == "validation":
+        source, corpus = held_out, {**corpus, "sha256": None}  # the checksum is the training files'
     documents = READERS[reader](sources.parse(source), corpus, cache, mirror)
     if not held_out:
         fraction, wanted = corpus["validation_fraction"], split == "validation"
         documents = ((group, text) for group, text in documents if _is_held_out(group, fraction) == wanted)
-    texts = (text for _, text in documents if text.strip())
+    texts = (text for _, text in documents if text and text.strip())
+    # the held-out few are hardly shuffled: a large buffer of them would be a pass over most of a large corpus
+    size = corpus["shuffle_buffer"] if split == "train" or not large else 64
     count = 0
-    for text in _shuffled(texts, corpus["shuffle_buffer"], seed):
+    for text in _shuffled(texts, size, seed):
         count += 1
         yield text
     if not count:
@@ -140,7 +144,7 @@ def _new_sentences(markup: str, seen: set[bytes]) -> str:
 def read_json(source: sources.Source, corpus: Mapping[str, Any], _: Path, mirror: str | None) -> Iterator[Document]:
     """JSON lines, plain or gzip: one document a line, text under ``column``."""
     column = corpus.get("column", "text")
-    for path in sources.local_files(source, mirror):
+    for path in sources.local_files(source, mirror, corpus.get("sha256")):
         for number, line in _lines(path):
             try:
                 text = json.loads(line)[column]
@@ -155,7 +159,7 @@ def read_json(source: sources.Source, corpus: Mapping[str, Any], _: Path, mirror
 
 def read_text(source: sources.Source, corpus: Mapping[str, Any], _: Path, mirror: str | None) -> Iterator[Document]:
     """Plain text files, UTF-8: one group a file, documents separated by two blank lines."""
-    for path in sources.local_files(source, mirror):
+    for path in sources.local_files(source, mirror, corpus.get("sha256")):
         document: list[str] = []
         blank = 0
         for _number, line in _lines(path):
@@ -186,7 +190,7 @@ def read_parquet(source: sources.Source, corpus: Mapping[str, Any], _: Path, mir
     import pyarrow.parquet
 
     column = corpus.get("column", "text")
-    for path in sources.local_files(source, mirror):
+    for path in sources.local_files(source, mirror, corpus.get("sha256")):
         try:
             with pyarrow.parquet.ParquetFile(path) as file:
                 if column not in file.schema_arrow.names:

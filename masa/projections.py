@@ -125,6 +125,18 @@ class SharedProjections(nn.ModuleDict):
         """All weights of all layers and projections, fresh."""
         return {p: w for source in self.values() for p, w in source.weights().items()}
 
+    def refresh(self) -> None:
+        """Forget folded weights.
+
+        Needed only after writing to ``parameter.data`` between two evaluations, which PyTorch's version counters do
+        not see; ``train()``, ``eval()`` and in-place updates are noticed.
+        """
+        self._folded = self._folded_key = None
+
+    def train(self, mode: bool = True) -> SharedProjections:
+        self.refresh()
+        return super().train(mode)
+
     def weight(self, projection: str, layer: int) -> Tensor:
         """The weight (out, in) of one projection in one layer."""
         if self._open is not None:
@@ -138,7 +150,7 @@ class SharedProjections(nn.ModuleDict):
 
     def _before(self, module: nn.Module, args: tuple) -> None:
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
-            self._folded = self._folded_key = None
+            self.refresh()
             self._open = self._last = self.make()
             self._reentrant = False
         else:

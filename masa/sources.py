@@ -107,17 +107,25 @@ def _check_sha256(path: Path, sha256: str | None, source: Source) -> None:
         )
 
 
-def local_files(source: Source, mirror: str | None) -> list[Path]:
+def local_files(source: Source, mirror: str | None, sha256: str | None = None) -> list[Path]:
     """The files that a ``file:`` or ``mirror:`` source names, sorted.
 
+    Args:
+        sha256: of the file; of several files, the sha256 of their hexadecimal sha256s put together.
+
     Raises:
-        MasaError: no mirror is set, or nothing matches.
+        MasaError: no mirror is set, nothing matches, or the checksum differs.
     """
     root = mirror_root(mirror, str(source)) if source.scheme == "mirror" else Path(source.name).anchor or "."
     pattern = str(Path(source.name).relative_to(Path(source.name).anchor))
     paths = sorted(p for p in Path(root).glob(pattern) if p.is_file())
     if not paths:
         raise MasaError(f"{source}: no file matches {Path(root) / pattern}.")
+    if sha256:
+        digests = [sha256_of(path) for path in paths]
+        actual = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+        if actual != sha256:
+            raise MasaError(f"{source}: sha256 is {actual}, expected {sha256} (data.corpus.sha256).")
     return paths
 
 

@@ -105,7 +105,16 @@ class SharingSpec:
             value = getattr(self, name)
             if value is not None and value not in options:
                 raise unknown(f"The value of {name!r}", value, options)
+        if self.embedding_dim is not None and (self.coefficients != "mlp" or self.embedding_dim < 1):
+            raise MasaError(
+                f"embedding_dim = {self.embedding_dim!r} must be at least 1, and has an effect only with "
+                "coefficients = 'mlp'."
+            )
+        if self.method == "gqa" and self.num_key_value_heads is None:
+            raise MasaError("Method 'gqa' needs num_key_value_heads, e.g. 2 or 'H/6'.")
         if self.dictionaries is not None:
+            if not isinstance(self.dictionaries, str | list | tuple):
+                raise MasaError(f"dictionaries must be a list of letters such as ['qv'], got {self.dictionaries!r}.")
             if isinstance(self.dictionaries, str):
                 object.__setattr__(self, "dictionaries", (self.dictionaries,))
             object.__setattr__(self, "dictionaries", tuple(self.dictionaries))

@@ -16,6 +16,7 @@ import numpy as np
 
 from masa import documents, sources
 from masa.errors import MasaError
+from masa.fingerprint import fingerprint
 from masa.progress import Progress
 from masa.run import write_json
 
@@ -110,13 +111,18 @@ def tokenize(
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     dtype = np.dtype("<u2") if len(tokenizer) <= 2**16 else np.dtype("<u4")
     out.mkdir(parents=True, exist_ok=True)
-    identity = {"corpus": dict(corpus), "tokenizer": sources.sha256_of(tokenizer_dir / "tokenizer.json")}
+    identity = {
+        "corpus": dict(corpus),
+        "tokenizer": sources.sha256_of(tokenizer_dir / "tokenizer.json"),
+        "tokens": tokens,
+        "code": fingerprint("masa.text"),
+    }
     held_out = documents.read(corpus, cache, mirror, "validation")
     validation = _write_validation(held_out, tokenizer, corpus["validation_tokens"], dtype, out)
     stream = documents.read(corpus, cache, mirror, "train")
     train = _write_train(stream, tokenizer, tokens, dtype, out, identity, str(corpus["source"]))
     manifest = {
-        **identity,
+        **{k: identity[k] for k in ("corpus", "tokenizer")},
         "dtype": dtype.str,
         "vocab_size": len(tokenizer),
         "train": {"tokens": sum(s["tokens"] for s in train), "shards": train},
@@ -161,14 +167,16 @@ def _write_train(
 ) -> list[dict[str, Any]]:
     state_file = out / "state.json"
     state = json.loads(state_file.read_text()) if state_file.is_file() else {}
-    if state.get("identity") != identity:
+    sizes = {s["name"]: s["tokens"] * dtype.itemsize for s in state.get("shards", ())}
+    whole = all((out / n).is_file() and (out / n).stat().st_size == size for n, size in sizes.items())
+    if state.get("identity") != identity or not whole:
         state = {"identity": identity, "documents": 0, "rest": [], "shards": []}
     shards: list[dict[str, Any]] = state["shards"]
     buffer: list[int] = state["rest"]
     done = sum(s["tokens"] for s in shards)
     count = state["documents"]
     progress = Progress("tokenize", tokens, "tokens")
-    for _, ids in _encode(itertools.islice(texts, count, None), tokenizer):
+    for _, ids in _encode(itertools.islice(texts, count, None) if done < tokens else (), tokenizer):
         buffer += ids
         count += 1
         size = min(SHARD, tokens - done)

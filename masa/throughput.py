@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from masa import models, run
+from masa import models, run, training
 from masa.progress import Progress
 from masa.sharing import fold
-from masa.training import parameter_groups
 
 
-def measure(specs: Mapping[str, Mapping[str, Any]], settings: Mapping[str, Any], threads: int, out: Path) -> dict:
+def measure(runs: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], threads: int, out: Path) -> dict:
     """Time one optimiser step and one folded forward pass of every method, alternately, ``repeats`` rounds.
 
     Args:
-        specs: experiment -> run spec; the first is the reference of all ratios.
+        runs: resolved runs, one a method; the first is the reference of all ratios.
         settings: the configuration's ``throughput``.
         threads: CPU threads.
         out: JSON file.
@@ -32,25 +32,39 @@ def measure(specs: Mapping[str, Mapping[str, Any]], settings: Mapping[str, Any],
     torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape = (settings["batch_size"], settings["context"])
+    specs = {spec["run"].split("/")[1]: spec for spec in runs}
+    reference, bf16 = next(iter(specs)), training.uses_bfloat16(runs[0]["training"])
+
+    def precision() -> AbstractContextManager:
+        return torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else nullcontext()
+
     trained, folded = {}, {}
     for name, spec in specs.items():
         torch.manual_seed(0)
         model = models.build(spec["model"], spec["sharing"], settings["context"]).to(device).train()
-        trained[name] = (model, torch.optim.AdamW(parameter_groups(model, spec["training"]), fused=True))
+        trained[name] = (model, torch.optim.AdamW(training.parameter_groups(model, spec["training"]), fused=True))
         folded[name] = fold(model)
-    vocabulary = next(iter(specs.values()))["model"]["vocab_size"]
+    vocabulary = runs[0]["model"]["vocab_size"]
     ids = torch.randint(0, vocabulary, shape, generator=torch.Generator().manual_seed(0)).to(device)
     seconds: dict[str, dict[str, list[float]]] = {"training": {}, "inference": {}}
     progress = Progress("throughput", settings["repeats"] + 1, "rounds")
     for round_ in range(settings["repeats"] + 1):
         for name in specs:
-            took = {"training": _time(_step, *trained[name], ids), "inference": _time(_forward, folded[name], ids)}
+            took = {
+                "training": _time(_step, *trained[name], ids, precision),
+                "inference": _time(_forward, folded[name], ids, precision),
+            }
             if round_:  # the first warms up
                 for kind, value in took.items():
                     seconds[kind].setdefault(name, []).append(value)
         progress.update(round_ + 1)
-    reference = next(iter(specs))
-    result: dict[str, Any] = {"settings": dict(settings), "threads": threads, "device": _device_name(device)}
+    result: dict[str, Any] = {
+        "settings": dict(settings),
+        "reference": reference,
+        "threads": threads,
+        "device": _device_name(device),
+        "dtype": "bfloat16" if bf16 else "float32",
+    }
     for kind, times in seconds.items():
         result[kind] = {
             name: {
@@ -74,16 +88,19 @@ def _time(work: Any, *arguments: Any) -> float:
     return time.perf_counter() - start
 
 
-def _step(model: nn.Module, optimizer: torch.optim.Optimizer, ids: torch.Tensor) -> None:
-    model(input_ids=ids, labels=ids).loss.backward()
+def _step(model: nn.Module, optimizer: torch.optim.Optimizer, ids: torch.Tensor, precision: Any) -> None:
+    with precision():
+        loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
 
 @torch.no_grad()
-def _forward(model: nn.Module, ids: torch.Tensor) -> None:
-    model(input_ids=ids, use_cache=False)
+def _forward(model: nn.Module, ids: torch.Tensor, precision: Any) -> None:
+    with precision():
+        model(input_ids=ids, use_cache=False)
 
 
 def _device_name(device: torch.device) -> str:

@@ -28,16 +28,19 @@ from transformers import (
     get_cosine_with_min_lr_schedule_with_warmup,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from masa import checkpoint, models, run
 from masa.errors import MasaError
+from masa.fingerprint import fingerprint
 from masa.perplexity import held_out_loss
 from masa.progress import Progress
 from masa.projections import SharedProjections
 from masa.sharing import count_parameters
 from masa.sources import sha256_of
 from masa.tokens import PackedTokens, validation_tokens
+
+COMPLETE = "complete"
+"""Empty file that a checkpoint gets last."""
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -70,7 +73,7 @@ def pretrain(spec: Mapping[str, Any], tokens: Path, out: Path) -> dict[str, Any]
             f"{tokens} was made with a vocabulary of {manifest['vocab_size']}, but the model of {spec['run']} has "
             f"{spec['model']['vocab_size']} (data.tokenizer.vocab_size). Tokenize again."
         )
-    identity = run.digest([spec, manifest["train"], manifest["tokenizer"]])
+    identity = run.digest([spec, manifest["train"], manifest["tokenizer"], fingerprint("masa.training")])
     with exclusive(out):
         checkpoints = _prepare(out, spec, identity)
         data = PackedTokens(tokens, recipe["context"], recipe["steps"] * recipe["batch_size"], spec["seed"])
@@ -79,7 +82,7 @@ def pretrain(spec: Mapping[str, Any], tokens: Path, out: Path) -> dict[str, Any]
         counts = count_parameters(model)
         trainer, log = _trainer(spec, model, data, validation_tokens(tokens)[0], out, checkpoints)
         with log.catching_signals():
-            trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)))
+            trainer.train(resume_from_checkpoint=last_whole_checkpoint(checkpoints))
         if log.signal is not None and trainer.state.global_step < recipe["steps"]:
             raise Interrupted(
                 f"{spec['run']} was stopped by {signal.Signals(log.signal).name} at step {trainer.state.global_step} "
@@ -139,6 +142,23 @@ def _prepare(out: Path, spec: Mapping[str, Any], identity: str) -> Path:
     return checkpoints
 
 
+def last_whole_checkpoint(checkpoints: Path) -> str | None:
+    """The newest checkpoint that was written to its end; what a kill left half-written is removed."""
+    whole = []
+    for folder in checkpoints.glob("checkpoint-*"):
+        if (folder / COMPLETE).is_file():
+            whole.append(folder)
+        else:
+            shutil.rmtree(folder)
+    return str(max(whole, key=lambda folder: int(folder.name.rpartition("-")[2]))) if whole else None
+
+
+def uses_bfloat16(recipe: Mapping[str, Any]) -> bool:
+    """Whether the linear layers run in bfloat16: on request, or by "auto" on a GPU that is made for it."""
+    fast = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return recipe["dtype"] == "bfloat16" or (recipe["dtype"] == "auto" and fast)
+
+
 def parameter_groups(model: nn.Module, recipe: Mapping[str, Any]) -> list[dict[str, Any]]:
     """AdamW groups: matrices and token embeddings decay; norms, biases and MASA's coefficients do not.
 
@@ -168,7 +188,7 @@ def _trainer(
     recipe = spec["training"]
     steps = recipe["steps"]
     cuda = torch.cuda.is_available()
-    bf16 = recipe["dtype"] == "bfloat16" or (recipe["dtype"] == "auto" and cuda and torch.cuda.is_bf16_supported())
+    bf16 = uses_bfloat16(recipe)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     passes, rest = divmod(recipe["batch_size"], recipe["micro_batch_size"] * world)
     if rest or not passes:
@@ -290,6 +310,9 @@ class RunLog(TrainerCallback):
         )
         speed = (step - self.first_step) * self.tokens_per_step / max(time.monotonic() - self.resumed_at, 1e-9)
         self.progress.update(step, f"loss {loss:.3f}  {speed:,.0f} tokens/s")
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.progress.close(state.global_step, f"held-out loss {self.last.get('validation_loss', math.nan):.4f}")

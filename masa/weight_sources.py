@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from masa.errors import unknown
+from masa.errors import MasaError, unknown
 from masa.spec import ModelShape, SharingSpec
 
 Weights = dict[str, tuple[Tensor, ...]]
@@ -90,7 +90,10 @@ def from_config(config: Mapping[str, Any]) -> WeightSource:
     kind = arguments.pop("kind", None)
     if kind not in KINDS:
         raise unknown("Kind of weight source", kind, KINDS)
-    return KINDS[kind](**arguments)
+    try:
+        return KINDS[kind](**arguments)
+    except TypeError as error:
+        raise MasaError(f"Weight source of kind {kind!r}: {error}.") from error
 
 
 def autocast_dtype(like: Tensor) -> torch.dtype:
@@ -100,6 +103,12 @@ def autocast_dtype(like: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if on else like.dtype
 
 
+def full_precision(like: Tensor) -> AbstractContextManager:
+    """Switch autocast off on the device of ``like``."""
+    device = like.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
 def mix(coefficients: Tensor, atoms: Tensor) -> Tensor:
     """Linear combinations of atoms as one GEMM (Eq. 2): (N, S) x (S, out, in) -> (N, out, in).
 
@@ -107,8 +116,7 @@ def mix(coefficients: Tensor, atoms: Tensor) -> Tensor:
     to the dtype in which the linear layers will run.
     """
     exact = torch.promote_types(atoms.dtype, torch.float32)
-    device = atoms.device.type
-    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+    with full_precision(atoms):
         stack = coefficients.to(exact) @ atoms.to(exact).flatten(1)
     return stack.to(autocast_dtype(atoms)).view(-1, *atoms.shape[1:])
 
@@ -173,8 +181,9 @@ class Atoms(WeightSource):
             maker.reset_parameters()
 
     def coefficients(self, projection: str) -> Tensor:
-        """C of one projection, (L, S)."""
-        c = self.maker[projection]()
+        """C of one projection, (L, S), never rounded by autocast."""
+        with full_precision(self.atoms):
+            c = self.maker[projection]()
         return nn.functional.normalize(c, dim=1) if self.coefficient_norm == "fixed" else c
 
     def weights(self) -> Weights:

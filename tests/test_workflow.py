@@ -61,7 +61,9 @@ def test_every_table_and_figure_is_there(project):
     assert len(runs) == 6
     assert {"piqa/acc", "piqa/acc_norm"} <= set(runs.columns)
     throughput = pd.read_csv(tables / "throughput.csv")
-    assert throughput.loc[0, "training_ratio"] == 1.0
+    assert list(throughput["method"]) == ["vanilla", "masa-qkvo"]
+    assert throughput["training_ratio"].tolist()[0] == throughput["inference_ratio"].tolist()[0] == 1.0
+    assert throughput["training_ratio"].tolist()[1] != 1.0
     assert (throughput["training_tokens_per_second"] > 0).all()
 
 

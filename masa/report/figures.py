@@ -62,12 +62,10 @@ def curves(spec: Mapping[str, Any], results: Path) -> Figure:
     figure, (left, right) = plt.subplots(1, 2, figsize=(6.8, 2.7))
     scales = list(dict.fromkeys(row["scale"] for row in spec["rows"]))
     reference: dict[str, dict[str, dict[int, float]]] = {}
-    most = 1
     for index, row in enumerate(spec["rows"]):
         logs = {run_id: _curve(results, run_id) for run_id in row["runs"]}
         reference.setdefault(row["scale"], logs)
         tokens = sorted(set.intersection(*(set(log) for log in logs.values())))
-        most = max(most, *tokens)
         label = row["label"] if len(scales) == 1 else f"{row['scale']} {row['label']}"
         style = _style(row["experiment"], index)
         values = np.array([[log[t] for t in tokens] for log in logs.values()])
@@ -83,11 +81,15 @@ def curves(spec: Mapping[str, Any], results: Path) -> Figure:
     left.set_ylabel("Held-out loss (nats/token)")
     right.set_ylabel("Difference to vanilla (nats/token)")
     right.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
-    seeds = len(spec["rows"][0]["runs"])
-    note = f"mean over {seeds} seeds, band: ± 1 standard deviation" if seeds > 1 else "one seed"
-    figure.suptitle(f"{spec['title']} ({note})", fontsize=8)
+    band = "; band: ± 1 standard deviation" if len(spec["rows"][0]["runs"]) > 1 else ""
+    figure.suptitle(f"{spec['title']} ({_seeds(spec)}{band})", fontsize=8)
     figure.tight_layout()
     return figure
+
+
+def _seeds(spec: Mapping[str, Any]) -> str:
+    count = len(spec["rows"][0]["runs"])
+    return f"mean over {count} seeds" if count > 1 else "one seed"
 
 
 def _curve(results: Path, run_id: str) -> dict[int, float]:
@@ -120,11 +122,12 @@ def quality(spec: Mapping[str, Any], results: Path) -> Figure:
         y = statistics.fmean(f["validation_loss"] for f in flat)
         family = row["label"].partition(" S=")[0]
         groups.setdefault(family, []).append((x, y, f"S={row['sharing'].get('atoms')}"))
-        names.setdefault(family, row["experiment"] if family == row["label"] else "")
+        if family == row["label"]:
+            names[family] = row["experiment"]
     for index, (family, points) in enumerate(groups.items()):
         points.sort()
         x, y = zip(*((px, py) for px, py, _ in points), strict=True)
-        axis.plot(x, y, label=family, **_style(names[family], index), markersize=5)
+        axis.plot(x, y, label=family, **_style(names.get(family, family), index), markersize=5)
         for px, py, note in points:
             if len(points) > 1:
                 axis.annotate(note, (px, py), textcoords="offset points", xytext=(4, 4), fontsize=6)
@@ -132,7 +135,7 @@ def quality(spec: Mapping[str, Any], results: Path) -> Figure:
     axis.set_ylabel("Held-out loss (nats/token)")
     axis.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
     axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    axis.set_title(f"{spec['title']} (lower left is better; one seed)", fontsize=8)
+    axis.set_title(f"{spec['title']} (lower left is better; {_seeds(spec)})", fontsize=8)
     return figure
 
 

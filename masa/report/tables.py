@@ -81,8 +81,10 @@ def _row(row: Mapping[str, Any], results: Path, paper: Sequence[Mapping[str, Any
 def _verdict(row: Mapping[str, Any], out: Mapping[str, Any], tolerance: float) -> str:
     if row["scale"] != row["paper"].get("scale"):
         return "another scale"
-    if "avg_pct_difference" not in out:
+    if "avg_pct_paper" not in out:
         return "not in the paper"
+    if "avg_pct_difference" not in out:
+        return f"incomplete: {out['unavailable_tasks']}"
     return "agrees" if abs(out["avg_pct_difference"]) <= tolerance else "differs"
 
 

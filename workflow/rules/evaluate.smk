@@ -31,6 +31,7 @@ rule time_methods:
         f"{RESULTS}/throughput/{{scale}}.json",
     log:
         f"{LOGS}/throughput/{{scale}}.log",
+    threads: workflow.cores  # the machine to itself: what it measures is time
     resources:
         gpu=1,
     params:
