@@ -61,7 +61,9 @@ BENCHMARKS: dict[str, Benchmark] = {
         {"default": "LAMBADA"},
         note="line breaks inside passages are spaces",
     ),
-    "arc_easy": Benchmark("arc", "lm_eval/ai2_arc", {"ARC-Easy": "ai2_arc/ARC-Easy"}, _TEST, _VALIDATION),
+    "arc_easy": Benchmark(
+        "arc", "allenai/ai2_arc", "lm_eval/ai2_arc", {"ARC-Easy": "ai2_arc/ARC-Easy"}, _TEST, _VALIDATION
+    ),
     "arc_challenge": Benchmark(
         "arc", "allenai/ai2_arc", "lm_eval/ai2_arc", {"ARC-Challenge": "ai2_arc/ARC-Challenge"}, _TEST, _VALIDATION
     ),
@@ -95,9 +97,7 @@ def prepare(tasks: list[str], order: list[str], cache: Path, mirror: str | None,
             if record:
                 records[task] = record
                 break
-            reasons.append(
-                f"{source}: {'no mirror is set' if source == 'mirror' and not mirror else reason}"
-            )
+            reasons.append(f"{source}: {'no mirror is set' if source == 'mirror' and not mirror else reason}")
         else:
             records[task] = {"unavailable": "; ".join(reasons)}
     write_json(out / "manifest.json", records)

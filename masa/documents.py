@@ -89,6 +89,8 @@ def read_botocore(source: sources.Source, corpus: Mapping[str, Any], cache: Path
     wheel = sources.fetch_wheel(source, corpus.get("sha256"), cache)
     extracted = wheel.with_name(f"documents-{fingerprint('masa.documents')}.jsonl")
     if not extracted.is_file():
+        for old in extracted.parent.glob("documents-*.jsonl"):
+            old.unlink()
         with sources.whole_file(extracted) as temporary, temporary.open("w", encoding="utf-8") as file:
             for document in _extract_botocore(wheel):
                 file.write(json.dumps(document, ensure_ascii=False) + "\n")

@@ -127,6 +127,17 @@ def test_bad_configuration_is_one_message_before_anything_runs(project):
     assert "Traceback" not in said
 
 
+def test_an_own_corpus_is_an_input_and_a_missing_one_is_named(project):
+    own = project / "own.yaml"
+    own.write_text('data: {corpus: {source: "file:texts/*.txt", reader: text, sha256: null}}\n')
+    result = snakemake(project, "-n", overlays=["own.yaml"], check=False)
+    assert result.returncode != 0
+    assert "data.corpus: file:texts/*.txt: no file matches" in result.stdout + result.stderr
+    (project / "texts").mkdir()
+    (project / "texts" / "a.txt").write_text("text")
+    assert jobs(snakemake(project, "-n", overlays=["own.yaml"]))["tokenizer"] == 1
+
+
 def test_a_failing_run_stops_with_its_reason_and_nothing_half_written(project):
     bad = project / "bad.yaml"
     bad.write_text("training: {max_grad_norm: 1.0e30}\nscales: {smoke: {training: {learning_rate: 1.0e30}}}\n")

@@ -130,7 +130,9 @@ def quality(spec: Mapping[str, Any], results: Path) -> Figure:
         axis.plot(x, y, label=family, **_style(names.get(family, family), index), markersize=5)
         for px, py, note in points:
             if len(points) > 1:
-                axis.annotate(note, (px, py), textcoords="offset points", xytext=(4, 4), fontsize=6)
+                place = (4, 4) if index % 2 else (4, -9)  # neighbouring sweeps on different sides
+                axis.annotate(note, (px, py), textcoords="offset points", xytext=place, fontsize=6)
+    axis.margins(0.08)
     axis.set_xlabel("Stored attention parameters")
     axis.set_ylabel("Held-out loss (nats/token)")
     axis.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))

@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(workflow.basedir).parent))
 
 from masa import cli
 from masa import config as settings
+from masa import sources
 from masa.errors import MasaError
 from masa.fingerprint import fingerprint
 
@@ -51,6 +52,24 @@ def training_threads(wildcards):
     return settings.run_spec(config, *settings.parse_run(wildcards.run))["training"][
         "threads"
     ]
+
+
+def corpus_files():
+    """Local files that the corpus is read from: an edit of one of them is noticed. Downloads are pinned instead."""
+    corpus = config["data"]["corpus"]
+    local = [
+        s
+        for s in (corpus["source"], corpus.get("validation_source"))
+        if s and s.startswith(("file:", "mirror:"))
+    ]
+    try:
+        return [
+            str(p)
+            for s in local
+            for p in sources.local_files(sources.parse(s), settings.mirror(config))
+        ]
+    except MasaError as error:
+        raise WorkflowError(f"data.corpus: {error}") from None
 
 
 def tokens_of(wildcards):

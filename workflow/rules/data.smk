@@ -13,6 +13,8 @@ rule benchmarks:
 
 
 rule tokenizer:
+    input:
+        corpus_files(),
     output:
         f"{DATA}/tokenizer/manifest.json",
     log:
@@ -29,6 +31,7 @@ rule tokenizer:
 rule tokenize:
     input:
         rules.tokenizer.output,
+        corpus_files(),
     output:
         f"{DATA}/tokens/{{scale}}/manifest.json",
     log:
