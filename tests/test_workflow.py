@@ -140,7 +140,7 @@ def test_an_own_corpus_is_an_input_and_a_missing_one_is_named(project):
 
 def test_a_failing_run_stops_with_its_reason_and_nothing_half_written(project):
     bad = project / "bad.yaml"
-    bad.write_text("training: {max_grad_norm: 1.0e30}\nscales: {smoke: {training: {learning_rate: 1.0e30}}}\n")
+    bad.write_text("training: {max_grad_norm: 1.0e+30}\nscales: {smoke: {training: {learning_rate: 1.0e+30}}}\n")
     target = "results/smoke/runs/smoke/vanilla/seed0/manifest.json"
     result = snakemake(project, target, overlays=["bad.yaml"], check=False)
     assert result.returncode != 0
