@@ -119,10 +119,12 @@ def _match(wanted: Mapping[str, Any], paper: Sequence[Mapping[str, Any]], spec: 
 
 
 def write(frame: pd.DataFrame, spec: Mapping[str, Any], folder: Path, note: str = "") -> None:
-    """Write ``NAME.csv``, ``NAME.md`` and ``NAME.tex``."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write ``NAME.csv`` (numbers), ``NAME.md`` and ``NAME.tex`` (for people)."""
+    _write_files(frame, readable(frame), spec, folder, note)
+
+
+def _write_files(frame: pd.DataFrame, shown: pd.DataFrame, spec: Mapping[str, Any], folder: Path, note: str) -> None:
     name = spec["name"]
-    shown = readable(frame)
     with whole_file(folder / f"{name}.csv") as path:
         frame.to_csv(path, index=False)
     with whole_file(folder / f"{name}.md") as path:
@@ -287,17 +289,13 @@ def write_parameters(file: Path, labels: Mapping[str, str], folder: Path, publis
     _write_plain(pd.DataFrame(rows), headings, {"name": "parameters", "title": "Parameter counts"}, folder, note)
 
 
-def _write_plain(frame: pd.DataFrame, headings: Mapping[str, str], spec: Mapping[str, Any], folder: Path, note: str):
-    folder.mkdir(parents=True, exist_ok=True)
+def _write_plain(
+    frame: pd.DataFrame, headings: Mapping[str, str], spec: Mapping[str, Any], folder: Path, note: str
+) -> None:
     shown = pd.DataFrame({"Scale": frame["scale"], "Method": frame["label"]})
     for column, heading in headings.items():
         shown[heading] = [
             "" if pd.isna(v) else f"{v:,.0f}" if v >= 1000 else f"{v:.3g}" if v < 1 else f"{v:.2f}"
             for v in frame[column]
         ]
-    with whole_file(folder / f"{spec['name']}.csv") as path:
-        frame.to_csv(path, index=False)
-    with whole_file(folder / f"{spec['name']}.md") as path:
-        path.write_text(f"# {spec['title']}\n\n{shown.to_markdown(index=False, disable_numparse=True)}\n\n{note}\n")
-    with whole_file(folder / f"{spec['name']}.tex") as path:
-        path.write_text(_latex(shown, spec["title"], note))
+    _write_files(frame, shown, spec, folder, note)
