@@ -129,3 +129,10 @@ def test_the_whole_path_works_without_snakemake(tmp_path, cache):
         assert cli.main([*map(str, call), *more]) == 0, call
     assert "MASA-QKVO" in (r / "tables" / "table1.md").read_text()
     assert "n/a" in (r / "tables" / "table1.md").read_text()
+
+
+def test_the_readmes_library_example_runs(tmp_path):
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "66.7% fewer attention parameters"
+    assert (tmp_path / "plain" / "model.safetensors").is_file()
