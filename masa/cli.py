@@ -53,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return 0
     except OSError as error:
-        return _fail(f"masa: error: {error.filename or ''}: {error.strerror or error}", log, 2)
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"masa: error: {where}{error.strerror or error}", log, 2)
     except Exception:
         return _fail(f"{traceback.format_exc()}masa: this is a defect; please report it with the lines above.", log, 1)
     if log:

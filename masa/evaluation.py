@@ -15,7 +15,7 @@ from masa.errors import MasaError
 from masa.perplexity import held_out_loss
 from masa.progress import Progress
 from masa.sharing import count_parameters, fold
-from masa.tokens import validation_tokens
+from masa.tokens import load_tokenizer, validation_tokens
 
 
 def evaluate(
@@ -32,8 +32,6 @@ def evaluate(
     Raises:
         MasaError: an incomplete run, or a task that lm-eval does not know.
     """
-    from transformers import AutoTokenizer
-
     manifest = run.read_json(run_dir / "manifest.json")
     spec = run.read_json(run_dir / "spec.json")
     torch.set_num_threads(spec["training"]["threads"])
@@ -52,7 +50,7 @@ def evaluate(
         "byte_perplexity": loss.perplexity(record["bytes"]),
         "loss_by_document": [round(x, 6) for x in loss.by_document(record["document_ends"])],
     }
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    tokenizer = load_tokenizer(tokenizer_dir)
     raw = harness(model, tokenizer, tasks, settings, device)
     run.write_json(out / "lm_eval.json", raw)
     metrics = {

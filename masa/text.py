@@ -19,6 +19,7 @@ from masa.errors import MasaError
 from masa.fingerprint import fingerprint
 from masa.progress import Progress
 from masa.run import write_json
+from masa.tokens import load_tokenizer
 
 EOS = "</s>"
 SHARD = 2**26
@@ -80,8 +81,6 @@ def _train(data: Mapping[str, Any], cache: Path, mirror: str | None) -> Any:
 
 
 def _pretrained(source: str, mirror: str | None) -> Any:
-    from transformers import AutoTokenizer
-
     parsed = sources.parse(source)
     if parsed.scheme == "hub":
         path = sources.snapshot(parsed, mirror, ["tokenizer*", "special_tokens_map.json", "config.json"])
@@ -89,10 +88,7 @@ def _pretrained(source: str, mirror: str | None) -> Any:
         path = sources.mirror_root(mirror, source) / parsed.name
     else:
         path = Path(parsed.name)
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise MasaError(f"No tokenizer could be read from {path} ({error}).") from error
+    return load_tokenizer(path)
 
 
 def tokenize(
@@ -105,10 +101,10 @@ def tokenize(
     Raises:
         MasaError: the corpus holds fewer tokens than asked for.
     """
-    from transformers import AutoTokenizer
-
+    if tokens < 1:
+        raise MasaError(f"The number of training tokens must be at least 1, got {tokens}.")
     corpus = data["corpus"]
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    tokenizer = load_tokenizer(tokenizer_dir)
     dtype = np.dtype("<u2") if len(tokenizer) <= 2**16 else np.dtype("<u4")
     out.mkdir(parents=True, exist_ok=True)
     identity = {

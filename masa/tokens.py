@@ -12,6 +12,22 @@ import numpy as np
 from masa.errors import MasaError
 
 
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer in a directory, and never one of the same name on the hub.
+
+    Raises:
+        MasaError: there is none, or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    if not (directory / "tokenizer.json").is_file():
+        raise MasaError(f"{directory} holds no tokenizer.json; make one with `masa tokenizer --out {directory}`.")
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise MasaError(f"No tokenizer could be read from {directory} ({error}).") from error
+
+
 class PackedTokens:
     """Blocks of ``context`` tokens from a token directory, in a random order that depends on the seed alone.
 

@@ -234,6 +234,14 @@ def test_shards_and_resumption_give_the_same_tokens(tokenized, monkeypatch):
     assert blocks.order.tolist() == token_files.PackedTokens(folder / "one", 64, 40, seed=3).order.tolist()
 
 
+def test_no_tokenizer_and_no_tokens(tokenized):
+    data, folder = tokenized
+    with pytest.raises(masa.MasaError, match=r"nowhere holds no tokenizer\.json"):
+        text.tokenize(data, folder / "nowhere", None, None, 100, folder / "tokens")
+    with pytest.raises(masa.MasaError, match="at least 1, got -5"):
+        text.tokenize(data, folder / "tok", None, None, -5, folder / "tokens")
+
+
 def test_a_process_that_dies_after_its_last_shard(tokenized, monkeypatch):
     data, folder = tokenized
     monkeypatch.setattr(
@@ -275,7 +283,7 @@ def test_pretrained_tokenizer_and_vocabulary_mismatch(tokenized):
     with pytest.raises(masa.MasaError, match=r"has 280 tokens, but data.tokenizer.vocab_size is 281"):
         text.make_tokenizer(again, None, None, folder / "again")
     again["tokenizer"]["source"] = f"file:{folder}/none"
-    with pytest.raises(masa.MasaError, match="No tokenizer could be read"):
+    with pytest.raises(masa.MasaError, match=r"none holds no tokenizer\.json"):
         text.make_tokenizer(again, None, None, folder / "again")
 
 
