@@ -6,7 +6,6 @@ Every parameter is stored once. Coefficient MLPs and block embeddings are not st
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from masa.compression.spec import CompressionSpec
 from masa.errors import MasaError
 from masa.projections import SharedProjections, decoder
 from masa.sharing import Sharing, install
+from masa.sources import whole_file
 from masa.spec import SharingSpec
 from masa.weight_sources import from_config
 
@@ -57,8 +57,10 @@ def save(model: nn.Module, directory: str | Path) -> Path:
         "sources": sources,
     }
     model.config.save_pretrained(directory)
-    _write(directory / WEIGHTS, lambda path: save_file({k: t.contiguous() for k, t in tensors.items()}, path))
-    _write(directory / DESCRIPTION, lambda path: Path(path).write_text(json.dumps(description, indent=2) + "\n"))
+    with whole_file(directory / WEIGHTS) as path:
+        save_file({k: t.contiguous() for k, t in tensors.items()}, path)
+    with whole_file(directory / DESCRIPTION) as path:
+        path.write_text(json.dumps(description, indent=2) + "\n")
     return directory
 
 
@@ -161,12 +163,3 @@ def _assign(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
             raise MasaError(f"{path}: {name} has shape {tuple(tensor.shape)}, expected {tuple(wanted[name].shape)}.")
     model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
-
-
-def _write(path: Path, write: Any) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -13,20 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from masa.errors import MasaError
+from masa.sources import whole_file
 
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "lm-eval", "numpy", "safetensors", "accelerate")
 
 
 def write_json(path: str | Path, data: Any) -> None:
     """Write JSON so that the file is either the old one or the whole new one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with whole_file(Path(path)) as temporary:
         temporary.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_json(path: str | Path) -> Any:
