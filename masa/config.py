@@ -14,11 +14,12 @@ from typing import Any
 
 import yaml
 
+from masa.compression import plan
 from masa.errors import MasaError, unknown
 from masa.fingerprint import ROOT
 from masa.spec import ModelShape, SharingSpec
 
-BASE = ("config/config.yaml", "config/experiments.yaml", "config/artefacts.yaml")
+BASE = ("config/config.yaml", "config/experiments.yaml", "config/compression.yaml", "config/artefacts.yaml")
 SCHEMA = ROOT / "config" / "schemas" / "config.schema.yaml"
 
 TASKS = ("piqa", "hellaswag", "lambada_openai", "arc_easy", "arc_challenge", "sciq", "race", "mmlu", "wikitext")
@@ -94,9 +95,13 @@ def check(config: Config) -> None:
             where = f"{kind}.{name}"
             if artefact["grid"] not in config["grids"]:
                 raise unknown(f"{where}: grid", artefact["grid"], config["grids"])
-            for experiment in artefact["experiments"]:
-                if experiment not in config["experiments"]:
-                    raise unknown(f"{where}: experiment", experiment, config["experiments"])
+            if plan.is_compression(config, artefact):
+                what, known = "compression", config["compressions"]
+            else:
+                what, known = "experiment", config["experiments"]
+            for experiment in [*artefact["experiments"], *artefact.get("tasks", ())]:
+                if experiment not in known:
+                    raise unknown(f"{where}: {what}", experiment, known)
             if (paper := artefact.get("paper")) and not (ROOT / paper["file"]).is_file():
                 raise MasaError(f"{where}: the paper's numbers {paper['file']} do not exist.")
     clash = set(config["tables"]) & set(config["figures"])
@@ -110,7 +115,7 @@ def check(config: Config) -> None:
             if name not in config["experiments"]:
                 raise unknown(f"{where}: experiment", name, config["experiments"])
     for where, names in (
-        *((f"grids.{name}", grid["scales"]) for name, grid in config["grids"].items()),
+        *((f"grids.{name}", grid.get("scales", ())) for name, grid in config["grids"].items()),
         ("throughput.scales", config["throughput"]["scales"]),
         ("parameters.scales", config["parameters"]["scales"]),
     ):
@@ -127,6 +132,7 @@ def check(config: Config) -> None:
                 f"Run {run}: scales.{run.split('/')[0]}.model.vocab_size = {spec['model']['vocab_size']}, but "
                 f"data.tokenizer.vocab_size = {vocabulary}. A run needs the tokenizer's vocabulary."
             )
+    plan.check(config)
     for section, key in (("throughput", "methods"), ("parameters", "experiments")):
         for scale in config[section]["scales"]:
             for name in config[section][key]:
@@ -150,13 +156,16 @@ def _explain(error: Any) -> MasaError:
 
 
 def active(config: Config, kind: str) -> dict[str, Config]:
-    """The tables or figures whose grid has at least one scale."""
-    return {n: a for n, a in config[kind].items() if a and config["grids"][a["grid"]]["scales"]}
+    """The tables or figures whose grid has at least one scale or pretrained model."""
+    grids = {name: grid.get("scales") or grid.get("pretrained") for name, grid in config["grids"].items()}
+    return {n: a for n, a in config[kind].items() if a and grids[a["grid"]]}
 
 
 def artefact_runs(config: Config, artefact: Config) -> list[str]:
-    """Run ids of one table or figure: every scale, experiment and seed."""
+    """Run ids of one table or figure: every scale, experiment and seed; none if it is about pretrained models."""
     grid = config["grids"][artefact["grid"]]
+    if plan.is_compression(config, artefact):
+        return []
     return [
         f"{scale}/{name}/seed{seed}"
         for scale in grid["scales"]
@@ -297,22 +306,25 @@ def artefact_spec(config: Config, kind: str, name: str) -> dict[str, Any]:
     if name not in config[kind] or config[kind][name] is None:
         raise unknown(kind.removesuffix("s").capitalize(), name, [n for n, a in config[kind].items() if a])
     if name not in active(config, kind):
-        raise MasaError(
-            f"{name} has no runs in this configuration: grids.{config[kind][name]['grid']}.scales is empty."
-        )
+        raise MasaError(f"{name} has no runs in this configuration: grids.{config[kind][name]['grid']} is empty.")
     artefact = config[kind][name]
+    rows = plan.rows(config, artefact) if plan.is_compression(config, artefact) else _rows(config, artefact)
+    return {k: v for k, v in artefact.items() if k not in ("grid", "experiments")} | {"name": name, "rows": rows}
+
+
+def _rows(config: Config, artefact: Config) -> list[dict[str, Any]]:
     grid = config["grids"][artefact["grid"]]
-    rows = [
+    return [
         {
             "scale": scale,
             "experiment": experiment,
             "label": config["experiments"][experiment]["label"],
             "sharing": run_spec(config, scale, experiment, grid["seeds"][0])["sharing"],
             "runs": [f"{scale}/{experiment}/seed{seed}" for seed in grid["seeds"]],
+            "records": [f"evaluations/{scale}/{experiment}/seed{seed}" for seed in grid["seeds"]],
             "paper": {"scale": config["scales"][scale].get("compare_with")}
             | (config["experiments"][experiment].get("paper") or {}),
         }
         for scale in grid["scales"]
         for experiment in artefact["experiments"]
     ]
-    return {k: v for k, v in artefact.items() if k not in ("grid", "experiments")} | {"name": name, "rows": rows}

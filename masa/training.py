@@ -7,7 +7,6 @@ it is running, ``checkpoints/``.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -35,6 +34,7 @@ from masa.fingerprint import fingerprint
 from masa.perplexity import held_out_loss
 from masa.progress import Progress
 from masa.projections import SharedProjections
+from masa.run import exclusive
 from masa.sharing import count_parameters
 from masa.sources import sha256_of
 from masa.tokens import PackedTokens, validation_tokens
@@ -104,28 +104,6 @@ def pretrain(spec: Mapping[str, Any], tokens: Path, out: Path) -> dict[str, Any]
         run.write_json(out / "manifest.json", result)
         shutil.rmtree(checkpoints, ignore_errors=True)
     return result
-
-
-@contextmanager
-def exclusive(out: Path) -> Iterator[None]:
-    """Hold the run directory; a second process is told who has it.
-
-    Raises:
-        MasaError: another live process holds it.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise MasaError(
-                f"{out} is being written by {lock.read().strip() or 'another process'}; wait for it."
-            ) from None
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {os.uname().nodename}")
-        lock.flush()
-        yield
 
 
 def _prepare(out: Path, spec: Mapping[str, Any], identity: str) -> Path:

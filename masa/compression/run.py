@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,9 @@ from typing import Any
 
 import torch
 
+from masa import excerpts
 from masa.errors import MasaError, unknown
+from masa.progress import Progress
 from masa.spec import ATTENTION
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -30,6 +33,7 @@ def run_calibrate(
     batch_size: int = 4,
     dtype: str | None = None,
     gradient_samples: int = 0,
+    threads: int | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Load a model, draw N x T tokens from texts and write calibration statistics and tokens.
@@ -45,6 +49,7 @@ def run_calibrate(
         batch_size: samples that run at once.
         dtype: of the computation; by default the stored one.
         gradient_samples: sequences whose gradients are collected too, for the methods that need them.
+        threads: of the CPU; by default torch's own choice.
         quiet: no progress.
 
     Returns:
@@ -58,6 +63,8 @@ def run_calibrate(
     from masa.pretrained import load_pretrained
 
     started = time.perf_counter()
+    if threads:
+        torch.set_num_threads(threads)
     reset_peak_rss()
     loaded, tokenizer = load_pretrained(model, revision=revision)
     if tokenizer is None:
@@ -172,12 +179,18 @@ def run_compress(
 
 
 def read_documents(source: str | Path | Sequence[str]) -> list[str]:
-    """Documents of a JSON-lines file (key "text", "content" or "page"), of a text file (one), or as given."""
+    """Documents of a JSON-lines file (key "text", "content" or "page"), of a file of :mod:`masa.excerpts` (.json), of a
+    text file (one), or as given."""
     if not isinstance(source, str | Path):
         return [str(document) for document in source]
     path = Path(source)
     if not path.is_file():
         raise MasaError(f"Text file {path} does not exist.")
+    if path.suffix == ".json":
+        record = excerpts.load(path)
+        if "unavailable" in record:
+            raise MasaError(f"{path} holds no documents: {record['unavailable']}")
+        return record["documents"]
     if path.suffix != ".jsonl":
         return [path.read_text(encoding="utf-8")]
     documents = []
@@ -233,19 +246,17 @@ def _dtype(name: str | None) -> torch.dtype | None:
 
 @contextmanager
 def terminal(quiet: bool = False) -> Iterator[Any]:
-    """A progress callback that draws one bar for each phase."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    """A progress callback: a bar for each phase on a terminal, a line now and then elsewhere (a log, a workflow)."""
+    if quiet or not sys.stderr.isatty():
+        yield _silent if quiet else _Lines()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     tasks: dict[str, Any] = {}
-    with Progress(*columns, TimeRemainingColumn(), disable=quiet) as bars:
+    with Bars(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bars:
 
         def show(what: str, done: int, of: int) -> None:
             if what not in tasks:
@@ -255,3 +266,20 @@ def terminal(quiet: bool = False) -> Iterator[Any]:
         yield show
         for task in bars.tasks:
             bars.update(task.id, completed=task.total)
+
+
+def _silent(what: str, done: int, of: int) -> None:
+    pass
+
+
+class _Lines:
+    """One :class:`~masa.progress.Progress` a phase."""
+
+    def __init__(self) -> None:
+        self.phase, self.progress, self.done = "", Progress("", 1, ""), 0
+
+    def __call__(self, what: str, done: int, of: int) -> None:
+        if what != self.phase or done < self.done:
+            self.phase, self.progress = what, Progress(what, of, "steps")
+        self.done = done
+        self.progress.update(done)

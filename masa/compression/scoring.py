@@ -20,19 +20,24 @@ class Perplexity:
     Attributes:
         token_perplexity: depends on the tokenizer.
         word_perplexity: over ``str.split()`` words, as lm-eval's ``word_perplexity``; comparable between tokenizers.
+        byte_perplexity: over UTF-8 bytes.
         nll: summed negative log-likelihood, in nats.
         tokens, words, documents: scored.
         window, stride: tokens of a window, and how far it moves; ``stride == window`` means no overlap.
+        nll_by_document, tokens_by_document: their parts, for paired comparisons.
     """
 
     token_perplexity: float
     word_perplexity: float
+    byte_perplexity: float
     nll: float
     tokens: int
     words: int
     documents: int
     window: int
     stride: int
+    nll_by_document: list[float]
+    tokens_by_document: list[int]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -78,10 +83,12 @@ def perplexity(
     if prefix is None:
         raise MasaError("The tokenizer has neither a start nor an end token to predict the first token from.")
     windows: list[tuple[Tensor, Tensor]] = []
-    for document in documents:
+    owner: list[int] = []
+    for index, document in enumerate(documents):
         ids = tokenizer(document, add_special_tokens=False)["input_ids"]
         windows += _windows([prefix, *ids], window, stride)
-    device, total = model.get_input_embeddings().weight.device, 0.0
+        owner += [index] * (len(windows) - len(owner))
+    device, nll, counts = model.get_input_embeddings().weight.device, [0.0] * len(documents), [0] * len(documents)
     order = sorted(range(len(windows)), key=lambda i: -len(windows[i][0]))  # equal lengths together
     for start in range(0, len(order), batch_size):
         progress("scoring", start, len(order))
@@ -89,20 +96,27 @@ def perplexity(
         inputs = nn.utils.rnn.pad_sequence([w[0] for w in batch], batch_first=True).to(device)
         targets = nn.utils.rnn.pad_sequence([w[1] for w in batch], batch_first=True, padding_value=-100).to(device)
         logits = model(input_ids=inputs, use_cache=False).logits  # padding comes last: causal attention ignores it
-        total += float(nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum"))
-    tokens = sum(int((target != -100).sum()) for _, target in windows)
+        losses = nn.functional.cross_entropy(logits.transpose(1, 2).float(), targets, reduction="none").double().sum(1)
+        for i, loss, scored in zip(order[start:], losses.tolist(), (targets != -100).sum(1).tolist(), strict=False):
+            nll[owner[i]] += loss
+            counts[owner[i]] += scored
+    progress("scoring", len(order), len(order))
+    total, tokens = sum(nll), sum(counts)
     words = sum(len(document.split()) for document in documents)
     if not math.isfinite(total):
         raise MasaError("The model's likelihood is not finite; its weights or the documents are broken.")
     return Perplexity(
         token_perplexity=math.exp(total / tokens),
         word_perplexity=math.exp(total / words),
+        byte_perplexity=math.exp(total / sum(len(document.encode()) for document in documents)),
         nll=total,
         tokens=tokens,
         words=words,
         documents=len(documents),
         window=window,
         stride=stride,
+        nll_by_document=[round(x, 4) for x in nll],
+        tokens_by_document=counts,
     )
 
 

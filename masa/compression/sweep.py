@@ -1,0 +1,147 @@
+"""One method on one pretrained model at several reductions, each scored: what the workflow's tables are made of.
+
+Every reduction is a directory with ``metrics.json`` in the form that :mod:`masa.evaluation` writes, so that tables read
+both alike. It appears when the reduction is done, and an interrupted sweep goes on with the next.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from masa import checkpoint, evaluation, excerpts, run
+from masa.compression.api import compress, make_compressor
+from masa.compression.names import ORIGINAL
+from masa.compression.run import load_tokens, terminal
+from masa.compression.scoring import perplexity
+from masa.compression.statistics import Calibration
+from masa.errors import MasaError
+from masa.fingerprint import fingerprint
+from masa.pretrained import load_pretrained
+from masa.sharing import count_parameters, fold
+
+
+def sweep(
+    model_dir: Path,
+    spec: Mapping[str, Any],
+    calibration_dir: Path | None,
+    texts: Mapping[str, Path],
+    tasks: Mapping[str, Any],
+    out: Path,
+) -> dict[str, Any]:
+    """Compress and score at every reduction of ``spec``; write ``out/PERCENT/metrics.json`` and ``out/manifest.json``.
+
+    Args:
+        model_dir: with the manifest of :func:`masa.pretrained.fetch`.
+        spec: from :func:`masa.config.compression_spec`.
+        calibration_dir: what ``masa calibrate`` wrote; None where the method needs none.
+        texts: name -> file of :func:`masa.excerpts.prepare`; the first is the held-out text.
+        tasks: manifest of :func:`masa.benchmarks.prepare`.
+        out: of this method.
+
+    Raises:
+        MasaError: see :func:`masa.compression.compress`; a held-out text that is unavailable.
+    """
+    torch.set_num_threads(spec["threads"])
+    pretrained = run.read_json(model_dir / "manifest.json")
+    documents = {name: excerpts.load(path) for name, path in texts.items()}
+    if "unavailable" in next(iter(documents.values())):
+        raise MasaError(f"The held-out text is unavailable: {next(iter(documents.values()))['unavailable']}")
+    calibration = Calibration.load(calibration_dir) if calibration_dir else None
+    inputs = {
+        "model": run.digest(pretrained["sha256"]),
+        "calibration": run.digest([calibration.tokens_sha256, calibration.model_sha256]) if calibration else None,
+        "texts": run.digest([r.get("sha256") for r in documents.values()]),
+    }
+    compressor = None if spec["method"] == ORIGINAL else make_compressor(spec["method"], **spec["options"])
+    code, records = fingerprint("masa.compression.sweep"), {}
+    with run.exclusive(out):
+        for percent in spec["reductions"]:
+            chosen = {k: v for k, v in spec.items() if k not in ("reductions", "tasks_at")}
+            chosen["tasks"] = [t for t in spec["evaluation"]["tasks"] if percent in spec["tasks_at"]]
+            identity = run.digest([chosen, percent, inputs, code, {t: tasks.get(t) for t in chosen["tasks"]}])
+            file = out / f"{percent:g}" / "metrics.json"
+            if not (file.is_file() and run.read_json(file).get("identity") == identity):
+                wanted = {t: tasks[t] for t in chosen["tasks"] if t in tasks}
+                record = _one(pretrained, spec, compressor, percent, calibration, documents, wanted, file.parent)
+                record |= {"identity": identity, "provenance": run.provenance(inputs)}
+                run.write_json(file, record)
+            records[f"{percent:g}"] = identity
+        for old in out.iterdir():
+            if old.is_dir() and old.name not in records:
+                shutil.rmtree(old)
+        run.write_json(out / "manifest.json", {"run": spec["run"], "records": records})
+    return records
+
+
+def _one(
+    pretrained: Mapping[str, Any],
+    spec: Mapping[str, Any],
+    compressor: Any,
+    percent: float,
+    calibration: Calibration | None,
+    documents: Mapping[str, Any],
+    tasks: Mapping[str, Any],
+    folder: Path,
+) -> dict[str, Any]:
+    """One reduction: compress, heal if asked, count, fold, score."""
+    model, tokenizer = load_pretrained(pretrained["path"])
+    tokens = load_tokens(calibration.directory) if calibration and calibration.directory else None
+    report, healing = None, None
+    with terminal() as progress:
+
+        def show(what: str, done: int, of: int) -> None:
+            progress(f"{spec['run']} {percent:g} %: {what}", done, of)
+
+        if compressor is not None:
+            model, found = compress(
+                model,
+                compressor,
+                calibration if compressor.needs_calibration or compressor.needs_tokens else None,
+                percent / 100,
+                tokens=tokens,
+                projections=spec["projections"],
+                progress=show,
+            )
+            report = found.to_dict()
+        if spec.get("heal"):
+            from masa.compression.healing import heal
+
+            teacher, _ = load_pretrained(pretrained["path"])
+            healing = heal(model, tokens, teacher=teacher, progress=show, **spec["heal"])
+            del teacher
+        counts = count_parameters(model).to_dict()
+        if spec["keep_models"]:
+            checkpoint.save(model, folder / "model")
+            tokenizer.save_pretrained(folder / "model")
+        settings = spec["evaluation"]
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = fold(model).to(device, getattr(torch, settings["dtype"]))
+        scores = {
+            name: perplexity(model, tokenizer, record["documents"], window=settings["window"], progress=show).to_dict()
+            for name, record in documents.items()
+            if "documents" in record
+        }
+    held_out = scores[next(iter(documents))]
+    raw = evaluation.harness(model, tokenizer, tasks, settings, device) if tasks else {"results": {}, "examples": {}}
+    return {
+        "run": f"{spec['run']}/{percent:g}",
+        "requested_pct": percent,
+        "parameters": counts,
+        "compression": report,
+        "healing": healing,
+        "drift": calibration.drift if calibration else None,
+        "corpus": {"loss": held_out["nll"] / held_out["tokens"], **held_out},
+        "texts": scores,
+        "text_data": {n: {k: v for k, v in r.items() if k != "documents"} for n, r in documents.items()},
+        "tasks": {t: evaluation.scores(raw["results"][t]) for t in tasks if t in raw["results"]},
+        "task_data": {t: {k: v for k, v in r.items() if k != "path"} for t, r in tasks.items()},
+        "examples": {t: raw["examples"][t] for t in tasks if t in raw["examples"]},
+        "lm_eval": json.loads(json.dumps(raw, default=str)),
+        "settings": dict(settings),
+    }
