@@ -91,7 +91,7 @@ def test_data_aware_atoms_beat_plain_ones_in_their_metric_and_lose_outside():
 def test_output_error_on_the_data_is_the_discarded_energy(shape, rank):
     w, x = random(*shape), random(60, shape[1], seed=1) @ random(shape[1], shape[1], seed=2)
     found = truncation(w, x.T @ x)
-    left, right = found.factors(rank)
+    left, right = found.factors(rank, w)
     error = (x @ (w - left @ right).T).square().sum()
     torch.testing.assert_close(error, found.energy[rank:].sum(), rtol=1e-8, atol=1e-8 * found.total)
 
@@ -102,7 +102,7 @@ def test_truncation_equals_the_cholesky_whitened_svd():
     factor = torch.linalg.cholesky(gram)
     u, s, vh = torch.linalg.svd(w @ factor, full_matrices=False)
     published = u[:, :5] * s[:5] @ torch.linalg.solve_triangular(factor, vh[:5], upper=False, left=False)
-    left, right = truncation(w, gram).factors(5)
+    left, right = truncation(w, gram).factors(5, w)
     torch.testing.assert_close(left @ right, published, rtol=1e-9, atol=1e-9)
 
 
@@ -110,7 +110,7 @@ def test_truncation_equals_the_cholesky_whitened_svd():
 def test_truncation_needs_no_jitter_for_a_rank_deficient_autocorrelation(shape):
     w, x = random(*shape), random(4, shape[1], seed=1)  # four tokens only
     found = truncation(w, x.T @ x)
-    left, right = found.factors(4)
+    left, right = found.factors(4, w)
     assert torch.isfinite(left).all() and torch.isfinite(right).all()
     assert (x @ (w - left @ right).T).norm() < 1e-6 * (x @ w.T).norm()
 

@@ -1,7 +1,7 @@
 """Training-free compression: solve for the weight sources of a model that is trained already.
 
     calibration = calibrate(model, tokens)                                  # one pass over the data, for all methods
-    model, report = compress(model, "svd-global", calibration, reduction=0.2)
+    model, report = compress(model, "svd-global", calibration, reduction=0.2)           # or a make_compressor(...)
     masa.save(model, "factored");  masa.fold(model).save_pretrained("plain")
 
 To add a method, subclass :class:`masa.compression.base.Compressor` in a file of its own, decorate it with ``register``
@@ -16,7 +16,7 @@ from masa.compression.spec import CompressionSpec
 
 if TYPE_CHECKING:
     from masa.compression.api import compress
-    from masa.compression.base import COMPRESSORS, Compressor
+    from masa.compression.base import COMPRESSORS, Compressor, make_compressor
     from masa.compression.calibration import calibrate
     from masa.compression.report import CompressionReport
     from masa.compression.run import run_calibrate, run_compress
@@ -31,13 +31,15 @@ __all__ = [
     "Compressor",
     "calibrate",
     "compress",
+    "make_compressor",
     "perplexity",
     "run_calibrate",
     "run_compress",
 ]
 
-# COMPRESSORS comes through api, which imports every method and so fills it
-_LAZY = {"compress": "api", "COMPRESSORS": "api", "Compressor": "base", "calibrate": "calibration"}
+# COMPRESSORS and make_compressor come through api, which imports every method and so fills COMPRESSORS
+_LAZY = {"compress": "api", "COMPRESSORS": "api", "make_compressor": "api"}
+_LAZY |= {"Compressor": "base", "calibrate": "calibration"}
 _LAZY |= {"Calibration": "statistics", "CompressionReport": "report", "perplexity": "scoring"}
 _LAZY |= {"run_calibrate": "run", "run_compress": "run"}
 

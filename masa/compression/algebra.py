@@ -20,8 +20,10 @@ EPS = torch.finfo(torch.float64).eps
 class Truncation:
     """The best approximations of one weight at every rank.
 
+    It does not hold the weight itself, so that a kept truncation pins no model.
+
     Attributes:
-        weight: W (out, in), as given.
+        shape: (out, in).
         left: orthonormal U (out, k), columns in order of energy; ``U_r U_r^T W`` is the best rank-r approximation.
             Kept in float32 unless W is float64, since all matrices' are held at once.
         energy: (k,) squared singular values of W H^(1/2), descending: the tail ``energy[r:].sum()`` is the output
@@ -31,19 +33,15 @@ class Truncation:
             of R^T W); not kept, since all matrices' truncations are held at once.
     """
 
-    weight: Tensor
+    shape: tuple[int, int]
     left: Tensor
     energy: Tensor
     total: float
     root: Callable[[], Tensor] | None = None
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.weight.shape[0], self.weight.shape[1]
-
-    def factors(self, rank: int) -> tuple[Tensor, Tensor]:
-        """B (out, r) and A (r, in) with equal norms, column by row."""
-        left, weight = self.left[:, :rank].double(), self.weight.double()
+    def factors(self, rank: int, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """B (out, r) and A (r, in) with equal norms, column by row, of the W (out, in) that this was made of."""
+        left, weight = self.left[:, :rank].double(), weight.double()
         if self.root is None:
             right = left.T @ weight
         else:
@@ -78,7 +76,7 @@ def truncation(weight: Tensor, gram: Tensor | None = None, root: Callable[[], Te
         left, singular, _ = torch.linalg.svd(whitened, full_matrices=False)
         energy = singular.square()
     left = left.to(torch.promote_types(given.dtype, torch.float32))
-    return Truncation(given, left, energy, float(energy.sum()), root)
+    return Truncation((given.shape[0], given.shape[1]), left, energy, float(energy.sum()), root)
 
 
 def square_root(gram: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from masa.compression import basis_sharing, head_sharing, matrix_pca, svd_llm  # noqa: F401 (they register methods)
-from masa.compression.base import COMPRESSORS, Problem, make_compressor  # noqa: F401 (COMPRESSORS is re-exported)
+from masa.compression.base import COMPRESSORS, Compressor, Problem, make_compressor  # noqa: F401 (COMPRESSORS too)
 from masa.compression.calibration import Progress, check_weights
 from masa.compression.report import CompressionReport, peak_rss, reset_peak_rss
 from masa.compression.spec import CompressionSpec
@@ -28,7 +28,7 @@ TOLERANCE = 0.005
 @torch.no_grad()
 def compress(
     model: nn.Module,
-    method: str | Mapping[str, Any],
+    method: str | Mapping[str, Any] | Compressor,
     calibration: Calibration | str | Path | None = None,
     reduction: float = 0.2,
     *,
@@ -46,7 +46,9 @@ def compress(
     Args:
         model: a dense Llama- or Starcoder2-like causal LM. Only its projections change, unless the method says
             ``changes_model`` (post-share).
-        method: a key of :data:`masa.compression.COMPRESSORS`, or a mapping of "method" and its hyperparameters.
+        method: a key of :data:`masa.compression.COMPRESSORS`, a mapping of "method" and its hyperparameters, or what
+            :func:`masa.compression.make_compressor` returned: an instance used again for another reduction of the same
+            model, freshly loaded, solves only what depends on the reduction (``report.seconds`` counts no more).
         calibration: statistics of this very model (checked by hash), or their directory; methods blind to data take
             None.
         reduction: fraction of the numbers in ``projections`` to save, in (0, 1), everything stored counted. Never
@@ -55,7 +57,7 @@ def compress(
         projections: letters that are compressed.
         batch_size: samples at once, where the model runs.
         progress: called with (what, done, of).
-        **options: hyperparameters of the method.
+        **options: hyperparameters of the method; none with an instance, which has its own.
 
     Returns:
         (model, report).
@@ -67,7 +69,10 @@ def compress(
     if isinstance(method, Mapping):
         options = {k: v for k, v in method.items() if k != "method"} | options
         method = str(method.get("method"))
-    compressor = make_compressor(method, **options)
+    if isinstance(method, Compressor) and options:
+        raise MasaError(f"This {method.name!r} has its options already; give {', '.join(options)} when you make it.")
+    compressor = method if isinstance(method, Compressor) else make_compressor(method, **options)
+    method = compressor.name
     if isinstance(reduction, bool) or not isinstance(reduction, int | float) or not 0 < reduction < 1:
         raise MasaError(f"reduction is a fraction between 0 and 1 (0.2 saves 20 %), got {reduction!r}.")
     if getattr(model, "sharing", None) is not None:

@@ -1,12 +1,14 @@
 """The interface of a compression method, and what it is given.
 
-A method is a class with its hyperparameters in ``__init__`` and one method ``fit(problem)`` that returns weight
-sources; what it learned on the way is kept in attributes with a trailing underscore, as in scikit-learn.
+A method is a class with its hyperparameters in ``__init__``, a method ``prepare(problem)`` for what does not depend on
+the budget, and a method ``solve(problem, prepared)`` that returns weight sources; what it learned on the way is kept in
+attributes with a trailing underscore, as in scikit-learn.
 """
 
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -14,7 +16,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from masa.compression.calibration import Progress
-from masa.compression.statistics import Calibration
+from masa.compression.statistics import Calibration, model_sha256
 from masa.errors import MasaError, unknown
 from masa.projections import decoder, family_of
 from masa.spec import ModelShape
@@ -86,15 +88,46 @@ class Problem:
 
 
 class Compressor:
-    """Base of all methods; see :data:`COMPRESSORS`."""
+    """Base of all methods; see :data:`COMPRESSORS`.
+
+    An instance may be used for several reductions of one model: what :meth:`prepare` returned is kept and used again
+    for a fresh load of the same weights, with the same statistics, projections and hyperparameters.
+    """
 
     name: ClassVar[str]
     needs_calibration: ClassVar[bool] = True
     needs_tokens: ClassVar[bool] = False
     changes_model: ClassVar[bool] = False
 
+    # (key, what prepare returned, its regularisation) of the last fit
+    _prepared: tuple[str, Any, dict[str, float]] | None = None
+
     def fit(self, problem: Problem) -> list[WeightSource]:
+        """:meth:`prepare` unless the last fit's is still right, then :meth:`solve`.
+
+        Raises:
+            MasaError: see there.
+        """
+        for name in self._learned():
+            delattr(self, name)
+        key = self._key(problem)
+        if self._prepared is None or self._prepared[0] != key:
+            self._prepared = None  # the old one need not be held beside the new one
+            prepared = self.prepare(problem)
+            self._prepared = key, prepared, dict(problem.regularisation)
+        _, prepared, regularisation = self._prepared
+        problem.regularisation.update(regularisation)
+        return self.solve(problem, prepared)
+
+    def prepare(self, problem: Problem) -> Any:
+        """What does not depend on ``problem.budget``; may hold neither the model nor views of its weights."""
+        return None
+
+    def solve(self, problem: Problem, prepared: Any) -> list[WeightSource]:
         """Solve for sources that store at most ``problem.budget`` numbers.
+
+        Args:
+            prepared: what :meth:`prepare` returned for this model, to be left unchanged.
 
         Raises:
             MasaError: the budget cannot be met; the message gives the reachable reduction.
@@ -109,7 +142,19 @@ class Compressor:
 
     def learned(self) -> dict[str, Any]:
         """What :meth:`fit` found: every attribute that ends in an underscore."""
-        return {k.rstrip("_"): v for k, v in vars(self).items() if k.endswith("_") and not k.startswith("_")}
+        return {name.rstrip("_"): getattr(self, name) for name in self._learned()}
+
+    def _learned(self) -> list[str]:
+        return [name for name in vars(self) if name.endswith("_") and not name.startswith("_")]
+
+    def _key(self, problem: Problem) -> str:
+        """Equal for problems that differ in nothing but the budget and what :meth:`solve` alone reads."""
+        found = problem.calibration
+        # two calibrations on the same tokens may differ in the dtype of the computation, which the drift shows
+        data = found and [found.tokens_sha256, found.gradient_samples, found.inputs, found.drift]
+        model = found.model_sha256 if found else model_sha256(problem.model)
+        device = str(problem.weight(problem.projections[0], 0).device)
+        return json.dumps([model, data, device, problem.projections, self.get_params()], default=str)
 
 
 def make_compressor(method: str, **options: Any) -> Compressor:

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from masa.compression.algebra import refit, truncation
+from masa.compression.algebra import Truncation, refit, truncation
 from masa.compression.base import Compressor, Problem, register
 from masa.compression.grouping import fixed
 from masa.compression.low_rank import Factors, factored_sources, factorise, ranks_by_projection
-from masa.compression.ranks import make_ranks
+from masa.compression.ranks import Key, RankAllocator, make_ranks
 from masa.compression.svd_llm import relative_error
 from masa.errors import MasaError
 from masa.weight_sources import WeightSource
@@ -38,23 +39,27 @@ class BasisSharing(Compressor):
     ) -> None:
         self.group_size, self.shared, self.refit, self.ranks = group_size, shared, refit, ranks
 
-    def fit(self, problem: Problem) -> list[WeightSource]:
+    def prepare(self, problem: Problem) -> tuple[RankAllocator, dict[Key, Truncation]]:
         if not isinstance(self.group_size, int) or not 1 <= self.group_size <= len(problem.layers):
             raise MasaError(f"group_size must lie between 1 and L = {len(problem.layers)}, got {self.group_size}.")
-        allocator, truncations = make_ranks(self.ranks), {}
+        allocator, truncations = make_ranks(self.ranks), dict[Key, Truncation]()
         for letter in problem.projections:
             size = self.group_size if letter in self.shared else 1
             for group in fixed([0.0] * (len(problem.layers) - 1), size):
                 problem.progress(f"factorising {letter}", group[0], len(problem.layers))
-                stacked = torch.cat([problem.weight(letter, layer) for layer in group])
+                key = letter, tuple(group)
                 gram = problem.gram(letter, group[0])
                 for layer in group[1:]:
                     gram = gram + problem.gram(letter, layer)
-                truncations[letter, tuple(group)] = truncation(stacked, gram)
+                truncations[key] = truncation(_stacked(problem, key), gram)
+        return allocator, truncations
+
+    def solve(self, problem: Problem, prepared: tuple[RankAllocator, dict[Key, Truncation]]) -> list[WeightSource]:
+        allocator, truncations = prepared
         ranks = allocator.allocate(truncations, problem.budget)
         self.ranks_ = ranks_by_projection(ranks)
         self.error_ = relative_error(truncations, ranks)
-        factors = factorise(truncations, ranks)
+        factors = factorise(truncations, ranks, lambda key: _stacked(problem, key))
         return factored_sources(problem, self._refit(problem, factors) if self.refit else factors, ranks)
 
     def _refit(self, problem: Problem, factors: Factors) -> Factors:
@@ -72,3 +77,9 @@ class BasisSharing(Compressor):
             ]
             refitted[letter, layers] = torch.cat(left), right
         return refitted
+
+
+def _stacked(problem: Problem, key: Key) -> Tensor:
+    """A group's weights one above the other, (n * out, in)."""
+    letter, layers = key
+    return torch.cat([problem.weight(letter, layer) for layer in layers])

@@ -111,19 +111,21 @@ class DirectShare(Compressor):
     def __init__(self, mode: str = "qk") -> None:
         self.mode = mode
 
-    def prepare(self, problem: Problem, chosen: dict[str, list[Match]]) -> None:
+    def train(self, problem: Problem, chosen: dict[str, list[Match]]) -> None:
         """Hook for training before heads are shared."""
 
-    @torch.no_grad()
-    def fit(self, problem: Problem) -> list[WeightSource]:
+    def prepare(self, problem: Problem) -> list[Match]:
         if not self.mode or set(self.mode) - set(ATTENTION):
             raise MasaError(f"mode must be made of the letters {', '.join(ATTENTION)}, got {self.mode!r}.")
         if set(problem.projections) - set(ATTENTION):
             raise MasaError(f"{self.name} shares attention heads; {problem.projections!r} has other projections.")
-        matches = best_matches(problem, self.mode)
-        chosen = choose(problem, matches)
+        return best_matches(problem, self.mode)
+
+    @torch.no_grad()
+    def solve(self, problem: Problem, prepared: list[Match]) -> list[WeightSource]:
+        chosen = choose(problem, prepared)
         self.shared_ = {p: [[*m.unit, *m.source, round(m.similarity, 6)] for m in found] for p, found in chosen.items()}
-        self.prepare(problem, chosen)
+        self.train(problem, chosen)
         return [self._source(problem, letter, roots(found)) for letter, found in chosen.items()]
 
     def _source(self, problem: Problem, letter: str, root: dict[Unit, Unit]) -> SharedHeads:
@@ -154,7 +156,7 @@ class PostShare(DirectShare):
         pull: weight of the second term.
         seed: of the order of the sequences.
 
-    Raises (in ``fit``):
+    Raises (in ``solve``):
         MasaError: the loss is no longer finite.
     """
 
@@ -165,7 +167,7 @@ class PostShare(DirectShare):
         super().__init__(mode)
         self.steps, self.lr, self.pull, self.seed = steps, lr, pull, seed
 
-    def prepare(self, problem: Problem, chosen: dict[str, list[Match]]) -> None:
+    def train(self, problem: Problem, chosen: dict[str, list[Match]]) -> None:
         parameters = list({id(p): p for p in problem.model.parameters()}.values())
         trainable = [p.requires_grad for p in parameters]
         for p in parameters:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -31,12 +31,18 @@ Factors = dict[Key, tuple[Tensor, Tensor]]
 """Key -> B (n * out, r) and A (r, in); None stands for dense."""
 
 
-def factorise(truncations: Mapping[Key, Truncation], ranks: Mapping[Key, int | None]) -> Factors:
-    """Factors of every matrix that is not dense; float32 unless the weights are float64, as all are held at once."""
+def factorise(
+    truncations: Mapping[Key, Truncation], ranks: Mapping[Key, int | None], weight: Callable[[Key], Tensor]
+) -> Factors:
+    """Factors of every matrix that is not dense; float32 unless the weights are float64, as all are held at once.
+
+    Args:
+        weight: key -> the matrix (n * out, in) that was truncated.
+    """
     found: Factors = {}
     for key, rank in ranks.items():
         if rank is not None:
-            left, right = truncations[key].factors(rank)
+            left, right = truncations[key].factors(rank, weight(key))
             found[key] = left.to(truncations[key].left.dtype), right.to(truncations[key].left.dtype)
     return found
 

@@ -6,17 +6,18 @@ Dimensions: n layers of a group, S atoms, (out, in) of one weight.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from masa.compression.algebra import EPS
+from masa.compression.algebra import EPS, Truncation
 from masa.compression.base import Compressor, Problem, register, unreachable
 from masa.compression.grouping import make_groups
 from masa.compression.low_rank import AtomGroup, factored_sources, factorise, ranks_by_projection
-from masa.compression.metrics import make_metric
-from masa.compression.ranks import Key, make_ranks
+from masa.compression.metrics import WeightMetric, make_metric
+from masa.compression.ranks import Key, RankAllocator, make_ranks
 from masa.compression.svd_llm import relative_error
 from masa.errors import MasaError
 from masa.weight_sources import WeightSource
@@ -55,6 +56,25 @@ def matrix_pca(weights: Sequence[Tensor], atoms: int, metric: Tensor | None = No
     return dictionary, basis * scale, values.clamp_min(0)
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What does not depend on the budget; :meth:`MatrixPCA.solve` changes none of it.
+
+    Attributes:
+        groups: of layers, for every projection.
+        dictionaries: atoms by projection.
+        truncations: of what the atoms leave over.
+        metric: that the residual is measured in.
+        allocator: of its ranks.
+    """
+
+    groups: list[list[int]]
+    dictionaries: dict[str, list[AtomGroup]]
+    truncations: dict[Key, Truncation]
+    metric: WeightMetric
+    allocator: RankAllocator
+
+
 @register("matrix-pca")
 class MatrixPCA(Compressor):
     """Atoms for groups of consecutive layers, and a low-rank residual in the metric of each layer's data.
@@ -81,25 +101,31 @@ class MatrixPCA(Compressor):
     ) -> None:
         self.grouping, self.atoms, self.ranks, self.metric, self.residual = grouping, atoms, ranks, metric, residual
 
-    def fit(self, problem: Problem) -> list[WeightSource]:
+    def prepare(self, problem: Problem) -> Prepared:
         assert problem.calibration is not None
         if self.metric not in ("weights", "data"):
             raise MasaError(f"metric must be 'weights' or 'data', got {self.metric!r}.")
         allocator = make_ranks(self.ranks)
         groups = make_groups(self.grouping, problem.calibration.drift)
-        self.groups_ = groups
         dictionaries = {p: [self._atoms(problem, p, layers) for layers in groups] for p in problem.projections}
-        used = sum(group.numbers() for found in dictionaries.values() for group in found)
-        if used >= problem.budget:
-            raise unreachable(problem, used, f"{self.atoms} atom(s) for each of {len(groups)} groups alone store")
-        metric, truncations = make_metric(self.residual), {}
+        metric, truncations = make_metric(self.residual), dict[Key, Truncation]()
         for letter, found in dictionaries.items():
             for group in found:
                 problem.progress(f"residual of {letter}", group.layers[0], len(problem.layers))
-                for layer, row in zip(group.layers, group.coefficients, strict=True):
-                    left_over = problem.weight(letter, layer) - torch.tensordot(row, group.atoms, 1)
+                for layer in group.layers:
+                    left_over = _left_over(problem, letter, layer, found)
                     truncations[letter, (layer,)] = metric.truncate(problem, letter, layer, left_over)
         metric.scale(truncations)
+        return Prepared(groups, dictionaries, truncations, metric, allocator)
+
+    def solve(self, problem: Problem, prepared: Prepared) -> list[WeightSource]:
+        self.groups_ = [list(group) for group in prepared.groups]
+        dictionaries = {letter: list(found) for letter, found in prepared.dictionaries.items()}
+        truncations, metric, allocator = dict(prepared.truncations), prepared.metric, prepared.allocator
+        used = sum(group.numbers() for found in dictionaries.values() for group in found)
+        if used >= problem.budget:
+            groups = len(prepared.groups)
+            raise unreachable(problem, used, f"{self.atoms} atom(s) for each of {groups} groups alone store")
         ranks = allocator.allocate(truncations, problem.budget - used, least=0)
         while idle := _idle_atoms(dictionaries, ranks):  # what they free buys more ranks
             for letter, group in idle:
@@ -112,7 +138,10 @@ class MatrixPCA(Compressor):
             ranks = allocator.allocate(truncations, problem.budget - used, least=0)
         self.ranks_ = ranks_by_projection(ranks)
         self.error_ = relative_error(truncations, ranks)
-        return factored_sources(problem, factorise(truncations, ranks), ranks, dictionaries)
+        factors = factorise(
+            truncations, ranks, lambda key: _left_over(problem, key[0], key[1][0], dictionaries[key[0]])
+        )
+        return factored_sources(problem, factors, ranks, dictionaries)
 
     def _atoms(self, problem: Problem, letter: str, layers: list[int]) -> AtomGroup:
         weights = [problem.weight(letter, layer) for layer in layers]
@@ -122,6 +151,15 @@ class MatrixPCA(Compressor):
             metric = sum(gram / gram.diagonal().sum() for gram in grams)
         dictionary, coefficients, _ = matrix_pca(weights, min(self.atoms, len(layers)), metric)
         return AtomGroup(layers, dictionary.to(weights[0].dtype), coefficients.to(weights[0].dtype))
+
+
+def _left_over(problem: Problem, letter: str, layer: int, groups: Sequence[AtomGroup]) -> Tensor:
+    """A layer's weight (out, in) without what its group's atoms make of it; all of it without a group."""
+    weight = problem.weight(letter, layer)
+    for group in groups:
+        if layer in group.layers:
+            return weight - torch.tensordot(group.coefficients[group.layers.index(layer)], group.atoms, 1)
+    return weight
 
 
 def _idle_atoms(

@@ -68,11 +68,14 @@ class FisherMetric(DataMetric):
         self.damping = damping
 
     def root(self, problem: Problem, letter: str, layer: int) -> Callable[[], Tensor]:
+        assert problem.calibration is not None
+        # make() is kept with the truncation: it must not hold the problem, whose model it would pin
+        calibration, log, device = problem.calibration, problem.regularisation, problem.weight(letter, layer).device
+
         def make() -> Tensor:
-            assert problem.calibration is not None
-            metric = problem.calibration.gradient_gram(letter, layer).to(problem.weight(letter, layer).device)
+            metric = calibration.gradient_gram(letter, layer).to(device)
             metric = metric + self.damping * metric.diagonal().mean() * torch.eye(len(metric)).to(metric)
-            return cholesky(metric, f"gradients of {letter} of layer {layer}", problem.regularisation)
+            return cholesky(metric, f"gradients of {letter} of layer {layer}", log)
 
         return make
 

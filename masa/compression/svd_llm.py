@@ -9,7 +9,7 @@ from masa.compression.algebra import Truncation
 from masa.compression.base import Compressor, Problem, register
 from masa.compression.low_rank import Factors, factored_sources, factorise, ranks_by_projection
 from masa.compression.metrics import DataMetric, FisherMetric, WeightMetric
-from masa.compression.ranks import Key, make_ranks
+from masa.compression.ranks import Key, RankAllocator, make_ranks
 from masa.compression.update import sequential_update
 from masa.weight_sources import WeightSource
 
@@ -32,18 +32,23 @@ class LowRankCompressor(Compressor):
         """Improve the factors once the ranks are known."""
         return factors
 
-    def fit(self, problem: Problem) -> list[WeightSource]:
-        metric, truncations = self.metric(), {}
+    def prepare(self, problem: Problem) -> tuple[RankAllocator, dict[Key, Truncation]]:
+        metric, truncations = self.metric(), dict[Key, Truncation]()
         allocator = make_ranks(self.ranks)
         for layer in problem.layers:
             problem.progress("factorising", layer, len(problem.layers))
             for letter in problem.projections:
                 truncations[letter, (layer,)] = metric.truncate(problem, letter, layer)
         metric.scale(truncations)
+        return allocator, truncations
+
+    def solve(self, problem: Problem, prepared: tuple[RankAllocator, dict[Key, Truncation]]) -> list[WeightSource]:
+        allocator, truncations = prepared
         ranks = allocator.allocate(truncations, problem.budget)
         self.ranks_ = ranks_by_projection(ranks)
         self.error_ = relative_error(truncations, ranks)
-        return factored_sources(problem, self.refine(problem, factorise(truncations, ranks)), ranks)
+        factors = factorise(truncations, ranks, lambda key: problem.weight(key[0], key[1][0]))
+        return factored_sources(problem, self.refine(problem, factors), ranks)
 
 
 def relative_error(truncations: Mapping[Key, Truncation], ranks: Mapping[Key, int | None]) -> float:
