@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from masa import __version__, config
-from masa.errors import MasaError
+from masa.compression import plan
+from masa.errors import MasaError, unknown
 
 EXIT = """\
 exit status: 0 done; 1 a defect of masa (please report it); 2 bad input, the message says what; 75 interrupted by a
@@ -141,6 +142,21 @@ def _parser() -> Parser:
     v.add_argument("--benchmarks", required=True, metavar="DIR")
     v.add_argument("--out", required=True, metavar="DIR")
 
+    v = verb("text", _text, "prepare one small set of documents", "masa text held_out --out held_out.json")
+    v.add_argument("name", help="a text of the configuration")
+    v.add_argument("--spec", metavar="JSON", help="{text, cache, mirror}; default: from the configuration")
+    v.add_argument("--out", required=True, metavar="FILE")
+
+    v = verb(
+        "pretrained",
+        _pretrained,
+        "fetch one pretrained model",
+        "masa pretrained SmolLM2-135M --out results/pretrained/SmolLM2-135M",
+    )
+    v.add_argument("name", help="a pretrained model of the configuration")
+    v.add_argument("--spec", metavar="JSON", help="{model, cache, mirror}; default: from the configuration")
+    v.add_argument("--out", required=True, metavar="DIR")
+
     v = verb(
         "throughput", _throughput, "time training and folded inference", "masa throughput --scale nano --out t.json"
     )
@@ -176,7 +192,10 @@ def _parser() -> Parser:
     v.add_argument("--samples", type=int, default=64, help="sequences (default 64; the paper's size is 256)")
     v.add_argument("--length", type=int, default=512, help="tokens a sequence (default 512; the paper's size is 2048)")
     v.add_argument("--gradient-samples", type=int, default=0, help="sequences for the *-fisher methods (default 0)")
+    v.add_argument("--projections", default="qkvo", help="letters to measure (default qkvo; all linears: qkvogud)")
+    v.add_argument("--batch-size", type=int, default=4, help="sequences at once (default 4)")
     v.add_argument("--seed", type=int, default=0)
+    v.add_argument("--threads", type=int, help="CPU threads (default: all)")
     v.add_argument("--revision", metavar="COMMIT", help="of a model on the hub")
     v.add_argument("--out", required=True, metavar="DIR")
 
@@ -193,6 +212,21 @@ def _parser() -> Parser:
     v.add_argument("--plain", action="store_true", help="write an ordinary Hugging Face folder instead of factors")
     v.add_argument("--evaluate", metavar="FILE", help="documents for the perplexity before and after")
     v.add_argument("--revision", metavar="COMMIT", help="of a model on the hub")
+    v.add_argument("--out", required=True, metavar="DIR")
+
+    v = verb(
+        "sweep",
+        _sweep,
+        "compress a model by one method at several reductions and score each",
+        "masa sweep SmolLM2-135M/svd-llm --model results/pretrained/SmolLM2-135M --calibration statistics "
+        "--texts held_out.json --benchmarks results/data/benchmarks --out results/compression/SmolLM2-135M/svd-llm",
+    )
+    v.add_argument("run", metavar="MODEL/NAME", help="a pretrained model and a compression of the configuration")
+    v.add_argument("--spec", metavar="JSON", help="the run as data; default: from the configuration")
+    v.add_argument("--model", required=True, metavar="DIR", help="what `masa pretrained` wrote")
+    v.add_argument("--calibration", metavar="DIR", help="what `masa calibrate` wrote")
+    v.add_argument("--texts", nargs="+", required=True, metavar="FILE", help="of `masa text`; held-out text first")
+    v.add_argument("--benchmarks", required=True, metavar="DIR", help="what `masa fetch` wrote")
     v.add_argument("--out", required=True, metavar="DIR")
 
     v = verb(
@@ -239,6 +273,24 @@ def parameters_spec(c: config.Config) -> list[dict[str, Any]]:
     """The runs whose parameters are counted."""
     chosen = c["parameters"]
     return [config.run_spec(c, s, e, 0) for s in chosen["scales"] for e in chosen["experiments"]]
+
+
+def text_spec(c: config.Config, name: str) -> dict[str, Any]:
+    """One text and what it depends on."""
+    if name not in c["texts"]:
+        raise unknown("Text", name, c["texts"])
+    text = c["texts"][name]
+    mirrored = text["source"].startswith(("hub:", "mirror:"))
+    return {"text": text, "cache": c["cache"], "mirror": config.mirror(c) if mirrored else None}
+
+
+def pretrained_spec(c: config.Config, name: str) -> dict[str, Any]:
+    """One pretrained model and what it depends on."""
+    if not c["pretrained"].get(name):
+        raise unknown("Pretrained model", name, [n for n, entry in c["pretrained"].items() if entry])
+    model = {k: v for k, v in c["pretrained"][name].items() if k != "compare_with"}
+    mirrored = model["source"].startswith(("hub:", "mirror:"))
+    return {"model": model, "cache": c["cache"], "mirror": config.mirror(c) if mirrored else None}
 
 
 def labels(c: config.Config) -> dict[str, str]:
@@ -300,6 +352,23 @@ def _evaluate(given: argparse.Namespace) -> None:
     evaluation.evaluate(Path(given.directory), tokens, tokenizer, tasks, settings, Path(given.out))
 
 
+def _text(given: argparse.Namespace) -> None:
+    from masa import excerpts
+
+    spec = _spec(given, lambda c: text_spec(c, given.name))
+    record = excerpts.prepare(given.name, spec["text"], Path(spec["cache"]), spec["mirror"], Path(given.out))
+    found = record.get("unavailable") or f"{len(record['documents']):,} documents, {record['words']:,} words"
+    print(f"{given.name}: {found}", file=sys.stderr)
+
+
+def _pretrained(given: argparse.Namespace) -> None:
+    spec = _spec(given, lambda c: pretrained_spec(c, given.name))
+    from masa import pretrained
+
+    found = pretrained.fetch(given.name, spec["model"], Path(spec["cache"]), spec["mirror"], Path(given.out))
+    print(f"{given.name}: {found['architecture']}, {found['parameters']:,} parameters", file=sys.stderr)
+
+
 def _throughput(given: argparse.Namespace) -> None:
     spec = _spec(given, lambda c: throughput_spec(c, given.scale))
     from masa import throughput
@@ -350,9 +419,23 @@ def _calibrate(given: argparse.Namespace) -> None:
         length=given.length,
         seed=given.seed,
         revision=given.revision,
+        projections=given.projections,
+        batch_size=given.batch_size,
         gradient_samples=given.gradient_samples,
+        threads=given.threads,
     )
     print(json.dumps(summary, indent=1, default=str))
+
+
+def _sweep(given: argparse.Namespace) -> None:
+    spec = _spec(given, lambda c: plan.run_spec(c, *plan.parse_run(given.run)))
+    from masa import run
+    from masa.compression.sweep import sweep
+
+    tasks = run.read_json(Path(given.benchmarks) / "manifest.json")
+    texts = {Path(file).stem: Path(file) for file in given.texts}
+    calibration = Path(given.calibration) if given.calibration else None
+    sweep(Path(given.model), spec, calibration, texts, tasks, Path(given.out))
 
 
 def _compress(given: argparse.Namespace) -> None:

@@ -20,9 +20,9 @@ from torch import nn
 from masa import sources
 from masa.errors import MasaError, unknown
 from masa.projections import family_of
-from masa.run import write_json
+from masa.run import read_json, write_json
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+INDEX, SINGLE, MANIFEST = "model.safetensors.index.json", "model.safetensors", "manifest.json"
 
 
 def load_pretrained(
@@ -35,7 +35,8 @@ def load_pretrained(
     """Load a pretrained causal LM and its tokenizer, in ``eval()`` mode.
 
     Args:
-        name: a folder in Hugging Face's layout, a ``.gguf`` file, or a hub id such as "meta-llama/Llama-3.2-1B".
+        name: a folder in Hugging Face's layout or one that :func:`fetch` wrote, a ``.gguf`` file, or a hub id such as
+            "meta-llama/Llama-3.2-1B".
         revision: branch, tag or commit of a hub id.
         dtype: convert to this. By default the stored dtype, and then every weight is a view of the safetensors file:
             the operating system reads a page when it is first needed and may drop it again, so that a model larger
@@ -60,6 +61,8 @@ def load_pretrained(
         path = _download(str(name), revision)
     elif revision is not None:
         raise MasaError(f"revision = {revision!r} belongs to a hub id, but {path} is a local folder. Remove it.")
+    elif (path / MANIFEST).is_file() and not (path / "config.json").is_file():
+        path = Path(read_json(path / MANIFEST)["path"])
     return _load_folder(path, dtype), _load_tokenizer(path)
 
 
@@ -152,7 +155,7 @@ def fetch(name: str, spec: Mapping[str, Any], cache: Path, mirror: str | None, o
         "parameters": sum(p.numel() for p in model.parameters()),
         "sha256": {file.name: sources.sha256_of(file) for file in _weight_files(folder)},
     }
-    write_json(out / "manifest.json", manifest)
+    write_json(out / MANIFEST, manifest)
     return manifest
 
 

@@ -36,7 +36,8 @@ class Progress:
         elapsed = max(self.printed - self.started, 1e-9)
         rate = (done - (self.first or 0)) / elapsed
         left = clock((self.total - done) / rate) if rate > 0 and done < self.total else ""
-        parts = [f"{self.name}: {done:,}/{self.total:,} {self.unit}", note, f"{rate:,.0f} {self.unit}/s"]
+        speed = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+        parts = [f"{self.name}: {done:,}/{self.total:,} {self.unit}", note, f"{speed} {self.unit}/s"]
         parts.append(f"ETA {left}" if left else f"took {clock(elapsed)}")
         print("  ".join(p for p in parts if p), file=sys.stderr, flush=True)
 

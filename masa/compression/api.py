@@ -124,6 +124,7 @@ def compress(
         calibration=None
         if calibration is None
         else {k: getattr(calibration, k) for k in ("samples", "length", "tokens_sha256", "model_sha256")},
+        shapes={p: list(shape.shapes[p]) for p in projections},
         learned=compressor.learned(),
     )
     return model, report

@@ -24,6 +24,7 @@ class CompressionReport:
         seconds, peak_rss_bytes: of the fit alone; the peak is the process's.
         regularisation: matrix -> jitter relative to mean(diag H), only where one was needed.
         calibration: samples, length and sha256 of tokens and model, or None.
+        shapes: projection -> (out, in).
         learned: ranks, groups, shared heads, relative error: what the method found.
     """
 
@@ -43,6 +44,7 @@ class CompressionReport:
     peak_rss_bytes: int
     regularisation: dict[str, float] = field(default_factory=dict)
     calibration: dict[str, Any] | None = None
+    shapes: dict[str, list[int]] = field(default_factory=dict)
     learned: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:

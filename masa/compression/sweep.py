@@ -68,7 +68,7 @@ def sweep(
             file = out / f"{percent:g}" / "metrics.json"
             if not (file.is_file() and run.read_json(file).get("identity") == identity):
                 wanted = {t: tasks[t] for t in chosen["tasks"] if t in tasks}
-                record = _one(pretrained, spec, compressor, percent, calibration, documents, wanted, file.parent)
+                record = _one(model_dir, spec, compressor, percent, calibration, documents, wanted, file.parent)
                 record |= {"identity": identity, "provenance": run.provenance(inputs)}
                 run.write_json(file, record)
             records[f"{percent:g}"] = identity
@@ -80,7 +80,7 @@ def sweep(
 
 
 def _one(
-    pretrained: Mapping[str, Any],
+    model_dir: Path,
     spec: Mapping[str, Any],
     compressor: Any,
     percent: float,
@@ -90,7 +90,7 @@ def _one(
     folder: Path,
 ) -> dict[str, Any]:
     """One reduction: compress, heal if asked, count, fold, score."""
-    model, tokenizer = load_pretrained(pretrained["path"])
+    model, tokenizer = load_pretrained(model_dir)
     tokens = load_tokens(calibration.directory) if calibration and calibration.directory else None
     report, healing = None, None
     with terminal() as progress:
@@ -112,7 +112,7 @@ def _one(
         if spec.get("heal"):
             from masa.compression.healing import heal
 
-            teacher, _ = load_pretrained(pretrained["path"])
+            teacher, _ = load_pretrained(model_dir)
             healing = heal(model, tokens, teacher=teacher, progress=show, **spec["heal"])
             del teacher
         counts = count_parameters(model).to_dict()

@@ -16,28 +16,10 @@ from matplotlib.figure import Figure
 
 from masa import run
 from masa.errors import unknown
+from masa.report import compression_figures as compressed
 from masa.report import metrics as m
+from masa.report.style import PROJECTION, STYLE, look
 from masa.sources import whole_file
-
-# Okabe and Ito's palette, with line styles and markers so that colour is never the only sign
-COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#0072B2", "#F0E442")
-LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), "-", "--")
-MARKERS = "osD^vPX*"
-STYLE = {
-    "font.size": 8,
-    "axes.titlesize": 8,
-    "legend.fontsize": 7,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "lines.linewidth": 1.3,
-    "figure.dpi": 200,
-    "savefig.bbox": "tight",
-    "pdf.fonttype": 42,
-}
-ORDER = ("vanilla", "gqa", "masa-qkv", "low-rank", "sequential", "repeat-all-over", "masa-qkvo")
-PROJECTION = {"q": "Query", "k": "Key", "v": "Value", "o": "Output"}
 
 
 def write(spec: Mapping[str, Any], results: Path, folder: Path) -> None:
@@ -67,7 +49,7 @@ def curves(spec: Mapping[str, Any], results: Path) -> Figure:
         reference.setdefault(row["scale"], logs)
         tokens = sorted(set.intersection(*(set(log) for log in logs.values())))
         label = row["label"] if len(scales) == 1 else f"{row['scale']} {row['label']}"
-        style = _style(row["experiment"], index)
+        style = look(row["experiment"], index)
         values = np.array([[log[t] for t in tokens] for log in logs.values()])
         _band(left, tokens, values, label, style)
         base = reference[row["scale"]]
@@ -105,19 +87,13 @@ def _band(axis: Any, x: list[int], values: np.ndarray, label: str, style: Mappin
         axis.fill_between(x, mean - std, mean + std, color=style["color"], alpha=0.12, linewidth=0)
 
 
-def _style(name: str, index: int) -> dict[str, Any]:
-    """The same look for one experiment in every figure; what is not in ORDER takes the ``index``-th."""
-    index = (ORDER.index(name) if name in ORDER else index) % len(COLOURS)
-    return {"color": COLOURS[index], "linestyle": LINES[index], "marker": MARKERS[index]}
-
-
 def quality(spec: Mapping[str, Any], results: Path) -> Figure:
     """Held-out loss against stored attention parameters; the S sweeps of MASA-QKV and -QKVO are joined."""
     figure, axis = plt.subplots(figsize=(4.6, 3.0))
     groups: dict[str, list[tuple[float, float, str]]] = {}
     names: dict[str, str] = {}
     for row in spec["rows"]:
-        flat = [m.flatten(m.load(results, run_id)) for run_id in row["runs"]]
+        flat = [m.flatten(m.load(results, record)) for record in row["records"]]
         x = flat[0]["attention_parameters"]
         y = statistics.fmean(f["validation_loss"] for f in flat)
         family = row["label"].partition(" S=")[0]
@@ -127,7 +103,7 @@ def quality(spec: Mapping[str, Any], results: Path) -> Figure:
     for index, (family, points) in enumerate(groups.items()):
         points.sort()
         x, y = zip(*((px, py) for px, py, _ in points), strict=True)
-        axis.plot(x, y, label=family, **_style(names.get(family, family), index), markersize=5)
+        axis.plot(x, y, label=family, **look(names.get(family, family), index), markersize=5)
         for px, py, note in points:
             if len(points) > 1:
                 place = (4, 4) if index % 2 else (4, -9)  # neighbouring sweeps on different sides
@@ -145,13 +121,13 @@ def effective_rank(spec: Mapping[str, Any], results: Path) -> Figure:
     """Effective rank of every attention matrix over depth, one panel a projection."""
     figure, axes = plt.subplots(1, 4, figsize=(6.8, 2.1), sharey=True)
     for index, row in enumerate(spec["rows"]):
-        ranks = run.read_json(results / "evaluations" / row["runs"][0] / "weights.json")["effective_rank"]
+        ranks = run.read_json(results / row["records"][0] / "weights.json")["effective_rank"]
         for axis, letter in zip(axes, PROJECTION, strict=True):
             axis.plot(
                 range(1, len(ranks[letter]) + 1),
                 ranks[letter],
                 label=row["label"],
-                **_style(row["experiment"], index),
+                **look(row["experiment"], index),
                 markersize=3,
             )
     for axis, name in zip(axes, PROJECTION.values(), strict=True):
@@ -166,7 +142,7 @@ def effective_rank(spec: Mapping[str, Any], results: Path) -> Figure:
 def coefficients(spec: Mapping[str, Any], results: Path) -> Figure:
     """C of every projection as a heat map, layers down, atoms across."""
     row = spec["rows"][0]
-    found = run.read_json(results / "evaluations" / row["runs"][0] / "weights.json")["coefficients"]
+    found = run.read_json(results / row["records"][0] / "weights.json")["coefficients"]
     figure, axes = plt.subplots(1, len(found), figsize=(1.5 * len(found) + 0.8, 2.6), sharey=True, squeeze=False)
     limit = max(abs(v) for c in found.values() for line in c for v in line)
     for axis, (letter, values) in zip(axes[0], found.items(), strict=True):
@@ -188,4 +164,7 @@ KINDS: dict[str, Callable[[Mapping[str, Any], Path], Figure]] = {
     "quality": quality,
     "effective_rank": effective_rank,
     "coefficients": coefficients,
+    "perplexity_reduction": compressed.perplexity_reduction,
+    "ranks": compressed.ranks,
+    "drift": compressed.drift,
 }

@@ -34,10 +34,17 @@ class Metric:
 METRICS = (
     Metric("parameters", "Parameters", 0),
     Metric("attention_parameters", "Attention parameters", 0),
+    Metric("requested_pct", "Requested reduction (%)", 0),
+    Metric("achieved_pct", "Achieved (%)", 2),
     Metric("attn_cr_pct", "Attention reduction (%)", 1),
     Metric("model_cr_pct", "Model reduction (%)", 1),
     Metric("tokens", "Training tokens", 0),
     Metric("validation_loss", "Held-out loss (nats/token)", 4, "lower"),
+    Metric("held_out_ppl", "Held-out perplexity (token)", 2, "lower"),
+    Metric("loss_increase", "Loss above the original (nats/token)", 4, "lower"),
+    Metric("share_of_svd_llm_pct", "Of SVD-LLM's increase (%)", 1, "lower"),
+    Metric("wikitext_token_ppl", "WikiText-2 perplexity (token)", 2, "lower"),
+    Metric("wikitext_share_of_svd_llm_pct", "Of SVD-LLM's increase on WikiText-2 (%)", 1, "lower"),
     Metric("word_ppl", "Held-out word perplexity", 0, "lower"),
     Metric("byte_ppl", "Held-out byte perplexity", 3, "lower"),
     Metric("piqa", "PIQA", 3, "higher"),
@@ -52,6 +59,9 @@ METRICS = (
     Metric("avg_available_pct", "Average of available tasks (%)", 2, "higher"),
     Metric("wikitext_ppl", "WikiText-2 word perplexity", 2, "lower"),
     Metric("lambada_ppl", "LAMBADA perplexity", 2, "lower"),
+    Metric("seconds", "Compression (s)", 1),
+    Metric("heal_seconds", "Healing (s)", 1),
+    Metric("peak_gib", "Peak memory (GiB)", 2),
 )
 
 _TASKS = {
@@ -70,22 +80,38 @@ _TASKS = {
 
 
 def flatten(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """One run's metrics file as column -> number; a task that could not be had has no entry."""
+    """One metrics file, of a training or a compression, as column -> number; what could not be had has no entry."""
     parameters, corpus = metrics["parameters"], metrics["corpus"]
     flat = {
         "parameters": parameters["total"],
         "attention_parameters": parameters["attention"],
         "attn_cr_pct": 100 * parameters["attention_reduction"],
         "model_cr_pct": 100 * parameters["model_reduction"],
-        "tokens": metrics["training"]["tokens"],
         "validation_loss": corpus["loss"],
         "word_ppl": corpus["word_perplexity"],
         "byte_ppl": corpus["byte_perplexity"],
     }
+    flat |= _of_training(metrics["training"]) if "training" in metrics else _of_compression(metrics)
     for column, (task, name) in _TASKS.items():
         if name in metrics["tasks"].get(task, {}):
             flat[column] = metrics["tasks"][task][name]
     return flat | averages(flat)
+
+
+def _of_training(training: Mapping[str, Any]) -> dict[str, float]:
+    return {"tokens": training["tokens"]}
+
+
+def _of_compression(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Of a compressed model; the original has no reduction, time or memory of its own."""
+    flat = {"held_out_ppl": metrics["corpus"]["token_perplexity"], "requested_pct": metrics["requested_pct"]}
+    flat |= {f"{name}_token_ppl": t["token_perplexity"] for name, t in metrics["texts"].items()}
+    if report := metrics["compression"]:
+        flat["achieved_pct"] = 100 * report["reduction_achieved"]
+        flat |= {"seconds": report["seconds"], "peak_gib": report["peak_rss_bytes"] / 2**30}
+    if metrics["healing"]:
+        flat["heal_seconds"] = metrics["healing"]["seconds"]
+    return flat
 
 
 def averages(row: Mapping[str, float]) -> dict[str, float]:
@@ -100,6 +126,6 @@ def every_score(metrics: Mapping[str, Any]) -> dict[str, float]:
     return {f"{task}/{name}": value for task, scores in metrics["tasks"].items() for name, value in scores.items()}
 
 
-def load(results: Path, run_id: str) -> dict[str, Any]:
-    """The metrics file of one run."""
-    return run.read_json(results / "evaluations" / run_id / "metrics.json")
+def load(results: Path, record: str) -> dict[str, Any]:
+    """The metrics file in one directory below ``results``, e.g. ``evaluations/S/vanilla/seed0``."""
+    return run.read_json(results / record / "metrics.json")

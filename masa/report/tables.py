@@ -14,6 +14,7 @@ import pandas as pd
 from masa import run
 from masa.config import ROOT
 from masa.errors import MasaError
+from masa.report import compression_tables
 from masa.report import metrics as m
 from masa.sources import whole_file
 
@@ -37,16 +38,20 @@ def build(spec: Mapping[str, Any], results: Path) -> pd.DataFrame:
     rows = [_row(row, results, paper, spec) for row in spec["rows"]]
     frame = pd.DataFrame(rows)
     names = [x.name for x in m.METRICS if {x.name, f"{x.name}_paper"} & set(frame)]
+    if "reduction" in spec["rows"][0]:
+        compression_tables.add_comparisons(frame, spec, results)
+        frame = frame.drop(columns="seeds")
+        names = [x.name for x in m.METRICS if {x.name, f"{x.name}_paper"} & set(frame)]
     frame = frame.reindex(columns=[*frame.columns, *(n for n in names if n not in frame)])  # not available: empty
-    order = [*_KEYS, *names]
-    for suffix in ("_std", "_paper", "_difference"):
+    order = [*(k for k in _KEYS if k in frame), *names]
+    for suffix in ("_std", "_se", "_paper", "_difference"):
         order += [n + suffix for n in names if n + suffix in frame]
     order += [c for c in ("unavailable_tasks", "paper_scale", "verdict") if c in frame]
     return frame[order]
 
 
 def _row(row: Mapping[str, Any], results: Path, paper: Sequence[Mapping[str, Any]], spec: Mapping[str, Any]) -> dict:
-    evaluated = [m.load(results, run_id) for run_id in row["runs"]]
+    evaluated = [m.load(results, record) for record in row["records"]]
     flat = [m.flatten(e) for e in evaluated]
     out: dict[str, Any] = {
         "scale": row["scale"],
@@ -80,7 +85,7 @@ def _row(row: Mapping[str, Any], results: Path, paper: Sequence[Mapping[str, Any
 
 def _verdict(row: Mapping[str, Any], out: Mapping[str, Any], tolerance: float) -> str:
     if row["scale"] != row["paper"].get("scale"):
-        return "another scale"
+        return "another model" if "reduction" in row else "another scale"
     if "avg_pct_paper" not in out:
         return "not in the paper"
     if "avg_pct_difference" not in out:
@@ -106,8 +111,9 @@ def _match(wanted: Mapping[str, Any], paper: Sequence[Mapping[str, Any]], spec: 
     """The paper's row that agrees with ``wanted`` in every column to match that both have."""
     if not paper:
         return {}
-    keys = [k for k in spec["paper"]["match"] if k in wanted]
-    if "scale" not in keys or len(keys) < 2:
+    match = spec["paper"]["match"]
+    keys = [k for k in match if k in wanted]
+    if match[0] not in keys or len(keys) < 2:
         return {}
     found = [row for row in paper if all(row.get(k) == wanted[k] for k in keys)]
     if len(found) > 1:
@@ -149,7 +155,9 @@ def readable(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _cell(record: Mapping[str, Any], metric: m.Metric) -> str:
-    value, std, paper, difference = (_get(record, metric.name + s) for s in ("", "_std", "_paper", "_difference"))
+    value, paper, difference = (_get(record, metric.name + s) for s in ("", "_paper", "_difference"))
+    std = _get(record, f"{metric.name}_std")
+    std = _get(record, f"{metric.name}_se") if std is None else std
 
     def show(number: float, sign: str = "") -> str:
         return f"{number:{sign}.3g}" if abs(number) >= 1e7 else f"{number:{sign},.{metric.digits}f}"
@@ -194,14 +202,14 @@ NOTE = (
 
 def note_for(spec: Mapping[str, Any], results: Path) -> str:
     """What a reader must know to read the table: scale, limits, where task data came from and what is missing."""
-    first = m.load(results, spec["rows"][0]["runs"][0])
-    parts = [NOTE]
+    first = m.load(results, spec["rows"][0]["records"][0])
+    parts = compression_tables.notes(first) if "reduction" in spec["rows"][0] else [NOTE]
     scales = {(row["scale"], row["paper"].get("scale")) for row in spec["rows"]}
     for scale, other in sorted(scales, key=str):
         if other and scale != other and "paper" in spec:
             parts.append(
-                f"{scale} is not a scale of the paper; its numbers stand beside the paper's {other} for orientation "
-                "only, and at this size most accuracies are near chance."
+                f"{scale} is not in the paper; its numbers stand beside the paper's {other} for orientation only, and "
+                "at this size most accuracies are near chance."
             )
     limits = {task: first["examples"].get(task) for task in first["tasks"]}
     parts.append("Examples a task: " + ", ".join(f"{task} {count}" for task, count in limits.items()) + ".")
@@ -217,7 +225,7 @@ def write_runs(run_ids: Sequence[str], results: Path, folder: Path) -> None:
     """``runs.csv``: one row a seed with every number, acc and acc_norm both; the tidy table behind all others."""
     rows = []
     for run_id in run_ids:
-        record = m.load(results, run_id)
+        record = m.load(results, f"evaluations/{run_id}")
         scale, experiment, seed = run_id.split("/")
         rows.append(
             {"run": run_id, "scale": scale, "method": experiment, "seed": int(seed[4:])}

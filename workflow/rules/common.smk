@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(workflow.basedir).parent))
 from masa import cli
 from masa import config as settings
 from masa import sources
+from masa.compression import plan
 from masa.errors import MasaError
 from masa.fingerprint import fingerprint
 
@@ -31,6 +32,7 @@ FIGURES = list(settings.active(config, "figures"))
 wildcard_constraints:
     run="[A-Za-z0-9._-]+/[A-Za-z0-9._-]+/seed[0-9]+",
     scale="[A-Za-z0-9._-]+",
+    model="[A-Za-z0-9._-]+",
     name="[A-Za-z0-9._-]+",
 
 
@@ -54,22 +56,41 @@ def training_threads(wildcards):
     ]
 
 
-def corpus_files():
-    """Local files that the corpus is read from: an edit of one of them is noticed. Downloads are pinned instead."""
-    corpus = config["data"]["corpus"]
-    local = [
-        s
-        for s in (corpus["source"], corpus.get("validation_source"))
-        if s and s.startswith(("file:", "mirror:"))
+def local_files(*given):
+    """Local files among some sources: an edit of one of them is noticed. Downloads are pinned instead."""
+    local = [s for s in given if s and s.startswith(("file:", "mirror:"))]
+    return [
+        str(p)
+        for s in local
+        for p in sources.local_files(sources.parse(s), settings.mirror(config))
     ]
+
+
+def corpus_files():
+    """Local files that the corpus is read from."""
+    corpus = config["data"]["corpus"]
     try:
-        return [
-            str(p)
-            for s in local
-            for p in sources.local_files(sources.parse(s), settings.mirror(config))
-        ]
+        return local_files(corpus["source"], corpus.get("validation_source"))
     except MasaError as error:
         raise WorkflowError(f"data.corpus: {error}") from None
+
+
+def local_text_files(name):
+    """Local files that a text is read from; none where an optional one cannot be had."""
+    text = config["texts"][name]
+    try:
+        return local_files(text["source"])
+    except MasaError as error:
+        if text.get("optional"):
+            return []
+        raise WorkflowError(f"texts.{name}: {error}") from None
+
+
+def calibration_of(wildcards):
+    """The statistics that a compression needs, if any."""
+    name = plan.calibration_of(config, f"{wildcards.model}/{wildcards.name}")
+    folder = f"{RESULTS}/compression/{wildcards.model}/calibrations"
+    return [f"{folder}/{name}/calibration.json"] if name else []
 
 
 def tokens_of(wildcards):
@@ -78,7 +99,12 @@ def tokens_of(wildcards):
 
 
 def evaluations_of(artefact):
-    """Metrics files of a table or figure."""
+    """What a table or figure is made from: metrics files, or manifests of compressions."""
+    if plan.is_compression(config, artefact):
+        return expand(
+            f"{RESULTS}/compression/{{run}}/manifest.json",
+            run=plan.artefact_runs(config, artefact),
+        )
     return expand(
         f"{RESULTS}/evaluations/{{run}}/metrics.json",
         run=settings.artefact_runs(config, artefact),

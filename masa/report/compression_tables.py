@@ -1,0 +1,79 @@
+"""What tables of compression have beyond others: each row against the original and against SVD-LLM, paired."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from masa.report import metrics as m
+
+BASELINE = "svd-llm"
+
+
+def add_comparisons(frame: pd.DataFrame, spec: Mapping[str, Any], results: Path) -> None:
+    """Add ``loss_increase`` with its standard error, and shares of SVD-LLM's increase, to a table, in place.
+
+    Args:
+        frame: one row for each of ``spec["rows"]``.
+        spec: from :func:`masa.config.artefact_spec`.
+        results: directory with ``compression/``.
+    """
+    records = [m.load(results, row["records"][0]) for row in spec["rows"]]
+    originals = {r["scale"]: x for r, x in zip(spec["rows"], records, strict=True) if x["compression"] is None}
+    baselines = {
+        (r["scale"], r["reduction"]): x
+        for r, x in zip(spec["rows"], records, strict=True)
+        if r["experiment"] == BASELINE
+    }
+    for index, (row, record) in enumerate(zip(spec["rows"], records, strict=True)):
+        original, baseline = originals.get(row["scale"]), baselines.get((row["scale"], row["reduction"]))
+        if original is None or record is original:
+            continue
+        mean, error = paired(record["corpus"], original["corpus"])
+        frame.loc[index, ["loss_increase", "loss_increase_se"]] = mean, error
+        for text, column in (("held_out", "share_of_svd_llm_pct"), ("wikitext", "wikitext_share_of_svd_llm_pct")):
+            if baseline and text in record["texts"]:
+                dense, ours, theirs = (x["texts"][text]["token_perplexity"] for x in (original, record, baseline))
+                frame.loc[index, column] = 100 * (ours - dense) / (theirs - dense)
+
+
+def paired(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[float, float]:
+    """Difference of two models' losses on the same documents, in nats a token, and its standard error over documents.
+
+    The loss is a ratio of sums over documents, so the error is that of a ratio estimator with the token counts as
+    weights.
+    """
+    tokens = ours["tokens_by_document"]
+    differences = [a - b for a, b in zip(ours["nll_by_document"], theirs["nll_by_document"], strict=True)]
+    mean, n = sum(differences) / sum(tokens), len(tokens)
+    if n < 2:
+        return mean, math.nan
+    spread = sum((d - mean * t) ** 2 for d, t in zip(differences, tokens, strict=True))
+    return mean, math.sqrt(spread * n / (n - 1)) / sum(tokens)
+
+
+def notes(first: Mapping[str, Any]) -> list[str]:
+    """What a reader must know of such a table.
+
+    Args:
+        first: record of the original.
+    """
+    parts = [
+        "Nothing is trained, but for PostShare and healed rows. Perplexities are of folded models in "
+        f"{first['settings']['dtype']}, windows of {first['settings']['window']} tokens without overlap. Loss above "
+        "the original: paired over documents, ± standard error. Of SVD-LLM's increase: perplexity above the original's, "
+        "relative to that of uniform SVD-LLM at the same reduction. In brackets the paper's value and our difference. "
+        "Accuracies are zero-shot, acc_norm where lm-eval has it; n/a: not scored, or the data could not be had here. "
+        "Compression time and peak memory (of the process) are of one job with its share of the machine."
+    ]
+    for name, record in first["text_data"].items():
+        if "unavailable" in record:
+            parts.append(f"{name}: unavailable ({record['unavailable']}).")
+        else:
+            score = first["texts"][name]
+            parts.append(f"{name}: {score['documents']} documents, {score['tokens']} tokens of {record['source']}.")
+    return parts

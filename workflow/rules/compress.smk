@@ -1,0 +1,94 @@
+# Training-free compression of pretrained models: fetch, calibrate once, then one job a method for all its reductions.
+
+
+rule text:
+    input:
+        lambda wildcards: local_text_files(wildcards.name),
+    output:
+        f"{DATA}/texts/{{name}}.json",
+    log:
+        f"{LOGS}/texts/{{name}}.log",
+    params:
+        spec=lambda wildcards: as_json(cli.text_spec(config, wildcards.name)),
+        code=meaning("excerpts"),
+    message:
+        "Text {wildcards.name}"
+    shell:
+        "masa text {wildcards.name} --spec {params.spec:q} --out {output} --log {log}"
+
+
+rule pretrained:
+    output:
+        f"{RESULTS}/pretrained/{{model}}/manifest.json",
+    log:
+        f"{LOGS}/pretrained/{{model}}.log",
+    params:
+        spec=lambda wildcards: as_json(cli.pretrained_spec(config, wildcards.model)),
+        code=meaning("pretrained"),
+        out=lambda wildcards, output: Path(output[0]).parent,
+    message:
+        "Fetching {wildcards.model}"
+    shell:
+        "masa pretrained {wildcards.model} --spec {params.spec:q} --out {params.out} --log {log}"
+
+
+rule calibrate:
+    input:
+        model=rules.pretrained.output[0],
+        text=lambda wildcards: f"{DATA}/texts/{config['calibrations'][wildcards.name]['text']}.json",
+    output:
+        f"{RESULTS}/compression/{{model}}/calibrations/{{name}}/calibration.json",
+    log:
+        f"{LOGS}/calibrate/{{model}}/{{name}}.log",
+    priority: 20  # every compression waits for it
+    threads: config["compression"]["threads"]
+    resources:
+        gpu=1,
+    params:
+        code=meaning("compression.run"),
+        model=lambda wildcards, input: Path(input.model).parent,
+        out=lambda wildcards, output: Path(output[0]).parent,
+        size=lambda wildcards: " ".join(
+            f"--{key.replace('_', '-')} {value}"
+            for key, value in sorted(config["calibrations"][wildcards.name].items())
+            if key != "text"
+        ),
+    message:
+        "Calibration {wildcards.name} of {wildcards.model}"
+    shell:
+        "masa calibrate {params.model} --text {input.text} {params.size} --threads {threads} --out {params.out}"
+        " --log {log} > /dev/null"
+
+
+rule compress:
+    input:
+        model=rules.pretrained.output[0],
+        texts=expand(
+            f"{DATA}/texts/{{name}}.json",
+            name=config["compression"]["evaluation"]["texts"],
+        ),
+        benchmarks=rules.benchmarks.output[0],
+        calibration=calibration_of,
+    output:
+        f"{RESULTS}/compression/{{model}}/{{name}}/manifest.json",
+    log:
+        f"{LOGS}/compress/{{model}}/{{name}}.log",
+    priority: 5
+    threads: config["compression"]["threads"]
+    resources:
+        gpu=1,
+    params:
+        spec=lambda wildcards: as_json(
+            plan.run_spec(config, wildcards.model, wildcards.name)
+        ),
+        code=meaning("compression.sweep"),
+        model=lambda wildcards, input: Path(input.model).parent,
+        calibration=lambda wildcards, input: " ".join(
+            f"--calibration {Path(file).parent}" for file in input.calibration
+        ),
+        out=lambda wildcards, output: Path(output[0]).parent,
+    message:
+        "Compressing {wildcards.model} by {wildcards.name}"
+    shell:
+        "masa sweep {wildcards.model}/{wildcards.name} --spec {params.spec:q} --model {params.model}"
+        " {params.calibration} --texts {input.texts} --benchmarks {DATA}/benchmarks --out {params.out} --log {log}"
