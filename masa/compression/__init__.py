@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from masa.compression.api import compress
     from masa.compression.base import COMPRESSORS, Compressor, make_compressor
     from masa.compression.calibration import calibrate
+    from masa.compression.healing import heal
     from masa.compression.report import CompressionReport
     from masa.compression.run import run_calibrate, run_compress
     from masa.compression.scoring import perplexity
@@ -31,6 +32,7 @@ __all__ = [
     "Compressor",
     "calibrate",
     "compress",
+    "heal",
     "make_compressor",
     "perplexity",
     "run_calibrate",
@@ -41,6 +43,7 @@ __all__ = [
 _LAZY = {"compress": "api", "COMPRESSORS": "api", "make_compressor": "api"}
 _LAZY |= {"Compressor": "base", "calibrate": "calibration"}
 _LAZY |= {"Calibration": "statistics", "CompressionReport": "report", "perplexity": "scoring"}
+_LAZY |= {"heal": "healing"}
 _LAZY |= {"run_calibrate": "run", "run_compress": "run"}
 
 

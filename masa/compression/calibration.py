@@ -6,6 +6,7 @@ states (N T d), one block, one batch of its activations and one layer's statisti
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import time
 from collections.abc import Callable, Sequence
@@ -95,9 +96,20 @@ class BlockStream:
                 self.hidden[i] = output
         return total / sum(h.shape[0] * h.shape[1] for h in self.hidden)
 
+    @torch.no_grad()
+    def run_hooked(self, block: nn.Module) -> None:
+        """Run every batch through ``block`` only as far as its hooks let it (see :class:`GramHooks`); keep nothing."""
+        for hidden in self.hidden:
+            with contextlib.suppress(InputsSeen):
+                block(hidden, **_cast(self._arguments[len(hidden)], self.dtype))
+
 
 class _FirstBlockReached(Exception):
     pass
+
+
+class InputsSeen(Exception):
+    """Every input that was wanted of a block has been seen: the rest of it need not run."""
 
 
 def _cast(arguments: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
@@ -115,10 +127,13 @@ class GramHooks:
     Args:
         paths: projection letter -> path of its linear layer inside the block.
         letters: projections whose inputs are wanted; those that read the same input are counted once.
+        stop: raise :class:`InputsSeen` at the last of these inputs, for :meth:`BlockStream.run_hooked`.
     """
 
-    def __init__(self, paths: dict[str, str], letters: str) -> None:
+    def __init__(self, paths: dict[str, str], letters: str, stop: bool = False) -> None:
         self.paths = {INPUT_OF[p]: paths[p] for p in letters}
+        # INPUT_OF is in the order in which a block computes
+        self.last = [name for name in INPUT_OF.values() if name in self.paths][-1] if stop else None
         self.grams: dict[str, Tensor] = {}
 
     def attach(self, block: nn.Module) -> list[Any]:
@@ -135,6 +150,8 @@ class GramHooks:
             self.grams[name] += product
         else:
             self.grams[name] = product.double()
+        if name == self.last:
+            raise InputsSeen
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from masa.compression.base import Compressor, Problem, register, unreachable
 from masa.compression.sources import SharedHeads
+from masa.compression.training import autocast, batches, check_length, cosine
 from masa.errors import MasaError
 from masa.projections import decoder, family_of
 from masa.spec import ATTENTION
@@ -155,6 +156,8 @@ class PostShare(DirectShare):
         lr: peak learning rate, cosine to zero; AdamW, beta (0.9, 0.95), weight decay 0.1, as published.
         pull: weight of the second term.
         seed: of the order of the sequences.
+        length: cut the sequences to this many tokens.
+        dtype: "bfloat16" or "float16" to run under autocast; by default the model's own.
 
     Raises (in ``solve``):
         MasaError: the loss is no longer finite.
@@ -163,9 +166,18 @@ class PostShare(DirectShare):
     needs_tokens = True
     changes_model = True
 
-    def __init__(self, mode: str = "qk", steps: int = 100, lr: float = 5e-5, pull: float = 0.5, seed: int = 0) -> None:
+    def __init__(
+        self,
+        mode: str = "qk",
+        steps: int = 100,
+        lr: float = 5e-5,
+        pull: float = 0.5,
+        seed: int = 0,
+        length: int | None = None,
+        dtype: str | None = None,
+    ) -> None:
         super().__init__(mode)
-        self.steps, self.lr, self.pull, self.seed = steps, lr, pull, seed
+        self.steps, self.lr, self.pull, self.seed, self.length, self.dtype = steps, lr, pull, seed, length, dtype
 
     def train(self, problem: Problem, chosen: dict[str, list[Match]]) -> None:
         parameters = list({id(p): p for p in problem.model.parameters()}.values())
@@ -185,19 +197,16 @@ class PostShare(DirectShare):
         tokens = problem.tokens
         assert tokens is not None
         optimiser = torch.optim.AdamW(parameters, lr=self.lr, betas=(0.9, 0.95), weight_decay=0.1)
-        generator = torch.Generator().manual_seed(self.seed)
-        order = iter(())
+        tokens, device = tokens[:, : check_length(self.length, tokens)], parameters[0].device
+        order, context = batches(tokens, problem.batch_size, self.seed), autocast(device, self.dtype)
         self.losses_ = []
         for step in range(self.steps):
             problem.progress("post-training", step, self.steps)
             for group in optimiser.param_groups:
-                group["lr"] = self.lr * (1 + math.cos(math.pi * step / self.steps)) / 2
-            batch = list(itertools.islice(order, problem.batch_size))
-            if not batch:
-                order = iter(torch.randperm(len(tokens), generator=generator).tolist())
-                batch = list(itertools.islice(order, problem.batch_size))
-            ids = tokens[batch].to(parameters[0].device)
-            lm = problem.model(input_ids=ids, labels=ids, use_cache=False).loss
+                group["lr"] = self.lr * cosine(step, self.steps)
+            ids = next(order).to(device)
+            with context:
+                lm = problem.model(input_ids=ids, labels=ids, use_cache=False).loss
             apart = self._distance(problem, chosen)
             if not math.isfinite(lm.item()):
                 raise MasaError(f"post-share: the loss became {lm.item()} at step {step}. Lower lr (now {self.lr}).")

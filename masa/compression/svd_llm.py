@@ -81,12 +81,21 @@ class SvdLlm(LowRankCompressor):
 
 @register("svd-llm-update")
 class SvdLlmUpdate(SvdLlm):
-    """SVD-LLM with its sequential update of the left factors to compressed inputs."""
+    """SVD-LLM with its sequential update of the left factors to compressed inputs.
+
+    Args:
+        ranks: a rule of :data:`~masa.compression.ranks.RANKS`.
+        samples: sequences of the calibration's tokens that the update runs over; None for all.
+    """
 
     needs_tokens = True
 
+    def __init__(self, ranks: str | Mapping[str, Any] = "uniform", samples: int | None = 16) -> None:
+        super().__init__(ranks)
+        self.samples = samples
+
     def refine(self, problem: Problem, factors: Factors) -> Factors:
-        return sequential_update(problem, factors)
+        return sequential_update(problem, factors, self.samples)
 
 
 @register("svd-llm-global")
@@ -107,10 +116,10 @@ class SvdGlobal(SvdLlm):
 
 @register("svd-global-update")
 class SvdGlobalUpdate(SvdLlmUpdate):
-    """Global ranks with the dense option, then the sequential update (ours)."""
+    """Global ranks with the dense option, then the sequential update (ours); arguments of :class:`SvdLlmUpdate`."""
 
-    def __init__(self, ranks: str | Mapping[str, Any] = "global-dense") -> None:
-        super().__init__(ranks)
+    def __init__(self, ranks: str | Mapping[str, Any] = "global-dense", samples: int | None = 16) -> None:
+        super().__init__(ranks, samples)
 
 
 @register("svd-fisher")
@@ -135,9 +144,23 @@ class SvdFisher(LowRankCompressor):
 
 @register("svd-fisher-update")
 class SvdFisherUpdate(SvdFisher):
-    """:class:`SvdFisher`, then the sequential update (the best left factor for given inputs is the same for any G)."""
+    """:class:`SvdFisher`, then the sequential update (the best left factor for given inputs is the same for any G).
+
+    Args:
+        ranks, damping: of :class:`SvdFisher`.
+        samples: of :class:`SvdLlmUpdate`.
+    """
 
     needs_tokens = True
 
+    def __init__(
+        self,
+        ranks: str | Mapping[str, Any] = "global-dense",
+        damping: float = 0.01,
+        samples: int | None = 16,
+    ) -> None:
+        super().__init__(ranks, damping)
+        self.samples = samples
+
     def refine(self, problem: Problem, factors: Factors) -> Factors:
-        return sequential_update(problem, factors)
+        return sequential_update(problem, factors, self.samples)
