@@ -5,7 +5,7 @@
     masa.save(model, "factored");  masa.fold(model).save_pretrained("plain")
 
 To add a method, subclass :class:`masa.compression.base.Compressor` in a file of its own, decorate it with ``register``
-and import it in :mod:`masa.compression.api`.
+and name it in :mod:`masa.compression.names`.
 """
 
 from __future__ import annotations
@@ -39,17 +39,21 @@ __all__ = [
     "run_compress",
 ]
 
-# COMPRESSORS and make_compressor come through api, which imports every method and so fills COMPRESSORS
-_LAZY = {"compress": "api", "COMPRESSORS": "api", "make_compressor": "api"}
-_LAZY |= {"Compressor": "base", "calibrate": "calibration"}
+_LAZY = {"compress": "api", "Compressor": "base", "make_compressor": "base", "calibrate": "calibration"}
 _LAZY |= {"Calibration": "statistics", "CompressionReport": "report", "perplexity": "scoring"}
 _LAZY |= {"heal": "healing"}
 _LAZY |= {"run_calibrate": "run", "run_compress": "run"}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        from importlib import import_module
+    from importlib import import_module
 
+    if name == "COMPRESSORS":  # every method, which only who lists them needs
+        from masa.compression.names import METHODS
+
+        for module in sorted(set(METHODS.values())):
+            import_module(f"masa.compression.{module}")
+        return import_module("masa.compression.base").COMPRESSORS
+    if name in _LAZY:
         return getattr(import_module(f"masa.compression.{_LAZY[name]}"), name)
     raise AttributeError(f"module 'masa.compression' has no attribute {name!r}")

@@ -11,11 +11,13 @@ import inspect
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from masa.compression.calibration import Progress
+from masa.compression.names import METHODS
 from masa.compression.statistics import Calibration, model_sha256
 from masa.errors import MasaError, unknown
 from masa.projections import decoder, family_of
@@ -159,8 +161,10 @@ class Compressor:
 
 def make_compressor(method: str, **options: Any) -> Compressor:
     """Build a method from its name and hyperparameters, refusing what it does not know."""
+    if method not in COMPRESSORS and method in METHODS:
+        import_module(f"masa.compression.{METHODS[method]}")
     if method not in COMPRESSORS:
-        raise unknown("Compression method", method, COMPRESSORS)
+        raise unknown("Compression method", method, {*COMPRESSORS, *METHODS})
     cls = COMPRESSORS[method]
     names = [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
     for key in options:

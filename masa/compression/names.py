@@ -1,23 +1,27 @@
-"""Names of the methods, known without torch: what the configuration is checked against."""
+"""The methods and where each is written: known without torch, so that a configuration can be checked.
+
+A method's module is imported when it is first asked for, and no other depends on it, so that a new method or a change
+of one makes no result of another obsolete.
+"""
 
 ORIGINAL = "original"
 """The uncompressed model: a row of tables, and no method."""
 
-METHODS = (
-    "svd",
-    "svd-llm",
-    "svd-llm-update",
-    "svd-llm-global",
-    "svd-global",
-    "svd-global-update",
-    "svd-fisher",
-    "svd-fisher-update",
-    "basis-sharing",
-    "direct-share",
-    "post-share",
-    "matrix-pca",
-    "matrix-pca-role",
-    "matrix-pca-data",
-    "matrix-pca-fisher",
-)
-"""The keys of :data:`masa.compression.COMPRESSORS`, known without torch."""
+METHODS = {
+    "svd": "svd_llm",
+    "svd-llm": "svd_llm",
+    "svd-llm-update": "svd_llm",
+    "svd-llm-global": "svd_llm",
+    "svd-global": "svd_llm",
+    "svd-global-update": "svd_llm",
+    "svd-fisher": "svd_llm",
+    "svd-fisher-update": "svd_llm",
+    "basis-sharing": "basis_sharing",
+    "direct-share": "head_sharing",
+    "post-share": "head_sharing",
+    "matrix-pca": "matrix_pca",
+    "matrix-pca-role": "matrix_pca",
+    "matrix-pca-data": "matrix_pca",
+    "matrix-pca-fisher": "matrix_pca",
+}
+"""Method -> its module below :mod:`masa.compression`."""

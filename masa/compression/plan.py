@@ -123,6 +123,12 @@ def run_spec(config: Config, model: str, name: str) -> dict[str, Any]:
     }
 
 
+def modules(spec: Mapping[str, Any]) -> list[str]:
+    """Modules of masa that decide a run's results, besides those that they import."""
+    found = ["compression.sweep"]
+    return found if spec["method"] == ORIGINAL else [*found, f"compression.{METHODS[spec['method']]}"]
+
+
 def calibration_of(config: Config, run: str) -> str | None:
     """Name of the calibration that a run uses."""
     return _calibration(config, parse_run(run)[1])

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from masa import excerpts
+from masa.compression.texts import draw_tokens, load_tokens, read_documents, save_tokens
 from masa.errors import MasaError, unknown
 from masa.progress import Progress
 from masa.spec import ATTENTION
@@ -176,66 +176,6 @@ def run_compress(
     summary |= {"model": model, "output": str(directory), "total_seconds": round(time.perf_counter() - started, 2)}
     (Path(directory) / "compression.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
-
-
-def read_documents(source: str | Path | Sequence[str]) -> list[str]:
-    """Documents of a JSON-lines file (key "text", "content" or "page"), of a file of :mod:`masa.excerpts` (.json), of a
-    text file (one), or as given."""
-    if not isinstance(source, str | Path):
-        return [str(document) for document in source]
-    path = Path(source)
-    if not path.is_file():
-        raise MasaError(f"Text file {path} does not exist.")
-    if path.suffix == ".json":
-        record = excerpts.load(path)
-        if "unavailable" in record:
-            raise MasaError(f"{path} holds no documents: {record['unavailable']}")
-        return record["documents"]
-    if path.suffix != ".jsonl":
-        return [path.read_text(encoding="utf-8")]
-    documents = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line)
-            documents.append(next(str(row[key]) for key in ("text", "content", "page") if key in row))
-        except (json.JSONDecodeError, StopIteration, TypeError) as error:
-            raise MasaError(f"{path}, line {number}: expected an object with 'text', 'content' or 'page'.") from error
-    return documents
-
-
-def draw_tokens(tokenizer: Any, documents: Sequence[str], samples: int, length: int, seed: int) -> torch.Tensor:
-    """N windows of T tokens (N, T), without overlap, drawn from the concatenated documents.
-
-    Raises:
-        MasaError: fewer than N x T tokens of text.
-    """
-    stop = tokenizer.eos_token_id
-    ids: list[int] = []
-    for document in documents:
-        ids += [*tokenizer(document, add_special_tokens=False)["input_ids"], *([] if stop is None else [stop])]
-    windows = len(ids) // length
-    if windows < samples:
-        raise MasaError(
-            f"Calibration on {samples} x {length} tokens needs {samples * length}, but the text has {len(ids)}. "
-            "Give more text, or ask for fewer samples."
-        )
-    chosen = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))[:samples]
-    return torch.tensor(ids[: windows * length]).view(windows, length)[chosen]
-
-
-def save_tokens(tokens: torch.Tensor, directory: str | Path) -> None:
-    """Keep the calibration's tokens beside its statistics, for methods that run the model again."""
-    from safetensors.torch import save_file
-
-    save_file({"tokens": tokens.contiguous()}, Path(directory) / "tokens.safetensors")
-
-
-def load_tokens(directory: str | Path) -> torch.Tensor | None:
-    """The tokens that :func:`save_tokens` kept, or None."""
-    from safetensors.torch import load_file
-
-    path = Path(directory) / "tokens.safetensors"
-    return load_file(path)["tokens"] if path.is_file() else None
 
 
 def _dtype(name: str | None) -> torch.dtype | None:

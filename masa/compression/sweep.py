@@ -15,11 +15,14 @@ from typing import Any
 import torch
 
 from masa import checkpoint, evaluation, excerpts, run
-from masa.compression.api import compress, make_compressor
+from masa.compression import plan
+from masa.compression.api import compress
+from masa.compression.base import make_compressor
 from masa.compression.names import ORIGINAL
-from masa.compression.run import load_tokens, terminal
+from masa.compression.run import terminal
 from masa.compression.scoring import perplexity
 from masa.compression.statistics import Calibration
+from masa.compression.texts import load_tokens
 from masa.errors import MasaError
 from masa.fingerprint import fingerprint
 from masa.pretrained import load_pretrained
@@ -59,7 +62,7 @@ def sweep(
         "texts": run.digest([r.get("sha256") for r in documents.values()]),
     }
     compressor = None if spec["method"] == ORIGINAL else make_compressor(spec["method"], **spec["options"])
-    code, records = fingerprint("masa.compression.sweep"), {}
+    code, records = fingerprint(*(f"masa.{name}" for name in plan.modules(spec))), {}
     with run.exclusive(out):
         for percent in spec["reductions"]:
             chosen = {k: v for k, v in spec.items() if k not in ("reductions", "tasks_at")}

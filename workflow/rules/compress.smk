@@ -45,7 +45,7 @@ rule calibrate:
     resources:
         gpu=1,
     params:
-        code=meaning("compression.run"),
+        code=meaning("compression.calibration", "compression.texts"),
         model=lambda wildcards, input: Path(input.model).parent,
         out=lambda wildcards, output: Path(output[0]).parent,
         size=lambda wildcards: " ".join(
@@ -81,7 +81,9 @@ rule compress:
         spec=lambda wildcards: as_json(
             plan.run_spec(config, wildcards.model, wildcards.name)
         ),
-        code=meaning("compression.sweep"),
+        code=lambda wildcards: meaning(
+            *plan.modules(plan.run_spec(config, wildcards.model, wildcards.name))
+        ),
         model=lambda wildcards, input: Path(input.model).parent,
         calibration=lambda wildcards, input: " ".join(
             f"--calibration {Path(file).parent}" for file in input.calibration
