@@ -195,6 +195,7 @@ def _parser() -> Parser:
     v.add_argument("--projections", default="qkvo", help="letters to measure (default qkvo; all linears: qkvogud)")
     v.add_argument("--batch-size", type=int, default=4, help="sequences at once (default 4)")
     v.add_argument("--seed", type=int, default=0)
+    v.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda:1, …")
     v.add_argument("--threads", type=int, help="CPU threads (default: all)")
     v.add_argument("--revision", metavar="COMMIT", help="of a model on the hub")
     v.add_argument("--out", required=True, metavar="DIR")
@@ -209,6 +210,7 @@ def _parser() -> Parser:
     v.add_argument("--method", default="svd-global", help="a key of masa.compression.COMPRESSORS (default svd-global)")
     v.add_argument("--reduction", type=float, default=0.2, help="fraction of attention to save (default 0.2)")
     v.add_argument("--calibration", metavar="DIR", help="what `masa calibrate` wrote")
+    v.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda:1, …")
     v.add_argument("--plain", action="store_true", help="write an ordinary Hugging Face folder instead of factors")
     v.add_argument("--evaluate", metavar="FILE", help="documents for the perplexity before and after")
     v.add_argument("--revision", metavar="COMMIT", help="of a model on the hub")
@@ -423,6 +425,7 @@ def _calibrate(given: argparse.Namespace) -> None:
         batch_size=given.batch_size,
         gradient_samples=given.gradient_samples,
         threads=given.threads,
+        device=given.device,
     )
     print(json.dumps(summary, indent=1, default=str))
 
@@ -450,6 +453,7 @@ def _compress(given: argparse.Namespace) -> None:
         revision=given.revision,
         plain=given.plain,
         evaluate=given.evaluate,
+        device=given.device,
     )
     shown = {k: v for k, v in summary.items() if k != "learned"}  # the whole of it is in compression.json
     print(json.dumps(shown, indent=1, default=str))

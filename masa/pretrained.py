@@ -30,6 +30,7 @@ def load_pretrained(
     *,
     revision: str | None = None,
     dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
     cache: str | Path | None = None,
 ) -> tuple[nn.Module, Any]:
     """Load a pretrained causal LM and its tokenizer, in ``eval()`` mode.
@@ -41,6 +42,7 @@ def load_pretrained(
         dtype: convert to this. By default the stored dtype, and then every weight is a view of the safetensors file:
             the operating system reads a page when it is first needed and may drop it again, so that a model larger
             than the memory can be calibrated block by block.
+        device: move the model there; "auto" is a GPU where there is one. By default it stays where its file is mapped.
         cache: where the safetensors folder made of a GGUF file is kept; by default beside the file.
 
     Returns:
@@ -63,7 +65,10 @@ def load_pretrained(
         raise MasaError(f"revision = {revision!r} belongs to a hub id, but {path} is a local folder. Remove it.")
     elif (path / MANIFEST).is_file() and not (path / "config.json").is_file():
         path = Path(read_json(path / MANIFEST)["path"])
-    return _load_folder(path, dtype), _load_tokenizer(path)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else None
+    model = _load_folder(path, dtype)
+    return (model.to(device) if device else model), _load_tokenizer(path)
 
 
 def convert_gguf(file: str | Path, folder: str | Path) -> Path:

@@ -23,6 +23,9 @@ VERBS = (
     "config",
     "calibrate",
     "compress",
+    "text",
+    "pretrained",
+    "sweep",
 )
 
 
@@ -59,7 +62,7 @@ def test_help_shows_an_example_that_parses(verb, capsys):
             "none/manifest",
         ),
         (["table", "tabel1", "--out", "x"], "Did you mean 'table1'"),
-        (["table", "long_run", "--out", "x"], "grids.long.scales is empty"),
+        (["table", "long_run", "--out", "x"], "grids.long is empty"),
         (["figure", "x", "--out", "x"], "'x' does not exist"),
         (["config", "--configfile", "none.yaml"], "none.yaml does not exist"),
         (["throughput", "--scale", "nan", "--out", "x"], "Did you mean 'nano'"),

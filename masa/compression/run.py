@@ -34,6 +34,7 @@ def run_calibrate(
     dtype: str | None = None,
     gradient_samples: int = 0,
     threads: int | None = None,
+    device: str = "auto",
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Load a model, draw N x T tokens from texts and write calibration statistics and tokens.
@@ -50,6 +51,7 @@ def run_calibrate(
         dtype: of the computation; by default the stored one.
         gradient_samples: sequences whose gradients are collected too, for the methods that need them.
         threads: of the CPU; by default torch's own choice.
+        device: "auto" (a GPU where there is one), "cpu", "cuda:1", …; on the CPU weights are read from the mapped file.
         quiet: no progress.
 
     Returns:
@@ -66,7 +68,7 @@ def run_calibrate(
     if threads:
         torch.set_num_threads(threads)
     reset_peak_rss()
-    loaded, tokenizer = load_pretrained(model, revision=revision)
+    loaded, tokenizer = load_pretrained(model, revision=revision, device=device)
     if tokenizer is None:
         raise MasaError(f"{model} holds no tokenizer, which calibration on text needs.")
     tokens = draw_tokens(tokenizer, read_documents(text), samples, length, seed)
@@ -110,6 +112,7 @@ def run_compress(
     evaluate: str | Path | Sequence[str] | None = None,
     window: int = 512,
     batch_size: int = 4,
+    device: str = "auto",
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Load, compress and save a model; the summary also goes to ``compression.json`` in the output.
@@ -127,6 +130,7 @@ def run_compress(
         evaluate: documents (as in :func:`run_calibrate`) for perplexity before and after.
         window: tokens of a window for it; windows do not overlap.
         batch_size: samples at once, where the model runs.
+        device: as in :func:`run_calibrate`.
         quiet: no progress.
 
     Returns:
@@ -146,7 +150,7 @@ def run_compress(
         raise MasaError(
             f"{output} is the model itself, whose weights are read while the output is written; choose another."
         )
-    loaded, tokenizer = load_pretrained(model, revision=revision)
+    loaded, tokenizer = load_pretrained(model, revision=revision, device=device)
     tokens = load_tokens(calibration) if calibration is not None else None
     documents = read_documents(evaluate) if evaluate is not None else None
     if documents and tokenizer is None:

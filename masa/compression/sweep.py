@@ -93,7 +93,7 @@ def _one(
     folder: Path,
 ) -> dict[str, Any]:
     """One reduction: compress, heal if asked, count, fold, score."""
-    model, tokenizer = load_pretrained(model_dir)
+    model, tokenizer = load_pretrained(model_dir, device="auto")
     tokens = load_tokens(calibration.directory) if calibration and calibration.directory else None
     report, healing = None, None
     with terminal() as progress:
@@ -115,7 +115,7 @@ def _one(
         if spec.get("heal"):
             from masa.compression.healing import heal
 
-            teacher, _ = load_pretrained(model_dir)
+            teacher, _ = load_pretrained(model_dir, device="auto")
             healing = heal(model, tokens, teacher=teacher, progress=show, **spec["heal"])
             del teacher
         counts = count_parameters(model).to_dict()
@@ -123,15 +123,18 @@ def _one(
             checkpoint.save(model, folder / "model")
             tokenizer.save_pretrained(folder / "model")
         settings = spec["evaluation"]
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = fold(model).to(device, getattr(torch, settings["dtype"]))
+        model = fold(model).to(getattr(torch, settings["dtype"]))
         scores = {
             name: perplexity(model, tokenizer, record["documents"], window=settings["window"], progress=show).to_dict()
             for name, record in documents.items()
             if "documents" in record
         }
     held_out = scores[next(iter(documents))]
-    raw = evaluation.harness(model, tokenizer, tasks, settings, device) if tasks else {"results": {}, "examples": {}}
+    raw = (
+        evaluation.harness(model, tokenizer, tasks, settings, model.device.type)
+        if tasks
+        else {"results": {}, "examples": {}}
+    )
     return {
         "run": f"{spec['run']}/{percent:g}",
         "requested_pct": percent,
