@@ -95,7 +95,8 @@ def compress(
     started = time.perf_counter()
     sources = compressor.fit(problem)
     install(model, SharedProjections(sources))
-    seconds, peak = time.perf_counter() - started, peak_rss()
+    seconds = time.perf_counter() - started + problem.seconds_before
+    peak = max(peak_rss(), problem.peak_before)
 
     spec = CompressionSpec(method, float(reduction), projections, compressor.get_params())
     model.sharing = Sharing(spec, dense_attention)

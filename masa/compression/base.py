@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from masa.compression.calibration import Progress
 from masa.compression.names import METHODS
+from masa.compression.report import peak_rss
 from masa.compression.statistics import Calibration, model_sha256
 from masa.errors import MasaError, unknown
 from masa.projections import decoder, family_of
@@ -52,6 +54,7 @@ class Problem:
         batch_size: samples at once, where the model runs.
         progress: called with (what, done, of).
         regularisation: relative jitter by matrix, filled where one was needed.
+        seconds_before, peak_before: what an earlier fit of the same compressor took for the part that is used again.
     """
 
     model: nn.Module
@@ -63,6 +66,8 @@ class Problem:
     batch_size: int = 4
     progress: Progress = lambda what, done, of: None
     regularisation: dict[str, float] = field(default_factory=dict)
+    seconds_before: float = 0.0
+    peak_before: int = 0
 
     def weight(self, letter: str, layer: int) -> Tensor:
         """W (out, in) of one projection as the model stores it."""
@@ -101,8 +106,8 @@ class Compressor:
     needs_tokens: ClassVar[bool] = False
     changes_model: ClassVar[bool] = False
 
-    # (key, what prepare returned, its regularisation) of the last fit
-    _prepared: tuple[str, Any, dict[str, float]] | None = None
+    # (key, what prepare returned, its regularisation, seconds, peak memory) of the last fit
+    _prepared: tuple[str, Any, dict[str, float], float, int] | None = None
 
     def fit(self, problem: Problem) -> list[WeightSource]:
         """:meth:`prepare` unless the last fit's is still right, then :meth:`solve`.
@@ -115,9 +120,13 @@ class Compressor:
         key = self._key(problem)
         if self._prepared is None or self._prepared[0] != key:
             self._prepared = None  # the old one need not be held beside the new one
+            started = time.perf_counter()
             prepared = self.prepare(problem)
-            self._prepared = key, prepared, dict(problem.regularisation)
-        _, prepared, regularisation = self._prepared
+            cost = time.perf_counter() - started, peak_rss()
+            self._prepared = key, prepared, dict(problem.regularisation), *cost
+        else:
+            problem.seconds_before, problem.peak_before = self._prepared[3:]
+        prepared, regularisation = self._prepared[1:3]
         problem.regularisation.update(regularisation)
         return self.solve(problem, prepared)
 

@@ -21,7 +21,8 @@ class CompressionReport:
         parameters_before, parameters_after: of the whole model.
         stored, dense: numbers of the compressed projections.
         on_target: achieved lies within 0.5 point above requested; false only where a method's granularity is coarser.
-        seconds, peak_rss_bytes: of the fit alone; the peak is the process's.
+        seconds, peak_rss_bytes: of the fit alone, a part done for an earlier reduction included; the peak is the
+            process's.
         regularisation: matrix -> jitter relative to mean(diag H), only where one was needed.
         calibration: samples, length and sha256 of tokens and model, or None.
         shapes: projection -> (out, in).

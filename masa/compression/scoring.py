@@ -96,7 +96,8 @@ def perplexity(
         inputs = nn.utils.rnn.pad_sequence([w[0] for w in batch], batch_first=True).to(device)
         targets = nn.utils.rnn.pad_sequence([w[1] for w in batch], batch_first=True, padding_value=-100).to(device)
         logits = model(input_ids=inputs, use_cache=False).logits  # padding comes last: causal attention ignores it
-        losses = nn.functional.cross_entropy(logits.transpose(1, 2).float(), targets, reduction="none").double().sum(1)
+        losses = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+        losses = losses.view(targets.shape).double().sum(1)
         for i, loss, scored in zip(order[start:], losses.tolist(), (targets != -100).sum(1).tolist(), strict=False):
             nll[owner[i]] += loss
             counts[owner[i]] += scored

@@ -46,7 +46,7 @@ def perplexity_reduction(spec: Mapping[str, Any], results: Path) -> Figure:
         axis.set_title(NAMES.get(text, text))
     axes[0][0].set_ylabel("Perplexity a token (log scale)")
     axes[0][-1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.02))
-    figure.suptitle(f"{spec['title']} ({model}; lines that leave the panel are above)", fontsize=8)
+    figure.suptitle(f"{spec['title']}\n({model}; lines that leave the panel are above)", fontsize=8)
     figure.tight_layout()
     return figure
 
@@ -70,6 +70,7 @@ def ranks(spec: Mapping[str, Any], results: Path) -> Figure:
         axis.set_yticks(range(len(grid)), [PROJECTION.get(p, p) for p in report["learned"]["ranks"]])
         axis.set_title(f"{row['label']}, {largest:g} % ({row['scale']})", loc="left")
         axis.grid(False)
+    figure.subplots_adjust(hspace=0.6)
     layers = grid.shape[1]
     axes[-1][0].set_xticks(range(0, layers, 5), range(1, layers + 1, 5))
     axes[-1][0].set_xlabel("Layer (orange: stored dense)")
@@ -116,5 +117,5 @@ def drift(spec: Mapping[str, Any], results: Path) -> Figure:
     axis.set_xlim(0.5, len(values) + 1.5)
     axis.set_xlabel("Layer (bands: groups that share atoms; bars stand between two layers)")
     axis.set_ylabel("KL divergence (nats)")
-    axis.set_title(f"{spec['title']} ({row['scale']})", pad=14)
+    axis.set_title(f"{spec['title']} ({row['scale']})", pad=14, fontsize=7)
     return figure

@@ -66,7 +66,7 @@ def notes(first: Mapping[str, Any]) -> list[str]:
         "Nothing is trained, but for PostShare and healed rows. Perplexities are of folded models in "
         f"{first['settings']['dtype']}, windows of {first['settings']['window']} tokens without overlap. Loss above "
         "the original: paired over documents, ± standard error. Of SVD-LLM's increase: the rise of the perplexity "
-        "relative to uniform SVD-LLM at the same reduction. In brackets the paper's value and our difference. "
+        "relative to uniform SVD-LLM at the same reduction. In brackets the paper's value. "
         "Accuracies are zero-shot, acc_norm where lm-eval has it; n/a: not scored, or the data could not be had here. "
         "Compression time and peak memory (of the process) are of one job with its share of the machine."
     ]

@@ -13,7 +13,7 @@ import pandas as pd
 
 from masa import run
 from masa.config import ROOT
-from masa.errors import MasaError
+from masa.errors import MasaError, unknown
 from masa.report import compression_tables
 from masa.report import metrics as m
 from masa.sources import whole_file
@@ -126,7 +126,7 @@ def _match(wanted: Mapping[str, Any], paper: Sequence[Mapping[str, Any]], spec: 
 
 def write(frame: pd.DataFrame, spec: Mapping[str, Any], folder: Path, note: str = "") -> None:
     """Write ``NAME.csv`` (numbers), ``NAME.md`` and ``NAME.tex`` (for people)."""
-    _write_files(frame, readable(frame), spec, folder, note)
+    _write_files(frame, readable(frame, spec.get("columns")), spec, folder, note)
 
 
 def _write_files(frame: pd.DataFrame, shown: pd.DataFrame, spec: Mapping[str, Any], folder: Path, note: str) -> None:
@@ -139,14 +139,24 @@ def _write_files(frame: pd.DataFrame, shown: pd.DataFrame, spec: Mapping[str, An
         path.write_text(_latex(shown, spec["title"], note))
 
 
-def readable(frame: pd.DataFrame) -> pd.DataFrame:
-    """The table for people: one cell a metric, ``ours ± std (paper, difference)``, n/a where a task is missing."""
+def readable(frame: pd.DataFrame, chosen: Sequence[str] | None = None) -> pd.DataFrame:
+    """The table for people: one cell a metric, ``ours ± std (paper, difference)``, n/a where a task is missing.
+
+    Args:
+        frame: from :func:`build`.
+        chosen: the metrics shown, by name; all by default.
+    """
+    for name in chosen or ():
+        if name not in (known := [metric.name for metric in m.METRICS]):
+            raise unknown("Column", name, known)
     columns: dict[str, list[str]] = {}
     for key in ("scale", "label"):
         if key in frame:
-            columns[key.capitalize() if key == "scale" else "Method"] = [str(v) for v in frame[key]]
+            heading = ("Model" if "requested_pct" in frame else "Scale") if key == "scale" else "Method"
+            columns[heading] = [str(v) for v in frame[key]]
     for metric in m.METRICS:
-        if metric.name in frame or f"{metric.name}_paper" in frame:
+        shown = chosen is None or metric.name in chosen
+        if shown and (metric.name in frame or f"{metric.name}_paper" in frame):
             columns[metric.label] = [_cell(record, metric) for record in frame.to_dict("records")]
     for key, label in (("seeds", "Seeds"), ("verdict", "Against the paper")):
         if key in frame:
@@ -155,6 +165,7 @@ def readable(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _cell(record: Mapping[str, Any], metric: m.Metric) -> str:
+    """The difference is shown only to the paper's own model: to another it would mean nothing."""
     value, paper, difference = (_get(record, metric.name + s) for s in ("", "_paper", "_difference"))
     std = _get(record, f"{metric.name}_std")
     std = _get(record, f"{metric.name}_se") if std is None else std
@@ -166,7 +177,8 @@ def _cell(record: Mapping[str, Any], metric: m.Metric) -> str:
     if std is not None and (std > 0 or metric.better):
         text += f" ± {show(std)}"
     if paper is not None:
-        text += f" ({show(paper)}" + (f", {show(difference, '+')})" if difference is not None else ")")
+        comparable = difference is not None and not str(record.get("verdict", "")).startswith("another")
+        text += f" ({show(paper)}" + (f", {show(difference, '+')})" if comparable else ")")
     return text
 
 
@@ -195,7 +207,8 @@ def _escape(text: str) -> str:
 
 
 NOTE = (
-    "Cells: ours, mean ± sample standard deviation over seeds; in brackets the paper's value and our difference. "
+    "Cells: ours, mean ± sample standard deviation over seeds; in brackets the paper's value and, at the paper's own "
+    "scales, our difference. "
     "Accuracies are zero-shot, acc_norm where lm-eval has it. n/a: the task's data could not be had here."
 )
 
