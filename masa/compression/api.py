@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from masa.compression import basis_sharing, head_sharing, matrix_pca, svd_llm  # noqa: F401 (they register methods)
+from masa.compression import aligned_pca, basis_sharing, head_sharing, matrix_pca, svd_llm  # noqa: F401 (they register methods)
 from masa.compression.base import COMPRESSORS, Compressor, Problem, make_compressor  # noqa: F401 (COMPRESSORS too)
 from masa.compression.calibration import Progress, check_weights
 from masa.compression.report import CompressionReport, peak_rss, reset_peak_rss
