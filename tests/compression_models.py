@@ -13,7 +13,7 @@ LAYERS, WIDTH, VOCABULARY = 6, 48, 96
 
 
 def tiny_llama(seed: int = 0, **changes) -> LlamaForCausalLM:
-    """A grouped-query Llama with biases on its projections and weights large enough to matter."""
+    """A grouped-query Llama with biases on its projections (by default) and weights large enough to matter."""
     torch.manual_seed(seed)
     sizes = {"hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": LAYERS, "vocab_size": VOCABULARY}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -22,7 +22,8 @@ def tiny_llama(seed: int = 0, **changes) -> LlamaForCausalLM:
     model = LlamaForCausalLM(LlamaConfig(**(sizes | heads | extra | changes)))
     for block in model.model.layers:
         for letter in "qkvo":
-            torch.nn.init.normal_(getattr(block.self_attn, f"{letter}_proj").bias, std=0.1)
+            if (bias := getattr(block.self_attn, f"{letter}_proj").bias) is not None:
+                torch.nn.init.normal_(bias, std=0.1)
     return model.eval()
 
 
@@ -31,9 +32,14 @@ def tokens(samples: int = 8, length: int = 24) -> torch.Tensor:
 
 
 @functools.cache
-def statistics() -> Calibration:
-    """Of ``tiny_llama()`` over ``tokens()``, gradients included."""
-    return calibrate(tiny_llama(), tokens(), gradient_samples=len(tokens()))
+def statistics(**changes) -> Calibration:
+    """Of ``tiny_llama(**changes)`` over ``tokens()``, gradients included."""
+    return calibrate(tiny_llama(**changes), tokens(), gradient_samples=len(tokens()))
+
+
+def fitting(method: str) -> dict[str, bool]:
+    """Changes of :func:`tiny_llama` that a method needs."""
+    return {"attention_bias": False} if method == "matrix-pca-aligned" else {}
 
 
 def projection_inputs(model: LlamaForCausalLM, ids: torch.Tensor) -> dict[tuple[str, int], torch.Tensor]:

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from compression_models import LAYERS, projection_inputs, statistics, tiny_llama, tokens, weight
+from compression_models import LAYERS, fitting, projection_inputs, statistics, tiny_llama, tokens, weight
 
 import masa
 from masa.compression import COMPRESSORS, CompressionSpec, compress
@@ -22,7 +22,9 @@ METHODS = sorted(COMPRESSORS)
 
 
 def compressed(method: str, reduction: float = 0.25, **options):
-    return compress(tiny_llama(), method, statistics(), reduction, tokens=tokens(), **FAST.get(method, {}) | options)
+    changes = fitting(method)
+    model, found = tiny_llama(**changes), statistics(**changes)
+    return compress(model, method, found, reduction, tokens=tokens(), **FAST.get(method, {}) | options)
 
 
 def logits(model) -> torch.Tensor:
@@ -88,7 +90,7 @@ def test_hyperparameters_live_in_init_alone_and_results_in_underscored_names(met
 @pytest.mark.parametrize("method", METHODS)
 def test_what_is_not_compressed_stays(method):
     model, _ = compressed(method)
-    before, after = tiny_llama().state_dict(), masa.fold(model).state_dict()
+    before, after = tiny_llama(**fitting(method)).state_dict(), masa.fold(model).state_dict()
     assert before.keys() == after.keys()
     others = [name for name in before if not name.endswith("_proj.weight") or ".mlp." in name]
     same = {torch.equal(before[name], after[name]) for name in others}
@@ -178,10 +180,11 @@ def test_at_a_real_width_every_factored_method_is_within_half_a_point():
 
     sizes = {"hidden_size": 192, "num_attention_heads": 6, "num_hidden_layers": 4}
     ids = tokens(4)
-    found = calibrate(tiny_llama(**sizes), ids, gradient_samples=2)
     for method in METHODS:
         if method not in COARSE:
-            _, report = compress(tiny_llama(**sizes), method, found, 0.23, tokens=ids)
+            changes = sizes | fitting(method)
+            found = calibrate(tiny_llama(**changes), ids, gradient_samples=2)
+            _, report = compress(tiny_llama(**changes), method, found, 0.23, tokens=ids)
             assert report.on_target, (method, report.reduction_achieved)
 
 
@@ -190,9 +193,9 @@ def test_rank_deficient_calibration_is_compressed_without_silence():
     from masa.compression import calibrate
 
     for method in METHODS:
-        found = calibrate(tiny_llama(), few, gradient_samples=1)
+        found = calibrate(tiny_llama(**fitting(method)), few, gradient_samples=1)
         options = {"refit": True} if method == "basis-sharing" else FAST.get(method, {})
-        model, report = compress(tiny_llama(), method, found, 0.2, tokens=few, **options)
+        model, report = compress(tiny_llama(**fitting(method)), method, found, 0.2, tokens=few, **options)
         assert torch.isfinite(logits(model)).all(), method
         if method in ("svd-llm-update", "basis-sharing"):
             assert report.regularisation and all(1e-8 <= v <= 1e-4 for v in report.regularisation.values())

@@ -23,5 +23,6 @@ METHODS = {
     "matrix-pca-role": "matrix_pca",
     "matrix-pca-data": "matrix_pca",
     "matrix-pca-fisher": "matrix_pca",
+    "matrix-pca-aligned": "aligned_pca",
 }
 """Method -> its module below :mod:`masa.compression`."""
