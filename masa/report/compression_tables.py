@@ -25,20 +25,26 @@ def add_comparisons(frame: pd.DataFrame, spec: Mapping[str, Any], results: Path)
     records = [m.load(results, row["records"][0]) for row in spec["rows"]]
     originals = {r["scale"]: x for r, x in zip(spec["rows"], records, strict=True) if x["compression"] is None}
     baselines = {
-        (r["scale"], r["reduction"]): x
-        for r, x in zip(spec["rows"], records, strict=True)
-        if r["experiment"] == BASELINE
+        _key(row, record): record
+        for row, record in zip(spec["rows"], records, strict=True)
+        if record["compression"] and record["compression"]["method"] == BASELINE and not record["healing"]
     }
     for index, (row, record) in enumerate(zip(spec["rows"], records, strict=True)):
-        original, baseline = originals.get(row["scale"]), baselines.get((row["scale"], row["reduction"]))
+        original = originals.get(row["scale"])
         if original is None or record is original:
             continue
+        baseline = baselines.get(_key(row, record))
         mean, error = paired(record["corpus"], original["corpus"])
         frame.loc[index, ["loss_increase", "loss_increase_se"]] = mean, error
         for text, column in (("held_out", "share_of_svd_llm_pct"), ("wikitext", "wikitext_share_of_svd_llm_pct")):
             if baseline and text in record["texts"]:
                 dense, ours, theirs = (x["texts"][text]["token_perplexity"] for x in (original, record, baseline))
                 frame.loc[index, column] = 100 * (ours - dense) / (theirs - dense)
+
+
+def _key(row: Mapping[str, Any], record: Mapping[str, Any]) -> tuple[str, float, str]:
+    """Rows are compared at the same model, reduction and projections."""
+    return row["scale"], row["reduction"], record["compression"]["projections"]
 
 
 def paired(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[float, float]:
