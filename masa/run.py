@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
 import platform
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -46,15 +49,41 @@ def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
             continue
 
 
+@contextmanager
+def exclusive(out: Path) -> Iterator[None]:
+    """Hold the run directory; a second process is told who has it.
+
+    Raises:
+        MasaError: another live process holds it.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise MasaError(
+                f"{out} is being written by {lock.read().strip() or 'another process'}; wait for it."
+            ) from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {os.uname().nodename}")
+        lock.flush()
+        yield
+
+
 def digest(data: Any) -> str:
     """Hash of JSON-able data, independent of key order."""
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
-def provenance(inputs: Mapping[str, str]) -> dict[str, Any]:
-    """What a result was made with: package versions, git revision, machine, and the sha256 of its inputs."""
+def provenance(inputs: Mapping[str, str], packages: Sequence[str] = ()) -> dict[str, Any]:
+    """What a result was made with: package versions, git revision, machine, and the sha256 of its inputs.
+
+    Args:
+        packages: further packages whose versions matter.
+    """
     return {
-        "packages": {name: metadata.version(name) for name in PACKAGES},
+        "packages": {name: metadata.version(name) for name in (*PACKAGES, *packages)},
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "revision": _git_revision(),

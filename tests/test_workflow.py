@@ -93,9 +93,9 @@ def edit(path, old, new):
 @pytest.mark.parametrize(
     ("file", "old", "new", "expected"),
     [
-        ("masa/training.py", "    torch.set_num_threads", "    # a comment\n    torch.set_num_threads", {}),
+        ("masa/trainer.py", "    torch.set_num_threads", "    # a comment\n    torch.set_num_threads", {}),
         ("masa/weight_sources.py", '"""Linear combinations of atoms', '"""Sums of atoms', {}),
-        ("masa/training.py", "p.ndim >= 2]", "p.ndim >= 1]", {"pretrain": 6}),
+        ("masa/trainer.py", "p.ndim >= 2]", "p.ndim >= 1]", {"pretrain": 6}),
         ("masa/report/tables.py", 'NA = "n/a"', 'NA = "missing"', {"table": 7}),
         ("masa/report/figures.py", '"font.size": 8', '"font.size": 9', {"figure": 4}),
         ("config/experiments.yaml", "coefficients: mlp", "coefficients: mlp, embedding_dim: 32", {"pretrain": 1}),
