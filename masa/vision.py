@@ -18,6 +18,9 @@ from masa.errors import MasaError
 from masa.sharing import fold, share
 from masa.sources import whole_file
 
+PACKAGES = ("timm", "torchvision", "pillow")
+"""What a result depends on beside the packages of all runs."""
+
 ARCHITECTURE = "vit_tiny_patch16_224"
 """timm's entry point; every size of it is overridden."""
 

@@ -299,9 +299,8 @@ def test_workers_see_the_same_images(cifar, tmp_path):
     torch.testing.assert_close(labels.sum(1), torch.ones(8))
 
 
-def test_grey_images_are_augmented(tmp_path):
-    images.prepare({"name": "digits"}, tmp_path / "cache", None, tmp_path / "digits")
-    split = pixels.ImageSplit(tmp_path / "digits", "train")
+def test_grey_images_are_augmented(digits):
+    split = pixels.ImageSplit(digits, "train")
     stream = pixels.TrainingImages(split, 8, 0, {"hflip": 0.0, "color_jitter": 0.2, "auto_augment": "rand-m4"})
     assert stream[3]["pixel_values"].shape == (1, 8, 8)
 
