@@ -7,9 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from masa import models, run
+from masa import models, run, vision, vit
 from masa.sharing import count_parameters
+
+
+def build(spec: Mapping[str, Any]) -> nn.Module:
+    """The model of a resolved run, of either kind."""
+    if vit.is_vit(spec):
+        return vision.build(spec["model"], spec["sharing"])
+    return models.build(spec["model"], spec["sharing"], spec["training"]["context"])
 
 
 def count(specs: Sequence[Mapping[str, Any]], out: Path) -> list[dict[str, Any]]:
@@ -17,7 +25,7 @@ def count(specs: Sequence[Mapping[str, Any]], out: Path) -> list[dict[str, Any]]
     records = []
     for spec in specs:
         with torch.device("meta"):
-            model = models.build(spec["model"], spec["sharing"], spec["training"]["context"])
+            model = build(spec)
         scale, experiment, _ = spec["run"].split("/")
         records.append({"scale": scale, "experiment": experiment} | count_parameters(model).to_dict())
     run.write_json(out, records)

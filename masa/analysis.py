@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from masa.projections import SharedProjections, decoder, family_of
+from masa.projections import SharedProjections, blocks, decoder, family_of
 from masa.spec import ATTENTION
 from masa.weight_sources import Atoms
 
@@ -27,17 +27,17 @@ def describe_weights(model: nn.Module) -> dict[str, Any]:
         ``effective_rank``: projection -> L numbers; ``similarity``: projection -> mean absolute cosine between the
         matrices of different layers; ``coefficients``: projection -> (L, S) lists, for MASA.
     """
-    family, base = family_of(model), decoder(model)
+    family = family_of(model)
     ranks, similarity = {}, {}
     for letter in ATTENTION:
-        weights = [block.get_submodule(family.paths[letter]).weight for block in base.layers]
+        weights = [family.projection(block, letter).weight for block in blocks(model)]
         ranks[letter] = [round(effective_rank(w), 4) for w in weights]
         flat = nn.functional.normalize(torch.stack([w.flatten().float() for w in weights]), dim=1)
         cosines = (flat @ flat.T).abs()
         count = len(weights)
         similarity[letter] = float((cosines.sum() - cosines.trace()) / max(count * (count - 1), 1))
     coefficients = {}
-    shared = getattr(base, "shared", None)
+    shared = getattr(decoder(model), "shared", None)
     if isinstance(shared, SharedProjections):
         for source in shared.values():
             if isinstance(source, Atoms):

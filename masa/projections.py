@@ -1,12 +1,13 @@
 """Where a model family keeps its projections, and the linear layer that reads a shared weight.
 
-The only file that knows how Hugging Face models name their parts. A new family is one entry of :data:`FAMILIES`.
+The only file that knows how Hugging Face and timm models name their parts. A new family is one entry of
+:data:`FAMILIES`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -18,29 +19,77 @@ from masa.weight_sources import Weights, WeightSource, autocast_dtype
 
 @dataclass(frozen=True)
 class Family:
-    """Paths of the projections inside one transformer block."""
+    """Paths of the projections inside one transformer block.
+
+    Attributes:
+        attention: path of the attention module, whose ``head_dim`` is read.
+        paths: projection letter -> path of its linear layer.
+        blocks: name of the list of blocks on the decoder or encoder.
+        fused: path of a linear layer that several projections share -> their letters, in the order of its rows. The
+            paths of these letters are below it; they exist once the layer is split (:class:`FusedLinear`).
+    """
 
     name: str
     attention: str
     paths: Mapping[str, str]
+    blocks: str = "layers"
+    fused: Mapping[str, str] = field(default_factory=dict)
+
+    def projection(self, block: nn.Module, letter: str) -> nn.Linear | SharedLinear | Rows:
+        """One projection of a block, also where it is only some rows of a fused layer."""
+        path = self.paths[letter]
+        for whole, letters in self.fused.items():
+            if letter in letters and isinstance(fused := block.get_submodule(whole), nn.Linear):
+                return Rows(fused, letters.index(letter), len(letters))
+        return block.get_submodule(path)
+
+    def split(self, block: nn.Module, served: str) -> None:
+        """Turn every fused layer that has one of the ``served`` letters into its parts."""
+        for path, letters in self.fused.items():
+            if set(letters) & set(served) and isinstance(fused := block.get_submodule(path), nn.Linear):
+                block.set_submodule(path, FusedLinear(fused, letters))
+
+    def join(self, block: nn.Module) -> None:
+        """Undo :meth:`split`: one ordinary linear layer again."""
+        for path in self.fused:
+            if isinstance(fused := block.get_submodule(path), FusedLinear):
+                block.set_submodule(path, fused.join())
 
 
 _QKVO = {p: f"self_attn.{p}_proj" for p in ATTENTION}
 FAMILIES = (
     Family("llama", "self_attn", _QKVO | {"g": "mlp.gate_proj", "u": "mlp.up_proj", "d": "mlp.down_proj"}),
     Family("starcoder2", "self_attn", _QKVO | {"u": "mlp.c_fc", "d": "mlp.c_proj"}),
+    Family(
+        "timm's VisionTransformer",
+        "attn",
+        {p: f"attn.qkv.{p}" for p in "qkv"} | {"o": "attn.proj", "u": "mlp.fc1", "d": "mlp.fc2"},
+        blocks="blocks",
+        fused={"attn.qkv": "qkv"},
+    ),
 )
 
 
 def decoder(model: nn.Module) -> nn.Module:
-    """The module that owns the list of blocks: ``model.model`` of a causal LM, or the model itself."""
+    """The module that owns the list of blocks: ``base_model`` of a Hugging Face model, or the model itself."""
     base = getattr(model, "base_model", model)
-    if not isinstance(getattr(base, "layers", None), nn.ModuleList) or not len(base.layers):
+    if _blocks(base) is None:
+        names = " or ".join(repr(name) for name in dict.fromkeys(f.blocks for f in FAMILIES))
         raise MasaError(
-            f"{type(model).__name__} has no list of transformer blocks at 'layers'. masa shares the projections of "
+            f"{type(model).__name__} has no list of transformer blocks at {names}. masa shares the projections of "
             f"models built like {' or '.join(f.name for f in FAMILIES)}; see 'How to add a model family' in the README."
         )
     return base
+
+
+def blocks(model: nn.Module) -> nn.ModuleList | nn.Sequential:
+    """The transformer blocks, first to last."""
+    return _blocks(decoder(model))  # type: ignore[return-value]
+
+
+def _blocks(base: nn.Module) -> nn.ModuleList | nn.Sequential | None:
+    found = (getattr(base, family.blocks, None) for family in FAMILIES)
+    return next((b for b in found if isinstance(b, nn.ModuleList | nn.Sequential) and len(b)), None)
 
 
 def family_of(model: nn.Module) -> Family:
@@ -49,10 +98,9 @@ def family_of(model: nn.Module) -> Family:
     Raises:
         MasaError: no family fits; the message names what is missing.
     """
-    blocks = decoder(model).layers
     misses = []
     for family in FAMILIES:
-        absent = [path for path in family.paths.values() if not all(_has(block, path) for block in blocks)]
+        absent = [path for path in _needed(family) if not all(_has(block, path) for block in blocks(model))]
         if not absent:
             return family
         misses.append(f"{family.name} needs {', '.join(absent)}")
@@ -60,6 +108,12 @@ def family_of(model: nn.Module) -> Family:
         f"{type(model).__name__} keeps its projections elsewhere ({'; '.join(misses)}). Models with fused or renamed "
         "projections need an entry in masa.projections.FAMILIES."
     )
+
+
+def _needed(family: Family) -> list[str]:
+    """Paths that every block must have, fused layers as a whole."""
+    inside = set("".join(family.fused.values()))
+    return [*family.fused, *(path for letter, path in family.paths.items() if letter not in inside)]
 
 
 def _has(block: nn.Module, path: str) -> bool:
@@ -71,20 +125,21 @@ def _has(block: nn.Module, path: str) -> bool:
 
 
 def model_shape(model: nn.Module, family: Family) -> ModelShape:
-    """Sizes of a Hugging Face model, read from its config and its actual weights."""
-    config, blocks = model.config, decoder(model).layers
+    """Sizes of a model, read from its actual weights and its attention's ``head_dim``."""
+    layers = blocks(model)
     shapes = {}
-    for letter, path in family.paths.items():
-        layers = [block.get_submodule(path) for block in blocks]
-        found = {(layer.out_features, layer.in_features) for layer in layers}
+    for letter in family.paths:
+        projections = [family.projection(block, letter) for block in layers]
+        found = {(projection.out_features, projection.in_features) for projection in projections}
         if len(found) > 1:
             raise MasaError(f"Projection {letter!r} differs in shape between layers: {sorted(found)}.")
         shapes[letter] = found.pop()
+    head = layers[0].get_submodule(family.attention).head_dim
     return ModelShape(
-        num_layers=len(blocks),
-        hidden_size=config.hidden_size,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads,
+        num_layers=len(layers),
+        hidden_size=shapes["q"][1],
+        num_attention_heads=shapes["q"][0] // head,
+        num_key_value_heads=shapes["k"][0] // head,
         shapes=shapes,
     )
 
@@ -200,3 +255,66 @@ class SharedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, projection={self.projection}, layer={self.layer}"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One projection inside a fused linear layer: the ``index``-th of ``count`` equal blocks of its rows."""
+
+    fused: nn.Linear
+    index: int
+    count: int
+    bias: None = None
+
+    @property
+    def in_features(self) -> int:
+        return self.fused.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.fused.out_features // self.count
+
+    @property
+    def weight(self) -> Tensor:
+        """(out, in), a view."""
+        return self.fused.weight.view(self.count, self.out_features, self.in_features)[self.index]
+
+
+class FusedLinear(nn.Module):
+    """A fused linear layer whose projections can be replaced one by one: ``y = x [W_q; W_k; W_v]^T + b``.
+
+    The parts are children named by their letters; the bias of all of them stays here. The weights are put together
+    before one GEMM, so the model's own attention reads the same tensor as before.
+
+    Args:
+        fused: the layer to split; its values are copied.
+        letters: its projections, in the order of its rows.
+    """
+
+    def __init__(self, fused: nn.Linear, letters: str) -> None:
+        super().__init__()
+        self.letters = letters
+        self.in_features, self.out_features = fused.in_features, fused.out_features
+        for index, letter in enumerate(letters):
+            self.add_module(letter, linear(Rows(fused, index, len(letters)).weight.detach().clone()))
+        self.bias = fused.bias
+
+    @property
+    def weight(self) -> Tensor:
+        return torch.cat([getattr(self, letter).weight for letter in self.letters])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight, self.bias)
+
+    def join(self) -> nn.Linear:
+        """One ordinary linear layer with the same weights."""
+        return linear(self.weight.detach(), self.bias)
+
+
+def linear(weight: Tensor, bias: nn.Parameter | None = None) -> nn.Linear:
+    """A linear layer of these very parameters, on their device and of their dtype."""
+    with torch.device("meta"):
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    layer.weight = nn.Parameter(weight.contiguous())
+    layer.bias = bias
+    return layer

@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -76,10 +76,14 @@ def digest(data: Any) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
-def provenance(inputs: Mapping[str, str]) -> dict[str, Any]:
-    """What a result was made with: package versions, git revision, machine, and the sha256 of its inputs."""
+def provenance(inputs: Mapping[str, str], packages: Sequence[str] = ()) -> dict[str, Any]:
+    """What a result was made with: package versions, git revision, machine, and the sha256 of its inputs.
+
+    Args:
+        packages: further packages whose versions matter.
+    """
     return {
-        "packages": {name: metadata.version(name) for name in PACKAGES},
+        "packages": {name: metadata.version(name) for name in (*PACKAGES, *packages)},
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "revision": _git_revision(),

@@ -17,7 +17,7 @@ from torch import nn
 
 from masa.compression.spec import CompressionSpec
 from masa.errors import MasaError
-from masa.projections import SharedLinear, SharedProjections, decoder, family_of, model_shape
+from masa.projections import SharedLinear, SharedProjections, blocks, decoder, family_of, linear, model_shape
 from masa.spec import ATTENTION, METHODS, SharingSpec
 from masa.weight_sources import KINDS
 
@@ -58,10 +58,12 @@ def share(model: nn.Module, spec: SharingSpec | Mapping[str, Any] | str) -> nn.M
     """Make the projections of ``model`` share weights across layers, in place, newly initialised for training.
 
     The matrices of the shared projections are replaced and their values lost; biases, norms, FFNs and embeddings stay.
-    Weights are drawn so that every synthesised matrix has the standard deviation ``model.config.initializer_range``.
+    Weights are drawn so that every synthesised matrix has the standard deviation ``model.config.initializer_range``
+    (0.02 where there is none, as timm draws them).
 
     Args:
-        model: a Starcoder2- or Llama-like Hugging Face model, on any device ("meta" included).
+        model: a Starcoder2- or Llama-like Hugging Face model, or a VisionTransformer of timm, by itself or inside
+            Hugging Face's TimmWrapper; on any device ("meta" included).
         spec: a :class:`SharingSpec`, a mapping of its fields, or a method's name.
 
     Returns:
@@ -87,7 +89,7 @@ def share(model: nn.Module, spec: SharingSpec | Mapping[str, Any] | str) -> nn.M
     spec = spec.resolve(shape)
     dense = sum(out * inp for letter, (out, inp) in shape.shapes.items() if letter in ATTENTION) * shape.num_layers
     kind = METHODS[spec.method].source
-    std = getattr(model.config, "initializer_range", 0.02)
+    std = getattr(getattr(model, "config", None), "initializer_range", 0.02)
     if kind == "grouped_heads":
         group_heads(model, int(spec.num_key_value_heads or 1), std)
     elif kind is not None:
@@ -103,18 +105,29 @@ def share(model: nn.Module, spec: SharingSpec | Mapping[str, Any] | str) -> nn.M
 
 def install(model: nn.Module, shared: SharedProjections) -> None:
     """Replace the linear layers that ``shared`` serves and attach it to the decoder; biases stay where they are."""
-    family, base = family_of(model), decoder(model)
-    for layer, block in enumerate(base.layers):
+    family = family_of(model)
+    for layer, block in enumerate(blocks(model)):
+        family.split(block, shared.projections)
         for letter in shared.projections:
             path = family.paths[letter]
             block.set_submodule(path, SharedLinear(shared, letter, layer, like=block.get_submodule(path)))
-    shared.attach(base)
+    shared.attach(decoder(model))
 
 
 def group_heads(model: nn.Module, num_key_value_heads: int, std: float) -> None:
-    """Give the model fewer key/value heads, newly drawn from N(0, std^2); query head h reads head h // (H / kv)."""
-    family, config = family_of(model), model.config
-    for block in decoder(model).layers:
+    """Give the model fewer key/value heads, newly drawn from N(0, std^2); query head h reads head h // (H / kv).
+
+    Raises:
+        MasaError: the model fuses its projections into one layer of equal parts, and has no grouped attention.
+    """
+    family = family_of(model)
+    if family.fused:
+        raise MasaError(
+            f"Method 'gqa' does not exist for {family.name}: {', '.join(family.fused)} holds as many key/value heads "
+            "as query heads, and its attention cannot group them. Choose another method."
+        )
+    config = model.config
+    for block in blocks(model):
         attention = block.get_submodule(family.attention)
         for letter in "kv":
             old = block.get_submodule(family.paths[letter])
@@ -147,15 +160,12 @@ def fold(model: nn.Module) -> nn.Module:
     shared = getattr(base, "shared", None)
     if isinstance(shared, SharedProjections):
         family, weights = family_of(plain), shared.make()
-        for layer, block in enumerate(base.layers):
+        for layer, block in enumerate(blocks(plain)):
             for letter in shared.projections:
                 path = family.paths[letter]
-                old = block.get_submodule(path)
-                with torch.device("meta"):
-                    new = nn.Linear(old.in_features, old.out_features, bias=False)
-                new.weight = nn.Parameter(weights[letter][layer].detach().clone().contiguous())
-                new.bias = old.bias
-                block.set_submodule(path, new)
+                weight = weights[letter][layer].detach().clone()
+                block.set_submodule(path, linear(weight, block.get_submodule(path).bias))
+            family.join(block)
         for handle in shared._handles:
             handle.remove()
         del base.shared
@@ -176,8 +186,8 @@ def count_parameters(model: nn.Module) -> ParameterCount:
             attention += stored * sum(p in ATTENTION for p in source.projections) // len(source.projections)
         # several sources may share a block embedding, so their parameters are counted together
         total += sum(s.stored_numbers() for s in shared.values()) - sum(p.numel() for p in shared.parameters())
-    for block in base.layers:
-        attention += sum(block.get_submodule(family.paths[p]).weight.numel() for p in ATTENTION if p not in served)
+    for block in blocks(model):
+        attention += sum(family.projection(block, p).weight.numel() for p in ATTENTION if p not in served)
     dense = model.sharing.dense_attention if getattr(model, "sharing", None) else attention
     shape = model_shape(model, family)
     saved = dense - attention

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from masa import models, run, training
+from masa import models, run, trainer
 from masa.progress import Progress
 from masa.sharing import fold
 
@@ -33,7 +33,7 @@ def measure(runs: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], thre
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape = (settings["batch_size"], settings["context"])
     specs = {spec["run"].split("/")[1]: spec for spec in runs}
-    reference, bf16 = next(iter(specs)), training.uses_bfloat16(runs[0]["training"])
+    reference, bf16 = next(iter(specs)), trainer.uses_bfloat16(runs[0]["training"])
 
     def precision() -> AbstractContextManager:
         return torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else nullcontext()
@@ -42,7 +42,7 @@ def measure(runs: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], thre
     for name, spec in specs.items():
         torch.manual_seed(0)
         model = models.build(spec["model"], spec["sharing"], settings["context"]).to(device).train()
-        trained[name] = (model, torch.optim.AdamW(training.parameter_groups(model, spec["training"]), fused=True))
+        trained[name] = (model, torch.optim.AdamW(trainer.parameter_groups(model, spec["training"]), fused=True))
         folded[name] = fold(model)
     vocabulary = runs[0]["model"]["vocab_size"]
     ids = torch.randint(0, vocabulary, shape, generator=torch.Generator().manual_seed(0)).to(device)

@@ -77,3 +77,13 @@ def mirror():
 def cache():
     """Downloads are kept between test runs, as the workflow keeps them."""
     return ROOT / "cache"
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """The image directory of scikit-learn's digits: 8 x 8, one channel, ten classes."""
+    from masa import images
+
+    folder = tmp_path_factory.mktemp("images") / "digits"
+    images.prepare({"name": "digits"}, folder.parent / "cache", None, folder)
+    return folder

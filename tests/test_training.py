@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, language_model
 
 import masa
-from masa import config, run, text, training
+from masa import config, run, text, trainer, training
 from masa import tokens as token_files
 from masa.perplexity import held_out_loss
 
@@ -98,7 +98,7 @@ def test_the_same_run_gives_the_same_bits(method, tokens, tmp_path):
 
 def test_all_methods_see_the_same_batches_and_start_from_the_same_common_weights(tokens, tmp_path, monkeypatch):
     seen = {}
-    step = training.Trainer.training_step
+    step = trainer.Trainer.training_step
     for method in ("vanilla", "masa", "low-rank"):
         batches, start = [], {}
 
@@ -108,9 +108,9 @@ def test_all_methods_see_the_same_batches_and_start_from_the_same_common_weights
             batches.append(inputs["input_ids"].clone())
             return step(self, model, inputs, *rest, **more)
 
-        monkeypatch.setattr(training.Trainer, "training_step", look)
+        monkeypatch.setattr(trainer.Trainer, "training_step", look)
         training.pretrain(spec_of(method, steps=3), tokens, tmp_path / method)
-        monkeypatch.setattr(training.Trainer, "training_step", step)
+        monkeypatch.setattr(trainer.Trainer, "training_step", step)
         seen[method] = batches, start
     batches, start = seen["vanilla"]
     assert len(batches) == 3
@@ -130,7 +130,7 @@ def test_gradient_accumulation_is_the_same_step(tokens, tmp_path):
 def test_who_decays():
     model = masa.share(language_model(), {"method": "masa", "coefficients": "mlp"})
     recipe = spec_of(coefficients_learning_rate_ratio=3.0)["training"]
-    decay, plain, coefficients = training.parameter_groups(model, recipe)
+    decay, plain, coefficients = trainer.parameter_groups(model, recipe)
     names = {id(p): n for n, p in model.named_parameters()}
     of = [{names[id(p)] for p in group["params"]} for group in (decay, plain, coefficients)]
     assert sum(map(len, of)) == len(names)
@@ -174,7 +174,7 @@ def test_exploding_loss_stops_and_names_the_step(tokens, tmp_path):
 
 
 def test_two_processes_do_not_write_one_run(tokens, tmp_path):
-    with training.exclusive(tmp_path), pytest.raises(masa.MasaError, match=f"being written by process {os.getpid()}"):
+    with run.exclusive(tmp_path), pytest.raises(masa.MasaError, match=f"being written by process {os.getpid()}"):
         training.pretrain(spec_of(), tokens, tmp_path)
 
 

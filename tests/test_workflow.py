@@ -103,11 +103,11 @@ def edit(path, old, new):
 @pytest.mark.parametrize(
     ("file", "old", "new", "expected"),
     [
-        ("masa/training.py", "    torch.set_num_threads", "    # a comment\n    torch.set_num_threads", {}),
+        ("masa/trainer.py", "    torch.set_num_threads", "    # a comment\n    torch.set_num_threads", {}),
         ("masa/weight_sources.py", '"""Linear combinations of atoms', '"""Sums of atoms', {}),
-        ("masa/training.py", "p.ndim >= 2]", "p.ndim >= 1]", {"pretrain": 6}),
+        ("masa/trainer.py", "p.ndim >= 2]", "p.ndim >= 1]", {"pretrain": 6}),
         ("masa/report/tables.py", 'NA = "n/a"', 'NA = "missing"', {"table": 9}),
-        ("masa/report/figures.py", '"font.size": 8', '"font.size": 9', {"figure": 7}),
+        ("masa/report/style.py", '"font.size": 8', '"font.size": 9', {"figure": 7}),
         ("config/experiments.yaml", "coefficients: mlp", "coefficients: mlp, embedding_dim: 32", {"pretrain": 1}),
         ("config/experiments.yaml", "label: Vanilla", "label: Dense", {"table": 4, "figure": 3}),
         ("config/smoke.yaml", "limit: 2", "limit: 3", {"evaluate": 6}),

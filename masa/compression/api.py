@@ -132,7 +132,13 @@ def compress(
 
 def _check_projections(model: nn.Module, projections: str) -> None:
     """Every letter once and present; no NaN; every matrix a tensor of its own."""
-    paths = dict(family_of(model).paths)
+    family = family_of(model)
+    if family.fused:
+        raise MasaError(
+            f"{type(model).__name__} fuses {', '.join(family.fused)}: compression reads separate projections, as in "
+            "language models. Such a model can share weights while it trains (masa.share)."
+        )
+    paths = dict(family.paths)
     if not projections or len(set(projections)) != len(projections) or set(projections) - set(paths):
         raise MasaError(f"projections must be distinct letters of {', '.join(paths)}, got {projections!r}.")
     seen: dict[int, str] = {}
