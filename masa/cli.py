@@ -225,6 +225,7 @@ def _parser() -> Parser:
     v.add_argument("--reduction", type=float, default=0.2, help="fraction of attention to save (default 0.2)")
     v.add_argument("--calibration", metavar="DIR", help="what `masa calibrate` wrote")
     v.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda:1, …")
+    v.add_argument("--json", action="store_true", help="print the whole account as JSON")
     v.add_argument("--plain", action="store_true", help="write an ordinary Hugging Face folder instead of factors")
     v.add_argument("--evaluate", metavar="FILE", help="documents for the perplexity before and after")
     v.add_argument("--revision", metavar="COMMIT", help="of a model on the hub")
@@ -503,8 +504,30 @@ def _compress(given: argparse.Namespace) -> None:
         evaluate=given.evaluate,
         device=given.device,
     )
-    shown = {k: v for k, v in summary.items() if k != "learned"}  # the whole of it is in compression.json
-    print(json.dumps(shown, indent=1, default=str))
+    print(json.dumps(summary, indent=1, default=str) if given.json else _account(summary))
+
+
+def _account(summary: dict[str, Any]) -> str:
+    """The closing lines of a compression, for people."""
+    lines = [
+        f"{summary['method']}: {100 * summary['reduction_achieved']:.2f} % of {summary['projections']} saved "
+        f"(asked for {100 * summary['reduction_requested']:g} %), {100 * summary['model_reduction']:.2f} % of all",
+        f"parameters: {summary['parameters_before']:,} -> {summary['parameters_after']:,}",
+    ]
+    if "perplexity_after" in summary:
+        before, after = summary["perplexity_before"], summary["perplexity_after"]
+        lines.append(
+            f"perplexity: {before['token_perplexity']:.3f} -> {after['token_perplexity']:.3f} a token, "
+            f"{before['word_perplexity']:.2f} -> {after['word_perplexity']:.2f} a word ({after['tokens']:,} tokens)"
+        )
+    if summary["regularisation"]:
+        worst = max(summary["regularisation"].values())
+        lines.append(
+            f"regularised: {len(summary['regularisation'])} matrices, by at most {worst:g} of the mean diagonal"
+        )
+    lines.append(f"time and memory: {summary['seconds']:.1f} s, peak {summary['peak_rss_bytes'] / 2**30:.2f} GiB")
+    lines.append(f"written: {summary['output']} (all of the above and ranks in compression.json)")
+    return "\n".join(lines)
 
 
 def _config(given: argparse.Namespace) -> None:

@@ -142,6 +142,11 @@ def test_the_command_line_calibrates_and_compresses(folder, tmp_path, capsys):
     for call in calls:
         assert cli.main([str(argument) for argument in call]) == 0, capsys.readouterr().err
     assert count_parameters(load(tmp_path / "smaller")).attention_reduction >= 0.2
+    said = capsys.readouterr().out
+    assert "20.0" in said and "asked for 20 %" in said and "parameters:" in said and "compression.json" in said
+    full = [*map(str, calls[1]), "--json", "--evaluate", str(text), "--out", str(tmp_path / "again")]
+    assert cli.main(full) == 0
+    assert json.loads(capsys.readouterr().out)["perplexity_after"]["tokens"] > 100
     wrong = [str(argument) for argument in calls[1]] + ["--method", "svd-globl"]
     assert cli.main(wrong) == 2
     assert "Did you mean 'svd-global'" in capsys.readouterr().err

@@ -59,6 +59,7 @@ METRICS = (
     Metric("avg_available_pct", "Average of available tasks (%)", 2, "higher"),
     Metric("wikitext_ppl", "WikiText-2 word perplexity", 2, "lower"),
     Metric("lambada_ppl", "LAMBADA perplexity", 2, "lower"),
+    Metric("regularised", "Matrices regularised", 0),
     Metric("seconds", "Compression (s)", 1),
     Metric("heal_seconds", "Healing (s)", 1),
     Metric("peak_gib", "Peak memory (GiB)", 2),
@@ -108,6 +109,7 @@ def _of_compression(metrics: Mapping[str, Any]) -> dict[str, float]:
     flat |= {f"{name}_token_ppl": t["token_perplexity"] for name, t in metrics["texts"].items()}
     if report := metrics["compression"]:
         flat["achieved_pct"] = 100 * report["reduction_achieved"]
+        flat["regularised"] = len(report["regularisation"])
         flat |= {"seconds": report["seconds"], "peak_gib": report["peak_rss_bytes"] / 2**30}
     if metrics["healing"]:
         flat["heal_seconds"] = metrics["healing"]["seconds"]
