@@ -31,7 +31,7 @@ def heal(
     steps: int = 20,
     batch_size: int = 4,
     length: int | None = 128,
-    lr: float = 1e-3,
+    lr: float = 3e-4,
     temperature: float = 1.0,
     seed: int = 0,
     dtype: str | None = None,
