@@ -31,7 +31,7 @@ def heal(
     steps: int = 20,
     batch_size: int = 4,
     length: int | None = 128,
-    lr: float = 1e-4,
+    lr: float = 3e-4,
     temperature: float = 1.0,
     seed: int = 0,
     dtype: str | None = None,
@@ -40,8 +40,10 @@ def heal(
     """Train the atoms, coefficients, factors and dense leftovers of a compressed model, in place.
 
     AdamW without weight decay, beta (0.9, 0.95), gradients clipped to norm 1, a tenth of the steps of warmup, then a
-    cosine to zero. The optimiser works on float32 copies; the sources keep their dtype, and each step sees them as they
-    are stored. All other parameters, the flags ``requires_grad`` and the training mode are left as they were.
+    cosine to zero. The learning rate is relative to the root mean square of each tensor, since an atom's numbers are a
+    thousand times smaller than a coefficient. The optimiser works on float32 copies; the sources keep their dtype, and
+    each step sees them as they are stored. All other parameters, the flags ``requires_grad`` and the training mode are
+    left as they were.
 
     Args:
         model: what :func:`masa.compression.compress` returned or :func:`masa.load` read.
@@ -52,7 +54,7 @@ def heal(
         batch_size: windows a step, drawn anew each epoch.
         length: every sequence is cut into windows of this many tokens (a shorter rest is left out); None for whole
             sequences.
-        lr: peak learning rate.
+        lr: peak learning rate, as a fraction of each tensor's root mean square.
         temperature: of both distributions of "kl"; the loss is multiplied by its square.
         seed: of the order of the windows.
         dtype: "bfloat16" or "float16" to run under autocast; by default the model's own.
@@ -90,7 +92,8 @@ def heal(
         p.data = values.clone()  # a memory-mapped file is not written to
         p.requires_grad_(True)
     masters = [values.to(torch.promote_types(values.dtype, torch.float32), copy=True) for values in before]
-    optimiser = torch.optim.AdamW(masters, betas=(0.9, 0.95), weight_decay=0.0)
+    groups = [{"params": [m], "size": float(m.square().mean().sqrt())} for m in masters]
+    optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
     order, losses, seen = batches(windows, batch_size, seed), [], 0
     model.eval()
     try:
@@ -105,7 +108,7 @@ def heal(
                 raise MasaError(f"Healing: the loss became {loss.item()} at step {step}. Lower lr (now {lr}).")
             loss.backward()
             for group in optimiser.param_groups:
-                group["lr"] = lr * cosine(step, steps, warmup=steps // 10)
+                group["lr"] = lr * group["size"] * cosine(step, steps, warmup=steps // 10)
             _step(optimiser, sources, masters)
         progress("healing", steps, steps)
     except BaseException:
