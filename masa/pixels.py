@@ -181,7 +181,7 @@ def make_transform(augmentation: Mapping[str, Any], split: ImageSplit) -> Callab
     _check_names("training.augmentation", augmentation, create_transform, OURS)
     _, height, width, channels = split.images.shape
     try:
-        return create_transform(
+        transform = create_transform(
             (channels, height, width),
             is_training=True,
             mean=tuple(split.mean),
@@ -189,9 +189,26 @@ def make_transform(augmentation: Mapping[str, Any], split: ImageSplit) -> Callab
             **{k: tuple(v) if isinstance(v, list) else v for k, v in augmentation.items()},
         )
     except (AssertionError, TypeError, ValueError, KeyError, IndexError) as error:
-        raise MasaError(
-            f"training.augmentation: timm refuses {dict(augmentation)} ({error or 'assertion'})."
-        ) from error
+        reason = str(error) or type(error).__name__
+        raise MasaError(f"training.augmentation: timm refuses {dict(augmentation)} ({reason}).") from error
+    for op in _augment_ops(transform):
+        if op.name.startswith("Posterize"):
+            op.aug_fn = _posterize
+    return transform
+
+
+def _augment_ops(transform: Any) -> Iterator[Any]:
+    """The operations of timm's RandAugment, AutoAugment or AugMix inside a transform."""
+    for part in transform.transforms:
+        yield from getattr(part, "ops", ())
+        yield from (op for policy in getattr(part, "policy", ()) for op in policy)
+
+
+def _posterize(image: Any, bits: int, **_: Any) -> Any:
+    """Keep the highest bits of every pixel. timm's ranges begin at none of them, which Pillow 13 refuses."""
+    from PIL import ImageOps
+
+    return ImageOps.posterize(image, bits) if bits else image.point(lambda _: 0)
 
 
 def _check_names(where: str, given: Mapping[str, Any], function: Callable[..., Any], ours: Sequence[str]) -> None:

@@ -305,6 +305,23 @@ def test_grey_images_are_augmented(digits):
     assert stream[3]["pixel_values"].shape == (1, 8, 8)
 
 
+@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "rand-m10-n4", "original", "augmix-m5-w2"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_timms_policies_run_on_every_image(policy, channels, digits, cifar, tmp_path):
+    if channels == 3:
+        prepare(cifar[0], tmp_path / "out")
+    split = pixels.ImageSplit(tmp_path / "out" if channels == 3 else digits, "train")
+    stream = pixels.TrainingImages(split, 60, 0, {"auto_augment": policy})
+    assert list(pixels._augment_ops(stream.transform))
+    assert all(torch.isfinite(stream[i]["pixel_values"]).all() for i in range(60))
+
+
+def test_posterizing_to_no_bits_is_black():
+    picture = Image.fromarray(pictures(1, 0)[0])
+    assert not np.asarray(pixels._posterize(picture, 0)).any()
+    assert np.array_equal(np.asarray(pixels._posterize(picture, 2)), np.asarray(picture) & 0b11000000)
+
+
 @pytest.mark.parametrize(
     ("augmentation", "message"),
     [
