@@ -110,6 +110,21 @@ def family_of(model: nn.Module) -> Family:
     )
 
 
+def separate(model: nn.Module) -> Family:
+    """The family of a model whose projections are linear layers of their own, as compression needs.
+
+    Raises:
+        MasaError: it fuses some of them.
+    """
+    family = family_of(model)
+    if family.fused:
+        raise MasaError(
+            f"{type(model).__name__} fuses {', '.join(family.fused)}: compression reads separate projections, as in "
+            "language models. Such a model can share weights while it trains (masa.share)."
+        )
+    return family
+
+
 def _needed(family: Family) -> list[str]:
     """Paths that every block must have, fused layers as a whole."""
     inside = set("".join(family.fused.values()))

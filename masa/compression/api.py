@@ -16,7 +16,7 @@ from masa.compression.report import CompressionReport, peak_rss, reset_peak_rss
 from masa.compression.spec import CompressionSpec
 from masa.compression.statistics import Calibration
 from masa.errors import MasaError
-from masa.projections import SharedProjections, decoder, family_of, model_shape
+from masa.projections import SharedProjections, decoder, family_of, model_shape, separate
 from masa.sharing import Sharing, count_parameters, install
 from masa.spec import ATTENTION
 
@@ -132,13 +132,7 @@ def compress(
 
 def _check_projections(model: nn.Module, projections: str) -> None:
     """Every letter once and present; no NaN; every matrix a tensor of its own."""
-    family = family_of(model)
-    if family.fused:
-        raise MasaError(
-            f"{type(model).__name__} fuses {', '.join(family.fused)}: compression reads separate projections, as in "
-            "language models. Such a model can share weights while it trains (masa.share)."
-        )
-    paths = dict(family.paths)
+    paths = dict(separate(model).paths)
     if not projections or len(set(projections)) != len(projections) or set(projections) - set(paths):
         raise MasaError(f"projections must be distinct letters of {', '.join(paths)}, got {projections!r}.")
     seen: dict[int, str] = {}

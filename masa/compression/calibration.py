@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from masa.compression.gradients import add_gradients
 from masa.compression.statistics import INPUT_OF, Calibration, model_sha256, tokens_sha256
 from masa.errors import MasaError
-from masa.projections import decoder, family_of, model_shape
+from masa.projections import decoder, model_shape, separate
 from masa.spec import ATTENTION
 
 Progress = Callable[[str, int, int], None]
@@ -188,8 +188,8 @@ def calibrate(
     """
     if getattr(model, "sharing", None) is not None:
         raise MasaError(f"This model shares weights already ({model.sharing.spec.method}); calibrate the dense one.")
+    family, training = separate(model), model.training
     tokens = _check_tokens(tokens, model)
-    family, training = family_of(model), model.training
     shape = model_shape(model, family)
     if absent := set(projections) - set(shape.shapes):
         raise MasaError(f"This model has no projection {', '.join(sorted(absent))}; it has {', '.join(shape.shapes)}.")
