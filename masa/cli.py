@@ -212,7 +212,7 @@ def _parser() -> Parser:
     v.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda:1, …")
     v.add_argument("--threads", type=int, help="CPU threads (default: all)")
     v.add_argument("--revision", metavar="COMMIT", help="of a model on the hub")
-    v.add_argument("--out", required=True, metavar="DIR")
+    v.add_argument("--out", "--output", required=True, metavar="DIR")
 
     v = verb(
         "compress",
@@ -229,7 +229,7 @@ def _parser() -> Parser:
     v.add_argument("--plain", action="store_true", help="write an ordinary Hugging Face folder instead of factors")
     v.add_argument("--evaluate", metavar="FILE", help="documents for the perplexity before and after")
     v.add_argument("--revision", metavar="COMMIT", help="of a model on the hub")
-    v.add_argument("--out", required=True, metavar="DIR")
+    v.add_argument("--out", "--output", required=True, metavar="DIR")
 
     v = verb(
         "sweep",

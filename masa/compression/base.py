@@ -161,11 +161,9 @@ class Compressor:
     def _key(self, problem: Problem) -> str:
         """Equal for problems that differ in nothing but the budget and what :meth:`solve` alone reads."""
         found = problem.calibration
-        # two calibrations on the same tokens may differ in the dtype of the computation, which the drift shows
-        data = found and [found.tokens_sha256, found.gradient_samples, found.inputs, found.drift]
-        model = found.model_sha256 if found else model_sha256(problem.model)
+        data = found.digest() if found else model_sha256(problem.model)
         device = str(problem.weight(problem.projections[0], 0).device)
-        return json.dumps([model, data, device, problem.projections, self.get_params()], default=str)
+        return json.dumps([data, device, problem.projections, self.get_params()], default=str)
 
 
 def make_compressor(method: str, **options: Any) -> Compressor:

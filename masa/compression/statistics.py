@@ -124,6 +124,11 @@ class Calibration:
                 raise MasaError(f"{directory / _name(layer)} is missing; calibrate again.")
         return calibration
 
+    def digest(self) -> str:
+        """Hash of what decides the statistics: tokens, model, inputs, gradients, and the dtype through the drift."""
+        told = [self.tokens_sha256, self.model_sha256, self.inputs, self.gradient_samples, self.drift]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
     def check(self, model: nn.Module, tokens: Tensor | None) -> None:
         """Refuse statistics of another model, or tokens other than those of the calibration.
 

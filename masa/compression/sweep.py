@@ -58,7 +58,7 @@ def sweep(
     calibration = Calibration.load(calibration_dir) if calibration_dir else None
     inputs = {
         "model": run.digest(pretrained["sha256"]),
-        "calibration": run.digest([calibration.tokens_sha256, calibration.model_sha256]) if calibration else None,
+        "calibration": calibration.digest() if calibration else None,
         "texts": run.digest([r.get("sha256") for r in documents.values()]),
     }
     compressor = None if spec["method"] == ORIGINAL else make_compressor(spec["method"], **spec["options"])
