@@ -218,16 +218,21 @@ def _parser() -> Parser:
         "compress",
         _compress,
         "compress a pretrained Llama-like model without training",
-        "masa compress MODEL --method svd-global --reduction 0.2 --calibration statistics --out smaller",
+        "masa compress MODEL --method svd-global --reduction 0.2 --text documents.jsonl --output smaller",
     )
     v.add_argument("model", metavar="MODEL", help="folder, GGUF file, or ORG/NAME on the hub with --revision")
     v.add_argument("--method", default="svd-global", help="a key of masa.compression.COMPRESSORS (default svd-global)")
     v.add_argument("--reduction", type=float, default=0.2, help="fraction of attention to save (default 0.2)")
-    v.add_argument("--calibration", metavar="DIR", help="what `masa calibrate` wrote")
+    data = v.add_mutually_exclusive_group()
+    data.add_argument("--calibration", metavar="DIR", help="what `masa calibrate` wrote")
+    data.add_argument("--text", metavar="FILE", help="calibrate on it in passing (64 x 512 tokens)")
+    v.add_argument("--projections", default="qkvo", help="letters to compress (default qkvo; all linears: qkvogud)")
+    v.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="of the method: ranks=global")
     v.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda:1, …")
     v.add_argument("--json", action="store_true", help="print the whole account as JSON")
     v.add_argument("--plain", action="store_true", help="write an ordinary Hugging Face folder instead of factors")
     v.add_argument("--evaluate", metavar="FILE", help="documents for the perplexity before and after")
+    v.add_argument("--threads", type=int, help="CPU threads (default: all)")
     v.add_argument("--revision", metavar="COMMIT", help="of a model on the hub")
     v.add_argument("--out", "--output", required=True, metavar="DIR")
 
@@ -491,19 +496,30 @@ def _sweep(given: argparse.Namespace) -> None:
 
 
 def _compress(given: argparse.Namespace) -> None:
-    from masa.compression import run_compress
+    import tempfile
 
-    summary = run_compress(
-        given.model,
-        given.out,
-        given.method,
-        given.reduction,
-        given.calibration,
-        revision=given.revision,
-        plain=given.plain,
-        evaluate=given.evaluate,
-        device=given.device,
-    )
+    import yaml
+
+    from masa.compression import run_calibrate, run_compress
+
+    options = dict(option.partition("=")[::2] for option in given.option)
+    shared = {"projections": given.projections, "threads": given.threads, "device": given.device}
+    shared |= {"revision": given.revision}
+    with tempfile.TemporaryDirectory() as folder:
+        if given.text:
+            gradients = 12 if "fisher" in given.method else 0
+            run_calibrate(given.model, folder, given.text, gradient_samples=gradients, **shared)
+        summary = run_compress(
+            given.model,
+            given.out,
+            given.method,
+            given.reduction,
+            folder if given.text else given.calibration,
+            options={key: yaml.safe_load(value) for key, value in options.items()},
+            plain=given.plain,
+            evaluate=given.evaluate,
+            **shared,
+        )
     print(json.dumps(summary, indent=1, default=str) if given.json else _account(summary))
 
 

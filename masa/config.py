@@ -17,6 +17,7 @@ import yaml
 from masa.compression import plan
 from masa.errors import MasaError, unknown
 from masa.fingerprint import ROOT
+from masa.report.metrics import METRIC_NAMES
 from masa.spec import ModelShape, SharingSpec
 
 BASE = ("config/config.yaml", "config/experiments.yaml", "config/compression.yaml", "config/artefacts.yaml")
@@ -102,6 +103,9 @@ def check(config: Config) -> None:
             for experiment in [*artefact["experiments"], *artefact.get("tasks", ())]:
                 if experiment not in known:
                     raise unknown(f"{where}: {what}", experiment, known)
+            for column in artefact.get("columns", ()):
+                if column not in METRIC_NAMES:
+                    raise unknown(f"{where}: column", column, METRIC_NAMES)
             if (paper := artefact.get("paper")) and not (ROOT / paper["file"]).is_file():
                 raise MasaError(f"{where}: the paper's numbers {paper['file']} do not exist.")
     clash = set(config["tables"]) & set(config["figures"])

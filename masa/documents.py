@@ -47,6 +47,8 @@ def read(corpus: Mapping[str, Any], cache: Path, mirror: str | None, split: str,
         source, corpus = held_out, {**corpus, "sha256": None}  # the checksum is the training files'
     documents = READERS[reader](sources.parse(source), corpus, cache, mirror)
     if not held_out and split != "all":
+        if corpus.get("validation_fraction") is None:
+            raise MasaError(f"{source}: split {split} needs a validation_fraction (or a source of its own).")
         fraction, wanted = corpus["validation_fraction"], split == "validation"
         documents = ((group, text) for group, text in documents if _is_held_out(group, fraction) == wanted)
     texts = (text for _, text in documents if text and text.strip())
@@ -94,7 +96,7 @@ def read_botocore(source: sources.Source, corpus: Mapping[str, Any], cache: Path
         with sources.whole_file(extracted) as temporary, temporary.open("w", encoding="utf-8") as file:
             for document in _extract_botocore(wheel):
                 file.write(json.dumps(document, ensure_ascii=False) + "\n")
-    for _number, line in _lines(extracted):
+    for _number, line in lines(extracted):
         yield tuple(json.loads(line))
 
 
@@ -147,7 +149,7 @@ def read_json(source: sources.Source, corpus: Mapping[str, Any], _: Path, mirror
     """JSON lines, plain or gzip: one document a line, text under ``column``."""
     column = corpus.get("column", "text")
     for path in sources.local_files(source, mirror, corpus.get("sha256")):
-        for number, line in _lines(path):
+        for number, line in lines(path):
             try:
                 text = json.loads(line)[column]
             except json.JSONDecodeError as error:
@@ -164,7 +166,7 @@ def read_text(source: sources.Source, corpus: Mapping[str, Any], _: Path, mirror
     for path in sources.local_files(source, mirror, corpus.get("sha256")):
         document: list[str] = []
         blank = 0
-        for _number, line in _lines(path):
+        for _number, line in lines(path):
             blank = 0 if line.strip() else blank + 1
             if blank == 2 and document:
                 yield str(path), "".join(document).strip()
@@ -174,7 +176,8 @@ def read_text(source: sources.Source, corpus: Mapping[str, Any], _: Path, mirror
         yield str(path), "".join(document).strip()
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbered lines of a UTF-8 file, plain or gzip, with errors that name the file and line."""
     number = 0
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:

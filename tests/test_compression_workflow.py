@@ -67,6 +67,10 @@ BREAK = {
     "score": (lambda c: c["compression"]["evaluation"]["texts"].append("wiki"), "text 'wiki' does not exist"),
     "task": (lambda c: c["compression"]["evaluation"]["tasks"].append("boolq"), "task 'boolq' does not exist"),
     "reduction": (lambda c: c["grids"]["compression"].update(reductions=[100]), "100 is greater than or equal"),
+    "healing": (lambda c: c["compressions"]["svd"].update(heal={"stpes": 3}), "Did you mean 'steps'"),
+    "no gradients": (lambda c: c["calibrations"]["attention"].update(gradient_samples=0), "gradient_samples of at lea"),
+    "column": (lambda c: c["tables"]["table3"].update(columns=["pqia"]), "Did you mean 'piqa'"),
+    "nothing to save": (lambda c: c["grids"]["compression"].update(reductions=[0]), "0 is the original"),
     "grid of both kinds": (lambda c: c["grids"]["main"].update(pretrained=[], reductions=[20]), "grids.main"),
 }
 
@@ -254,13 +258,30 @@ def test_a_finished_reduction_is_kept_and_a_changed_one_made_again(swept):
     folder = swept / "results" / "compression" / MODEL / "svd-llm"
     before = (folder / "20" / "metrics.json").stat().st_mtime_ns
     (folder / "40" / "metrics.json").unlink()  # as after a kill between the two
-    (folder / "33").mkdir()
+    shutil.copytree(folder / "20", folder / "33")  # of an earlier configuration
+    (folder / "other").mkdir()  # not ours
     sweep_one(swept, "svd-llm")
-    assert (folder / "20" / "metrics.json").stat().st_mtime_ns == before
+    assert (folder / "20" / "metrics.json").stat().st_mtime_ns == before, "one more reduction makes no other again"
     assert (folder / "40" / "metrics.json").is_file() and not (folder / "33").exists()
+    assert (folder / "other").is_dir()
     sweep_one(swept, "svd-llm", options={"ranks": "global"})
     assert (folder / "20" / "metrics.json").stat().st_mtime_ns != before
     sweep_one(swept, "svd-llm")
+
+
+def test_an_unreachable_reduction_names_the_run(swept):
+    with pytest.raises(MasaError, match=r"SmolLM2-135M/matrix-pca at 99 %: .*reachable"):
+        sweep_one(swept, "matrix-pca", reductions=[99], tasks_at=[])
+    sweep_one(swept, "matrix-pca")
+
+
+def test_what_a_configuration_may_say_of_healing_are_its_arguments():
+    import inspect
+
+    from masa.compression import heal
+
+    known = set(inspect.signature(heal).parameters) - {"model", "tokens", "teacher", "progress"}
+    assert set(plan.HEAL) == known
 
 
 def test_a_kept_model_loads_and_a_healed_one_is_marked(swept):
@@ -323,7 +344,11 @@ def test_table_3(swept, merged, tmp_path):
     # the paired difference is the difference of the losses, and SVD-LLM's share is the whole
     losses = frame["validation_loss"]
     assert (frame["loss_increase"] - (losses - losses[0]))[1:].abs().max() < 1e-5
-    assert frame["share_of_svd_llm_pct"][[1, 4]].round(9).tolist() == [100, 100]
+    ppl = frame.set_index(["method", "requested_pct"])["held_out_ppl"]
+    share = frame.set_index(["method", "requested_pct"])["share_of_svd_llm_pct"]
+    dense, svd = ppl[("original", 0)], ppl[("svd-llm", 40)]
+    assert share[("matrix-pca", 40)] == pytest.approx(100 * (ppl[("matrix-pca", 40)] - dense) / (svd - dense))
+    assert share[("svd-llm", 40)] == pytest.approx(100)
     paper = frame.set_index(["method", "requested_pct"])["wikitext_ppl_paper"]
     assert paper[("original", 0)] == 11.57 and paper[("svd-llm", 20)] == 15.08 and paper[("matrix-pca", 20)] == 12.61
     assert pd.isna(paper[("svd-global", 20)]), "the paper has no such row"
@@ -342,6 +367,36 @@ def test_the_standard_error_is_that_of_a_ratio():
     mean, error = compression_tables.paired(ours, theirs)
     # residuals 1 - 1, 1 - 2, 4 - 3 around 0.2 a token
     assert mean == pytest.approx(0.2) and error == pytest.approx((2 * 3 / 2) ** 0.5 / 30)
+
+
+def test_ranks_are_relative_and_dense_matrices_are_marked():
+    from masa.report.compression_figures import rank_grid
+
+    found = {"q": [[[0], 4], [[1, 2], "dense"]], "k": [[[0, 1], 1], [[2], 0]]}
+    grid, dense = rank_grid(found, {"q": [8, 8], "k": [2, 8]})
+    assert grid.tolist() == [[0.5, 1, 1], [0.5, 0.5, 0]]
+    assert dense.tolist() == [[False, True, True], [False, False, False]]
+
+
+def test_rows_of_other_projections_and_healed_ones_are_no_baseline():
+    row = {"scale": "m", "reduction": 20}
+    keys = [compression_tables._key(row, {"compression": {"projections": p}}) for p in ("qkvo", "qkvogud")]
+    assert keys[0] != keys[1]
+
+
+def test_the_trade_off_shows_the_perplexities_at_the_achieved_reductions(swept, merged):
+    from masa.report import compression_figures
+
+    figure = compression_figures.perplexity_reduction(
+        config.artefact_spec(merged, "figures", "perplexity_reduction"), swept / "results"
+    )
+    lines = {line.get_label(): line for line in figure.axes[0].lines}
+    drawn = lines["Matrix PCA"].get_xydata()
+    for (x, y), percent in zip(drawn, (20, 40), strict=True):
+        record = record_of(swept, "matrix-pca", percent)
+        assert x == pytest.approx(100 * record["compression"]["reduction_achieved"])
+        assert y == pytest.approx(record["corpus"]["token_perplexity"])
+    assert set(lines["Original"].get_ydata()) == {record_of(swept, "original", 0)["corpus"]["token_perplexity"]}
 
 
 @pytest.mark.parametrize("name", ["perplexity_reduction", "compression_ranks", "kl_drift"])

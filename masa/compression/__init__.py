@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from masa.compression.api import compress
     from masa.compression.base import COMPRESSORS, Compressor, make_compressor
     from masa.compression.calibration import calibrate
+    from masa.compression.collect import run_calibrate
     from masa.compression.healing import heal
     from masa.compression.report import CompressionReport
-    from masa.compression.run import run_calibrate, run_compress
+    from masa.compression.run import run_compress
     from masa.compression.scoring import perplexity
     from masa.compression.statistics import Calibration
 
@@ -42,7 +43,7 @@ __all__ = [
 _LAZY = {"compress": "api", "Compressor": "base", "make_compressor": "base", "calibrate": "calibration"}
 _LAZY |= {"Calibration": "statistics", "CompressionReport": "report", "perplexity": "scoring"}
 _LAZY |= {"heal": "healing"}
-_LAZY |= {"run_calibrate": "run", "run_compress": "run"}
+_LAZY |= {"run_calibrate": "collect", "run_compress": "run"}
 
 
 def __getattr__(name: str) -> Any:

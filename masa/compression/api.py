@@ -47,7 +47,7 @@ def compress(
             ``changes_model`` (post-share).
         method: a key of :data:`masa.compression.COMPRESSORS`, a mapping of "method" and its hyperparameters, or what
             :func:`masa.compression.make_compressor` returned: an instance used again for another reduction of the same
-            model, freshly loaded, solves only what depends on the reduction (``report.seconds`` counts no more).
+            model, freshly loaded, solves only what depends on the reduction (``report.seconds`` counts the rest, too).
         calibration: statistics of this very model (checked by hash), or their directory; methods blind to data take
             None.
         reduction: fraction of the numbers in ``projections`` to save, in (0, 1), everything stored counted. Never

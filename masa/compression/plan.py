@@ -13,6 +13,9 @@ from masa.errors import MasaError, unknown
 
 Config = Mapping[str, Any]
 
+HEAL = ("objective", "steps", "batch_size", "length", "lr", "temperature", "seed", "dtype")
+"""Arguments of :func:`masa.compression.heal` that a configuration may give."""
+
 
 def is_compression(config: Config, artefact: Config) -> bool:
     """Whether a table or figure is about pretrained models."""
@@ -34,8 +37,15 @@ def check(config: Config) -> None:
                 raise MasaError(f"{where}: calibration may only be null for method {ORIGINAL}.")
         elif chosen not in config["calibrations"]:
             raise unknown(f"{where}: calibration", chosen, config["calibrations"])
+        elif "fisher" in entry["method"] and not config["calibrations"][chosen]["gradient_samples"]:
+            raise MasaError(f"{where}: {entry['method']} needs calibrations.{chosen}.gradient_samples of at least 1.")
         elif extra := set(_projections(entry)) - set(config["calibrations"][chosen]["projections"]):
             raise MasaError(f"{where}: calibrations.{chosen} has no projection {', '.join(sorted(extra))}.")
+        for key in entry.get("heal") or ():
+            if key not in HEAL:
+                raise unknown(f"{where}.heal: key", key, HEAL)
+        if entry["method"] != ORIGINAL and 0 in entry.get("reductions", ()):
+            raise MasaError(f"{where}.reductions: 0 is the original; give percentages above it.")
     for name, entry in config["calibrations"].items():
         if entry["text"] not in config["texts"]:
             raise unknown(f"calibrations.{name}: text", entry["text"], config["texts"])
@@ -49,6 +59,8 @@ def check(config: Config) -> None:
                 "compression.evaluation.tasks (a part of evaluation.tasks): task", task, config["evaluation"]["tasks"]
             )
     for name, grid in config["grids"].items():
+        if 0 in grid.get("reductions", ()):
+            raise MasaError(f"grids.{name}.reductions: 0 is the original; give percentages above it.")
         for model in grid.get("pretrained", ()):
             if not config["pretrained"].get(model):
                 raise unknown(f"grids.{name}: pretrained model", model, config["pretrained"])

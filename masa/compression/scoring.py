@@ -107,9 +107,9 @@ def perplexity(
     if not math.isfinite(total):
         raise MasaError("The model's likelihood is not finite; its weights or the documents are broken.")
     return Perplexity(
-        token_perplexity=math.exp(total / tokens),
-        word_perplexity=math.exp(total / words),
-        byte_perplexity=math.exp(total / sum(len(document.encode()) for document in documents)),
+        token_perplexity=_exp(total / tokens),
+        word_perplexity=_exp(total / words),
+        byte_perplexity=_exp(total / sum(len(document.encode()) for document in documents)),
         nll=total,
         tokens=tokens,
         words=words,
@@ -119,6 +119,11 @@ def perplexity(
         nll_by_document=[round(x, 4) for x in nll],
         tokens_by_document=counts,
     )
+
+
+def _exp(x: float) -> float:
+    """exp, or infinity: a language without spaces has few words."""
+    return math.exp(x) if x < 700 else math.inf
 
 
 def _windows(ids: list[int], window: int, stride: int) -> list[tuple[Tensor, Tensor]]:

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from masa.errors import MasaError, unknown
+from masa.run import write_json
 
 FORMAT = 1
 INPUT_OF = {"q": "qkv", "k": "qkv", "v": "qkv", "o": "o", "g": "gu", "u": "gu", "d": "d"}
@@ -97,7 +98,7 @@ class Calibration:
             for name, part in _parts(layer, tensors).items():
                 save_file(part, target / name)
         data = {k: v for k, v in asdict(self).items() if k not in ("directory", "_layers")}
-        (target / "calibration.json").write_text(json.dumps({"format": FORMAT, **data}, indent=2) + "\n")
+        write_json(target / "calibration.json", {"format": FORMAT, **data})
         return target
 
     @classmethod

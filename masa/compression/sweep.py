@@ -7,6 +7,7 @@ both alike. It appears when the reduction is done, and an interrupted sweep goes
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,7 +42,7 @@ def sweep(
 
     Args:
         model_dir: with the manifest of :func:`masa.pretrained.fetch`.
-        spec: from :func:`masa.config.compression_spec`.
+        spec: from :func:`masa.compression.plan.run_spec`.
         calibration_dir: what ``masa calibrate`` wrote; None where the method needs none.
         texts: name -> file of :func:`masa.excerpts.prepare`; the first is the held-out text.
         tasks: manifest of :func:`masa.benchmarks.prepare`.
@@ -71,12 +72,16 @@ def sweep(
             file = out / f"{percent:g}" / "metrics.json"
             if not (file.is_file() and run.read_json(file).get("identity") == identity):
                 wanted = {t: tasks[t] for t in chosen["tasks"] if t in tasks}
-                record = _one(model_dir, spec, compressor, percent, calibration, documents, wanted, file.parent)
+                shutil.rmtree(file.parent / "model", ignore_errors=True)
+                try:
+                    record = _one(model_dir, spec, compressor, percent, calibration, documents, wanted, file.parent)
+                except MasaError as error:
+                    raise MasaError(f"{spec['run']} at {percent:g} %: {error}") from error
                 record |= {"identity": identity, "provenance": run.provenance(inputs)}
                 run.write_json(file, record)
             records[f"{percent:g}"] = identity
-        for old in out.iterdir():
-            if old.is_dir() and old.name not in records:
+        for old in out.iterdir():  # what an earlier configuration asked for, and nothing else
+            if old.name not in records and re.fullmatch(r"[0-9.]+", old.name) and (old / "metrics.json").is_file():
                 shutil.rmtree(old)
         run.write_json(out / "manifest.json", {"run": spec["run"], "records": records})
     return records
@@ -94,7 +99,11 @@ def _one(
 ) -> dict[str, Any]:
     """One reduction: compress, heal if asked, count, fold, score."""
     model, tokenizer = load_pretrained(model_dir, device="auto")
+    if tokenizer is None:
+        raise MasaError(f"{model_dir} holds no tokenizer, which perplexity needs.")
     tokens = load_tokens(calibration.directory) if calibration and calibration.directory else None
+    if spec.get("heal") and tokens is None:
+        raise MasaError("Healing needs the calibration's tokens, which are missing; calibrate again.")
     report, healing = None, None
     with terminal() as progress:
 

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from masa import excerpts
+from masa.documents import lines
 from masa.errors import MasaError
 
 
 def read_documents(source: str | Path | Sequence[str]) -> list[str]:
-    """Documents of a JSON-lines file (key "text", "content" or "page"), of a file of :mod:`masa.excerpts` (.json), of a
-    text file (one), or as given."""
+    """Documents of a JSON-lines file, plain or gzip (key "text", "content" or "page"), of a file of
+    :mod:`masa.excerpts` (.json), of a text file (one), or as given."""
     if not isinstance(source, str | Path):
         return [str(document) for document in source]
     path = Path(source)
@@ -26,10 +27,10 @@ def read_documents(source: str | Path | Sequence[str]) -> list[str]:
         if "unavailable" in record:
             raise MasaError(f"{path} holds no documents: {record['unavailable']}")
         return record["documents"]
-    if path.suffix != ".jsonl":
-        return [path.read_text(encoding="utf-8")]
+    if not path.name.endswith((".jsonl", ".jsonl.gz")):
+        return ["".join(line for _, line in lines(path))]
     documents = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in lines(path):
         try:
             row = json.loads(line)
             documents.append(next(str(row[key]) for key in ("text", "content", "page") if key in row))
@@ -44,6 +45,8 @@ def draw_tokens(tokenizer: Any, documents: Sequence[str], samples: int, length: 
     Raises:
         MasaError: fewer than N x T tokens of text.
     """
+    if samples < 1 or length < 1:
+        raise MasaError(f"Calibration needs at least one token, got {samples} samples of {length} tokens.")
     stop = tokenizer.eos_token_id
     ids: list[int] = []
     for document in documents:

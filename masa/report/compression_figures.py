@@ -25,6 +25,7 @@ def perplexity_reduction(spec: Mapping[str, Any], results: Path) -> Figure:
     figure, axes = plt.subplots(1, len(texts), figsize=(1.6 + 3.2 * len(texts), 3.4), squeeze=False)
     lines: dict[str, list[tuple[float, Mapping[str, Any]]]] = {}
     labels: dict[str, str] = {}
+    dense = [row["experiment"] for row, record in loaded if record["compression"] is None]
     for row, record in loaded:
         achieved = record["compression"]["reduction_achieved"] if record["compression"] else 0.0
         lines.setdefault(row["experiment"], []).append((100 * achieved, record["texts"]))
@@ -33,7 +34,7 @@ def perplexity_reduction(spec: Mapping[str, Any], results: Path) -> Figure:
         lowest = min(t[text]["token_perplexity"] for points in lines.values() for _, t in points)
         for index, (name, points) in enumerate(lines.items()):
             x, y = zip(*sorted((p, t[text]["token_perplexity"]) for p, t in points), strict=True)
-            if name == "original":
+            if name in dense:
                 axis.axhline(y[0], color="0.4", linewidth=1, label=labels[name], zorder=1)
             else:
                 axis.plot(x, y, label=labels[name], markersize=3.5, **look(name, index))

@@ -39,7 +39,8 @@ def add_comparisons(frame: pd.DataFrame, spec: Mapping[str, Any], results: Path)
         for text, column in (("held_out", "share_of_svd_llm_pct"), ("wikitext", "wikitext_share_of_svd_llm_pct")):
             if baseline and text in record["texts"]:
                 dense, ours, theirs = (x["texts"][text]["token_perplexity"] for x in (original, record, baseline))
-                frame.loc[index, column] = 100 * (ours - dense) / (theirs - dense)
+                if theirs > dense:
+                    frame.loc[index, column] = 100 * (ours - dense) / (theirs - dense)
 
 
 def _key(row: Mapping[str, Any], record: Mapping[str, Any]) -> tuple[str, float, str]:
@@ -72,9 +73,10 @@ def notes(first: Mapping[str, Any]) -> list[str]:
         "Nothing is trained, but for PostShare and healed rows. Perplexities are of folded models in "
         f"{first['settings']['dtype']}, windows of {first['settings']['window']} tokens without overlap. Loss above "
         "the original: paired over documents, ± standard error. Of SVD-LLM's increase: the rise of the perplexity "
-        "relative to uniform SVD-LLM at the same reduction. In brackets the paper's value. "
-        "Accuracies are zero-shot, acc_norm where lm-eval has it; n/a: not scored, or the data could not be had here. "
-        "Compression time and peak memory (of the process) are of one job with its share of the machine."
+        "relative to uniform SVD-LLM at the same reduction. In brackets the paper's value. Accuracies are zero-shot, "
+        "acc_norm where lm-eval has it, ± standard error over examples; n/a: not scored, or the data could not be had "
+        "here. Compression time and peak memory (of the whole process, mapped weights included) "
+        "are of one job that shares the machine; calibration, which all share, is not in it."
     ]
     for name, record in first["text_data"].items():
         if "unavailable" in record:

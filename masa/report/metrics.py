@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ class Metric:
 METRICS = (
     Metric("parameters", "Parameters", 0),
     Metric("attention_parameters", "Attention parameters", 0),
-    Metric("requested_pct", "Requested reduction (%)", 0),
+    Metric("requested_pct", "Requested reduction (%)", 1),
     Metric("achieved_pct", "Achieved (%)", 2),
     Metric("attn_cr_pct", "Attention reduction (%)", 1),
     Metric("model_cr_pct", "Model reduction (%)", 1),
@@ -62,8 +63,10 @@ METRICS = (
     Metric("regularised", "Matrices regularised", 0),
     Metric("seconds", "Compression (s)", 1),
     Metric("heal_seconds", "Healing (s)", 1),
-    Metric("peak_gib", "Peak memory (GiB)", 2),
+    Metric("peak_gib", "Peak memory of the process (GiB)", 2),
 )
+
+METRIC_NAMES = tuple(metric.name for metric in METRICS)
 
 _TASKS = {
     "piqa": ("piqa", "acc_norm"),
@@ -114,6 +117,23 @@ def _of_compression(metrics: Mapping[str, Any]) -> dict[str, float]:
     if metrics["healing"]:
         flat["heal_seconds"] = metrics["healing"]["seconds"]
     return flat
+
+
+def standard_errors(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """``*_se`` of accuracies over their examples, binomial, and of their mean; for one run, where no seeds vary."""
+    found: dict[str, float] = {}
+    for column, (task, name) in _TASKS.items():
+        examples = metrics["examples"].get(task)
+        if name.startswith("acc") and name in metrics["tasks"].get(task, {}) and examples:
+            share = metrics["tasks"][task][name]
+            found[f"{column}_se"] = math.sqrt(share * (1 - share) / examples)
+    errors = [found[f"{name}_se"] for name in AVERAGED if f"{name}_se" in found]
+    if errors:
+        mean = 100 * math.sqrt(sum(e * e for e in errors)) / len(errors)
+        found["avg_available_pct_se"] = mean
+        if len(errors) == len(AVERAGED):
+            found["avg_pct_se"] = mean
+    return found
 
 
 def averages(row: Mapping[str, float]) -> dict[str, float]:

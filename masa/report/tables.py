@@ -13,7 +13,7 @@ import pandas as pd
 
 from masa import run
 from masa.config import ROOT
-from masa.errors import MasaError, unknown
+from masa.errors import MasaError
 from masa.report import compression_tables
 from masa.report import metrics as m
 from masa.sources import whole_file
@@ -76,6 +76,8 @@ def _row(row: Mapping[str, Any], results: Path, paper: Sequence[Mapping[str, Any
             out[f"{metric.name}_paper"] = published[metric.name]
             if metric.name in out:
                 out[f"{metric.name}_difference"] = out[metric.name] - published[metric.name]
+    if len(flat) == 1:
+        out |= m.standard_errors(evaluated[0])
     out["unavailable_tasks"] = ";".join(t for t, r in evaluated[0]["task_data"].items() if "unavailable" in r)
     if "paper" in spec:
         out["paper_scale"] = row["paper"].get("scale")
@@ -146,9 +148,6 @@ def readable(frame: pd.DataFrame, chosen: Sequence[str] | None = None) -> pd.Dat
         frame: from :func:`build`.
         chosen: the metrics shown, by name; all by default.
     """
-    for name in chosen or ():
-        if name not in (known := [metric.name for metric in m.METRICS]):
-            raise unknown("Column", name, known)
     columns: dict[str, list[str]] = {}
     for key in ("scale", "label"):
         if key in frame:
@@ -207,9 +206,9 @@ def _escape(text: str) -> str:
 
 
 NOTE = (
-    "Cells: ours, mean ± sample standard deviation over seeds; in brackets the paper's value and, at the paper's own "
-    "scales, our difference. "
-    "Accuracies are zero-shot, acc_norm where lm-eval has it. n/a: the task's data could not be had here."
+    "Cells: ours, mean ± sample standard deviation over seeds (one seed: accuracies ± standard error over examples); "
+    "in brackets the paper's value and, at the paper's own scales, our difference. Accuracies are zero-shot, acc_norm "
+    "where lm-eval has it. n/a: the task's data could not be had here."
 )
 
 
@@ -225,7 +224,8 @@ def note_for(spec: Mapping[str, Any], results: Path) -> str:
                 "at this size most accuracies are near chance."
             )
     limits = {task: first["examples"].get(task) for task in first["tasks"]}
-    parts.append("Examples a task: " + ", ".join(f"{task} {count}" for task, count in limits.items()) + ".")
+    if limits:
+        parts.append("Examples a task: " + ", ".join(f"{task} {count}" for task, count in limits.items()) + ".")
     for task, record in first["task_data"].items():
         if "unavailable" in record:
             parts.append(f"{task}: unavailable ({record['unavailable']}).")

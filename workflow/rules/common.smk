@@ -86,6 +86,17 @@ def local_text_files(name):
         raise WorkflowError(f"texts.{name}: {error}") from None
 
 
+def local_model_files(name):
+    """Local files of a pretrained model."""
+    source = config["pretrained"][name]["source"]
+    if not source.startswith(("file:", "mirror:")):
+        return []
+    try:
+        return local_files(source if source.endswith(".gguf") else f"{source}/*")
+    except MasaError as error:
+        raise WorkflowError(f"pretrained.{name}: {error}") from None
+
+
 def calibration_of(wildcards):
     """The statistics that a compression needs, if any."""
     name = plan.calibration_of(config, f"{wildcards.model}/{wildcards.name}")

@@ -18,6 +18,8 @@ rule text:
 
 
 rule pretrained:
+    input:
+        lambda wildcards: local_model_files(wildcards.model),
     output:
         f"{RESULTS}/pretrained/{{model}}/manifest.json",
     log:
@@ -45,9 +47,10 @@ rule calibrate:
     resources:
         gpu=1,
     params:
-        code=meaning("compression.calibration", "compression.texts"),
+        code=meaning("compression.collect"),
         model=lambda wildcards, input: Path(input.model).parent,
         out=lambda wildcards, output: Path(output[0]).parent,
+        threads=config["compression"]["threads"],  # the configuration's, whatever --cores says
         size=lambda wildcards: " ".join(
             f"--{key.replace('_', '-')} {value}"
             for key, value in sorted(config["calibrations"][wildcards.name].items())
@@ -56,7 +59,7 @@ rule calibrate:
     message:
         "Calibration {wildcards.name} of {wildcards.model}"
     shell:
-        "masa calibrate {params.model} --text {input.text} {params.size} --threads {threads} --out {params.out}"
+        "masa calibrate {params.model} --text {input.text} {params.size} --threads {params.threads} --out {params.out}"
         " --log {log} > /dev/null"
 
 
