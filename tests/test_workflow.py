@@ -111,7 +111,7 @@ def edit(path, old, new):
         ("config/experiments.yaml", "coefficients: mlp", "coefficients: mlp, embedding_dim: 32", {"pretrain": 1}),
         ("config/experiments.yaml", "label: Vanilla", "label: Dense", {"table": 4, "figure": 3}),
         ("config/smoke.yaml", "limit: 2", "limit: 3", {"evaluate": 6}),
-        ("masa/compression/matrix_pca.py", "EPS * values[0]]", "2 * EPS * values[0]]", {"compress": 1}),
+        ("masa/compression/matrix_pca.py", "EPS * values[0]]", "2 * EPS * values[0]]", {"compress": 2}),
         ("masa/compression/calibration.py", "x.T @ x", "(x.T @ x)", {}),
         ("config/compression.yaml", "label: SVD-LLM,", "label: SVDLLM,", {"table": 1, "figure": 2}),
         ("config/smoke.yaml", "samples: 4", "samples: 5", {"calibrate": 1}),
