@@ -30,6 +30,9 @@ def jobs(result):
     return {rule: int(count) for rule, count in found.items() if rule != "total"}
 
 
+UNFINISHED = shutil.ignore_patterns("tmp*", ".*")  # downloads of tests that run beside
+
+
 def link(source, target):
     """A hard link where possible: the converted pretrained model is half a gigabyte, and no file here is written to."""
     if Path(target).exists():
@@ -47,9 +50,9 @@ def project(tmp_path_factory):
     for name in ("masa", "workflow", "config"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     if (ROOT / "cache").is_dir():
-        shutil.copytree(ROOT / "cache", folder / "cache", copy_function=link)
+        shutil.copytree(ROOT / "cache", folder / "cache", copy_function=link, ignore=UNFINISHED)
     snakemake(folder)
-    shutil.copytree(folder / "cache", ROOT / "cache", copy_function=link, dirs_exist_ok=True)
+    shutil.copytree(folder / "cache", ROOT / "cache", copy_function=link, dirs_exist_ok=True, ignore=UNFINISHED)
     return folder
 
 
