@@ -1,6 +1,6 @@
 """Time and memory of calibration and compression as functions of the number of layers, extrapolated to a whole model.
 
-    python benchmarks/compression_memory.py                       # blocks of Llama-3.1-8B's shape, 1 and 2 of them
+    python benchmarks/compression_memory.py                       # blocks of Llama-3.1-8B's shape, 2 and 4 of them
     python benchmarks/compression_memory.py --hidden-size 2048 --intermediate-size 8192 --heads 32 --of 16
 
 Blocks are random, stored in bfloat16 and read memory-mapped. Each count runs in a process of its own; memory is the
@@ -29,7 +29,7 @@ def main() -> int:
     parser.add_argument("--intermediate-size", type=int, default=14336)
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--key-value-heads", type=int, default=8)
-    parser.add_argument("--layers", type=int, nargs=2, default=[1, 2], help="counts that are measured")
+    parser.add_argument("--layers", type=int, nargs=2, default=[2, 4], help="counts that are measured")
     parser.add_argument("--of", type=int, default=32, help="layers of the whole model")
     parser.add_argument("--method", default="svd-global")
     parser.add_argument("--tokens", type=int, nargs=2, default=[2, 256], metavar=("SAMPLES", "LENGTH"))
