@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from masa import checkpoint, run
+from masa.errors import MasaError
 from masa.projections import SharedProjections, blocks, decoder, family_of
+from masa.sharing import count_parameters, fold
 from masa.spec import ATTENTION
 from masa.weight_sources import Atoms
 
@@ -43,3 +48,22 @@ def describe_weights(model: nn.Module) -> dict[str, Any]:
             if isinstance(source, Atoms):
                 coefficients |= {p: source.coefficients(p).tolist() for p in source.projections}
     return {"effective_rank": ranks, "similarity": similarity, "coefficients": coefficients}
+
+
+def folded_run(run_dir: Path, manifest: Mapping[str, Any], out: Path) -> nn.Module:
+    """The model of a finished run, folded and on a GPU where there is one; ``weights.json`` is written into ``out``.
+
+    Args:
+        run_dir: of the run.
+        manifest: its ``manifest.json``.
+        out: of the evaluation.
+
+    Raises:
+        MasaError: the checkpoint holds another number of attention parameters than the manifest says.
+    """
+    factored = checkpoint.load(run_dir / "model")
+    found = count_parameters(factored).attention
+    if found != manifest["parameters"]["attention"]:
+        raise MasaError(f"{run_dir / 'model'} holds {found} attention numbers, its manifest says otherwise.")
+    run.write_json(out / "weights.json", describe_weights(factored))
+    return fold(factored).to("cuda" if torch.cuda.is_available() else "cpu")

@@ -10,11 +10,9 @@ from typing import Any
 
 import torch
 
-from masa import analysis, benchmarks, checkpoint, run
-from masa.errors import MasaError
+from masa import analysis, benchmarks, run
 from masa.perplexity import held_out_loss
 from masa.progress import Progress
-from masa.sharing import count_parameters, fold
 from masa.tokens import load_tokenizer, validation_tokens
 
 
@@ -35,13 +33,7 @@ def evaluate(
     manifest = run.read_json(run_dir / "manifest.json")
     spec = run.read_json(run_dir / "spec.json")
     torch.set_num_threads(spec["training"]["threads"])
-    factored = checkpoint.load(run_dir / "model")
-    counts = count_parameters(factored)
-    if counts.attention != manifest["parameters"]["attention"]:
-        raise MasaError(f"{run_dir / 'model'} holds {counts.attention} attention numbers, its manifest says otherwise.")
-    run.write_json(out / "weights.json", analysis.describe_weights(factored))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = fold(factored).to(device)
+    model = analysis.folded_run(run_dir, manifest, out)
     ids, record = validation_tokens(tokens)
     loss = held_out_loss(model, ids, spec["training"]["context"])
     corpus = {
@@ -51,7 +43,7 @@ def evaluate(
         "loss_by_document": [round(x, 6) for x in loss.by_document(record["document_ends"])],
     }
     tokenizer = load_tokenizer(tokenizer_dir)
-    raw = harness(model, tokenizer, tasks, settings, device)
+    raw = harness(model, tokenizer, tasks, settings, model.device.type)
     run.write_json(out / "lm_eval.json", raw)
     metrics = {
         "run": spec["run"],

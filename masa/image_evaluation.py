@@ -10,11 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from masa import analysis, checkpoint, run, vision
+from masa import analysis, run, vision
 from masa.classification import Predictions, predict
 from masa.errors import MasaError, unknown
 from masa.pixels import ImageSplit, check_fits, read_manifest
-from masa.sharing import count_parameters, fold
 from masa.sources import whole_file
 
 SETTINGS: dict[str, Any] = {"split": "test", "limit": None, "batch_size": 256, "examples": 16}
@@ -47,12 +46,7 @@ def evaluate(run_dir: Path, images: Path, settings: Mapping[str, Any], out: Path
         raise MasaError(f"{record['run']} was trained on {spec['data']}, but {images} holds {data['dataset']}.")
     split = ImageSplit(images, settings["split"])
     torch.set_num_threads(spec["training"]["threads"])
-    factored = checkpoint.load(run_dir / "model")
-    counts = count_parameters(factored)
-    if counts.attention != record["parameters"]["attention"]:
-        raise MasaError(f"{run_dir / 'model'} holds {counts.attention} attention numbers, its manifest says otherwise.")
-    run.write_json(out / "weights.json", analysis.describe_weights(factored))
-    model = fold(factored).to("cuda" if torch.cuda.is_available() else "cpu")
+    model = analysis.folded_run(run_dir, record, out)
     found = predict(model, split, settings["batch_size"], settings["limit"])
     chosen = _examples(found, settings["examples"])
     _draw([split.images[i] for i in chosen], out / "examples.png")
