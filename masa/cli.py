@@ -274,8 +274,13 @@ def data_spec(c: config.Config) -> dict[str, Any]:
     """What the tokenizer and tokens depend on; the mirror only where a source may be read from it."""
     data = {k: c["data"][k] for k in ("corpus", "tokenizer")}
     sources = (data["corpus"]["source"], data["corpus"].get("validation_source") or "", data["tokenizer"]["source"])
+    return {"data": data} | _places(c, *sources)
+
+
+def _places(c: config.Config, *sources: str) -> dict[str, Any]:
+    """Where downloads are kept, and the mirror if any of the sources may be read from it."""
     mirrored = any(source.startswith(("hub:", "mirror:")) for source in sources)
-    return {"data": data, "cache": c["cache"], "mirror": config.mirror(c) if mirrored else None}
+    return {"cache": c["cache"], "mirror": config.mirror(c) if mirrored else None}
 
 
 def benchmarks_spec(c: config.Config) -> dict[str, Any]:
@@ -302,8 +307,7 @@ def text_spec(c: config.Config, name: str) -> dict[str, Any]:
     if name not in c["texts"]:
         raise unknown("Text", name, c["texts"])
     text = c["texts"][name]
-    mirrored = text["source"].startswith(("hub:", "mirror:"))
-    return {"text": text, "cache": c["cache"], "mirror": config.mirror(c) if mirrored else None}
+    return {"text": text} | _places(c, text["source"])
 
 
 def pretrained_spec(c: config.Config, name: str) -> dict[str, Any]:
@@ -311,8 +315,7 @@ def pretrained_spec(c: config.Config, name: str) -> dict[str, Any]:
     if not c["pretrained"].get(name):
         raise unknown("Pretrained model", name, [n for n, entry in c["pretrained"].items() if entry])
     model = {k: v for k, v in c["pretrained"][name].items() if k != "compare_with"}
-    mirrored = model["source"].startswith(("hub:", "mirror:"))
-    return {"model": model, "cache": c["cache"], "mirror": config.mirror(c) if mirrored else None}
+    return {"model": model} | _places(c, model["source"])
 
 
 def labels(c: config.Config) -> dict[str, str]:

@@ -7,7 +7,6 @@ Remote code is never run.
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 import zipfile
 from collections.abc import Mapping
@@ -107,15 +106,9 @@ def convert_gguf(file: str | Path, folder: str | Path) -> Path:
     model = type(read)(config)
     model.load_state_dict(read.state_dict())
     model.tie_weights()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with sources.whole_folder(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        temporary.chmod(0o755)
-        temporary.replace(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 

@@ -74,6 +74,21 @@ def whole_file(path: Path) -> Iterator[Path]:
         temporary.replace(path)
 
 
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """:func:`whole_file` for a folder: what is yielded takes the place of ``path`` if the block ends without error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        if path.exists():
+            shutil.rmtree(path)
+        temporary.replace(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def fetch_wheel(source: Source, sha256: str | None, cache: Path) -> Path:
     """Download one wheel with pip unless the cache has it, and check it.
 

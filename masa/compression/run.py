@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ from masa.compression.texts import load_tokens, read_documents
 from masa.errors import MasaError
 from masa.pretrained import load_pretrained, save_plain
 from masa.run import write_json
+from masa.sources import whole_folder
 from masa.spec import ATTENTION
 
 ACCOUNT = "compression.json"
@@ -83,7 +81,8 @@ def run_compress(
             "--out statistics`, then pass --calibration statistics."
         )
     documents = read_documents(evaluate) if evaluate is not None else None
-    with _whole_folder(Path(output)) as folder:
+    _check_output(Path(output))
+    with whole_folder(Path(output)) as folder:
         loaded, tokenizer = load_pretrained(model, revision=revision, device=device)
         if documents and tokenizer is None:
             raise MasaError(f"{model} holds no tokenizer, which evaluation on text needs.")
@@ -115,22 +114,7 @@ def run_compress(
     return summary
 
 
-@contextmanager
-def _whole_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of ``path`` when the block ends without an error.
-
-    Raises:
-        MasaError: ``path`` holds something that :func:`run_compress` did not write.
-    """
+def _check_output(path: Path) -> None:
+    """Raise :class:`MasaError` if ``path`` holds something that :func:`run_compress` did not write."""
     if path.exists() and not (path / ACCOUNT).is_file() and (not path.is_dir() or any(path.iterdir())):
         raise MasaError(f"{path} exists and is no earlier output of `masa compress`; choose another.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        if path.exists():
-            shutil.rmtree(path)
-        temporary.replace(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

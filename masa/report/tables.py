@@ -37,11 +37,10 @@ def build(spec: Mapping[str, Any], results: Path) -> pd.DataFrame:
     paper = _paper_rows(spec.get("paper"))
     rows = [_row(row, results, paper, spec) for row in spec["rows"]]
     frame = pd.DataFrame(rows)
-    names = [x.name for x in m.METRICS if {x.name, f"{x.name}_paper"} & set(frame)]
     if "reduction" in spec["rows"][0]:
         compression_tables.add_comparisons(frame, spec, results)
         frame = frame.drop(columns="seeds")
-        names = [x.name for x in m.METRICS if {x.name, f"{x.name}_paper"} & set(frame)]
+    names = [x.name for x in m.METRICS if {x.name, f"{x.name}_paper"} & set(frame)]
     frame = frame.reindex(columns=[*frame.columns, *(n for n in names if n not in frame)])  # not available: empty
     order = [*(k for k in _KEYS if k in frame), *names]
     for suffix in ("_std", "_se", "_paper", "_difference"):
