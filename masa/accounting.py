@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from masa import models, run, vision, vit
+from masa import kinds, models, run, vision
 from masa.sharing import count_parameters
 
 
 def build(spec: Mapping[str, Any]) -> nn.Module:
-    """The model of a resolved run, of either kind."""
-    if vit.is_vit(spec):
-        return vision.build(spec["model"], spec["sharing"])
-    return models.build(spec["model"], spec["sharing"], spec["training"]["context"])
+    """The model of a resolved run, of any kind."""
+    if kinds.of(spec) is kinds.LANGUAGE:
+        return models.build(spec["model"], spec["sharing"], spec["training"]["context"])
+    return vision.build(spec["model"], spec["sharing"])
 
 
 def count(specs: Sequence[Mapping[str, Any]], out: Path) -> list[dict[str, Any]]:

@@ -9,10 +9,11 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
-from masa import __version__, config, vit
+from masa import __version__, config, kinds
 from masa.compression import plan
 from masa.errors import MasaError, unknown
 
@@ -310,6 +311,15 @@ def text_spec(c: config.Config, name: str) -> dict[str, Any]:
     return {"text": text} | _places(c, text["source"])
 
 
+def vision_data_spec(c: config.Config, section: str, name: str) -> dict[str, Any]:
+    """One data set of images (section ``images``) and what it depends on."""
+    if name not in c[section]:
+        raise unknown(f"{section.capitalize()}:", name, c[section])
+    entry = c[section][name]
+    data = {"name": entry["dataset"]} | {k: v for k, v in entry.items() if k != "dataset"}
+    return {"data": data} | _places(c, entry["source"])
+
+
 def pretrained_spec(c: config.Config, name: str) -> dict[str, Any]:
     """One pretrained model and what it depends on."""
     if not c["pretrained"].get(name):
@@ -361,8 +371,10 @@ def _tokenize(given: argparse.Namespace) -> None:
 def _images(given: argparse.Namespace) -> None:
     if (given.name is None) == (given.spec is None):
         raise MasaError("masa images needs either the name of a data set or --spec.")
-    data = {"name": given.name, "source": given.source}
-    spec = _spec(given, lambda c: {"data": data, "cache": c["cache"], "mirror": config.mirror(c)})
+    spec = _spec(given, lambda c: vision_data_spec(c, "images", given.name))
+    if given.source:
+        spec["data"]["source"] = given.source
+        spec["mirror"] = config.mirror(config.load(given.configfile))
     from masa import images
 
     images.prepare(spec["data"], Path(spec["cache"]), spec["mirror"], Path(given.out))
@@ -372,14 +384,9 @@ def _pretrain(given: argparse.Namespace) -> None:
     if given.run:
         config.parse_run(given.run)
     spec = _spec(given, lambda c: config.run_spec(c, *config.parse_run(given.run)))
-    if vit.is_vit(spec):
-        from masa import image_training
-
-        image_training.pretrain(spec, _needed(given, "images", spec), Path(given.out))
-    else:
-        from masa import training
-
-        training.pretrain(spec, _needed(given, "tokens", spec), Path(given.out))
+    kind = kinds.of(spec)
+    data = _needed(given, kind.data, spec)
+    import_module(f"masa.{kind.training}").pretrain(spec, data, Path(given.out))
 
 
 def _evaluate(given: argparse.Namespace) -> None:
@@ -388,26 +395,23 @@ def _evaluate(given: argparse.Namespace) -> None:
     directory, out = Path(given.directory), Path(given.out)
     run.read_json(directory / "manifest.json")  # written last: without it, the run is not whole
     spec = run.read_json(directory / "spec.json")
-    if vit.is_vit(spec):
-        from masa import image_evaluation
-
-        settings = _spec(given, lambda c: {})
-        image_evaluation.evaluate(directory, _needed(given, "images", spec), settings, out)
+    kind = kinds.of(spec)
+    module = import_module(f"masa.{kind.evaluation}")
+    if kind is not kinds.LANGUAGE:
+        settings = _spec(given, lambda c: c["vision_evaluation"])
+        module.evaluate(directory, _needed(given, kind.data, spec), settings, out)
         return
-    from masa import evaluation
-
     settings = _spec(given, lambda c: c["evaluation"])
     tokens, tokenizer, benchmarks = (_needed(given, name, spec) for name in ("tokens", "tokenizer", "benchmarks"))
     tasks = run.read_json(benchmarks / "manifest.json")
     tasks = {task: tasks[task] for task in settings["tasks"] if task in tasks}
-    evaluation.evaluate(directory, tokens, tokenizer, tasks, settings, out)
+    module.evaluate(directory, tokens, tokenizer, tasks, settings, out)
 
 
 def _needed(given: argparse.Namespace, name: str, spec: Any) -> Path:
     """The directory of an option that this kind of run needs."""
     if getattr(given, name) is None:
-        kind = "a Vision Transformer" if vit.is_vit(spec) else "a language model"
-        raise MasaError(f"{spec['run']} is {kind} and needs --{name} DIR.")
+        raise MasaError(f"{spec['run']} is {kinds.of(spec).label} and needs --{name} DIR.")
     return Path(getattr(given, name))
 
 
@@ -559,8 +563,13 @@ def _config(given: argparse.Namespace) -> None:
         return
     for run_id in config.all_runs(c):
         recipe = config.run_spec(c, *config.parse_run(run_id))["training"]
-        tokens = recipe["steps"] * recipe["batch_size"] * recipe["context"]
-        print(f"{run_id}\t{recipe['steps']:,} steps\t{tokens:,} tokens")
+        length = f"{recipe['steps']:,} steps" if recipe["steps"] else f"{recipe['epochs']:g} epochs"
+        batch = recipe["batch_size"]
+        print(
+            f"{run_id}\t{length} of {batch:,} x {recipe['context']:,} tokens"
+            if "context" in recipe
+            else f"{run_id}\t{length} of {batch:,} images"
+        )
 
 
 if __name__ == "__main__":

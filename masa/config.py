@@ -14,13 +14,14 @@ from typing import Any
 
 import yaml
 
+from masa import kinds
 from masa.compression import plan
 from masa.errors import MasaError, unknown
 from masa.fingerprint import ROOT
 from masa.report.metrics import METRIC_NAMES
 from masa.spec import ModelShape, SharingSpec
 
-BASE = ("config/config.yaml", "config/experiments.yaml", "config/compression.yaml", "config/artefacts.yaml")
+BASE = tuple(f"config/{name}.yaml" for name in ("config", "experiments", "vision", "compression", "artefacts"))
 SCHEMA = ROOT / "config" / "schemas" / "config.schema.yaml"
 
 TASKS = ("piqa", "hellaswag", "lambada_openai", "arc_easy", "arc_challenge", "sciq", "race", "mmlu", "wikitext")
@@ -103,7 +104,7 @@ def check(config: Config) -> None:
             for experiment in [*artefact["experiments"], *artefact.get("tasks", ())]:
                 if experiment not in known:
                     raise unknown(f"{where}: {what}", experiment, known)
-            for column in artefact.get("columns", ()):
+            for column in [*artefact.get("columns", ()), artefact.get("judged", "avg_pct")]:
                 if column not in METRIC_NAMES:
                     raise unknown(f"{where}: column", column, METRIC_NAMES)
             if (paper := artefact.get("paper")) and not (ROOT / paper["file"]).is_file():
@@ -118,20 +119,23 @@ def check(config: Config) -> None:
         for name in names:
             if name not in config["experiments"]:
                 raise unknown(f"{where}: experiment", name, config["experiments"])
-    for where, names in (
-        *((f"grids.{name}", grid.get("scales", ())) for name, grid in config["grids"].items()),
-        ("throughput.scales", config["throughput"]["scales"]),
-        ("parameters.scales", config["parameters"]["scales"]),
+    _check_vision(config)
+    sizes = _sizes(config)
+    for where, names, known in (
+        *((f"grids.{name}", grid.get("scales", ()), sizes) for name, grid in config["grids"].items()),
+        *((f"experiments.{name}.only", e.get("only", ()), sizes) for name, e in config["experiments"].items()),
+        ("throughput.scales", config["throughput"]["scales"], config["scales"]),
+        ("parameters.scales", config["parameters"]["scales"], config["scales"]),
     ):
         for scale in names:
-            if not config["scales"].get(scale):
-                raise unknown(f"{where}: scale", scale, [s for s, v in config["scales"].items() if v])
+            if not known.get(scale):
+                raise unknown(f"{where}: scale", scale, [s for s, v in known.items() if v])
     if config["throughput"]["methods"][:1] != ["vanilla"]:
         raise MasaError("throughput.methods must begin with vanilla, which all ratios refer to.")
     vocabulary = config["data"]["tokenizer"]["vocab_size"]
     for run in all_runs(config):
         spec = run_spec(config, *parse_run(run))
-        if spec["model"]["vocab_size"] != vocabulary:
+        if kinds.of(spec) is kinds.LANGUAGE and spec["model"]["vocab_size"] != vocabulary:
             raise MasaError(
                 f"Run {run}: scales.{run.split('/')[0]}.model.vocab_size = {spec['model']['vocab_size']}, but "
                 f"data.tokenizer.vocab_size = {vocabulary}. A run needs the tokenizer's vocabulary."
@@ -141,6 +145,20 @@ def check(config: Config) -> None:
         for scale in config[section]["scales"]:
             for name in config[section][key]:
                 run_spec(config, scale, name, 0)
+
+
+def _check_vision(config: Config) -> None:
+    """The names in ``vision_scales``."""
+    for name, size in config["vision_scales"].items():
+        if size is None:
+            continue
+        where = f"vision_scales.{name}"
+        if config["scales"].get(name):
+            raise MasaError(f"{where}: scales has an entry of the same name.")
+        if (family := size["model"]["family"]) not in kinds.VISION:
+            raise unknown(f"{where}.model.family: family", family, kinds.VISION)
+        if size["data"] not in config[section := kinds.VISION[family].data]:
+            raise unknown(f"{where}.data: an entry of {section} named", size["data"], config[section])
 
 
 def _explain(error: Any) -> MasaError:
@@ -173,9 +191,24 @@ def artefact_runs(config: Config, artefact: Config) -> list[str]:
     return [
         f"{scale}/{name}/seed{seed}"
         for scale in grid["scales"]
-        for name in artefact["experiments"]
+        for name in _experiments_at(config, artefact, scale)
         for seed in grid["seeds"]
     ]
+
+
+def _experiments_at(config: Config, artefact: Config, scale: str) -> list[str]:
+    """Rows of an artefact that exist at one scale."""
+    return [n for n in artefact["experiments"] if scale in config["experiments"][n].get("only", [scale])]
+
+
+def _sizes(config: Config) -> dict[str, Config]:
+    """All scales, of language models and of vision."""
+    return {name: size for section in ("scales", "vision_scales") for name, size in config[section].items() if size}
+
+
+def kind_of(config: Config, scale: str) -> kinds.Kind:
+    """What kind of model a scale is of."""
+    return kinds.of(_sizes(config)[scale])
 
 
 def all_runs(config: Config) -> list[str]:
@@ -212,19 +245,25 @@ def vanilla_parameters(model: Mapping[str, Any], vocab_size: int) -> int:
 
 
 def run_spec(config: Config, scale: str, experiment: str, seed: int) -> dict[str, Any]:
-    """Everything that decides a run's bits, apart from the token data: model, sharing, recipe and seed.
+    """Everything that decides a run's bits, apart from the data: model, sharing, recipe and seed.
 
     Raises:
         MasaError: an unknown name, or a model, sharing spec or recipe that cannot be built; the message says where.
     """
-    if not config["scales"].get(scale):
-        raise unknown("Scale", scale, [s for s, v in config["scales"].items() if v])
+    sizes = _sizes(config)
+    if scale not in sizes:
+        raise unknown("Scale", scale, sizes)
     if experiment not in config["experiments"]:
         raise unknown("Experiment", experiment, config["experiments"])
-    size, entry = config["scales"][scale], config["experiments"][experiment]
-    model = {"vocab_size": config["data"]["tokenizer"]["vocab_size"]} | size["model"]
-    sharing = {k: v for k, v in entry.items() if k not in ("label", "paper", "per_scale")}
+    size, entry = sizes[scale], config["experiments"][experiment]
+    sharing = {k: v for k, v in entry.items() if k not in ("label", "paper", "per_scale", "only")}
     sharing |= (entry.get("per_scale") or {}).get(scale, {})
+    kind = kinds.of(size)
+    if kind.resolve:
+        model, training = size["model"], size["training"]
+        run = f"{scale}/{experiment}/seed{seed}"
+        return kind.resolve({"run": run, "seed": seed, "model": model, "sharing": sharing, "training": training})
+    model = {"vocab_size": config["data"]["tokenizer"]["vocab_size"]} | size["model"]
     where = f"Run {scale}/{experiment}/seed{seed}"
     heads, width = model["num_attention_heads"], model["hidden_size"]
     if width % heads or (width // heads) % 2:
@@ -326,9 +365,9 @@ def _rows(config: Config, artefact: Config) -> list[dict[str, Any]]:
             "sharing": run_spec(config, scale, experiment, grid["seeds"][0])["sharing"],
             "runs": [f"{scale}/{experiment}/seed{seed}" for seed in grid["seeds"]],
             "records": [f"evaluations/{scale}/{experiment}/seed{seed}" for seed in grid["seeds"]],
-            "paper": {"scale": config["scales"][scale].get("compare_with")}
+            "paper": {"scale": _sizes(config)[scale].get("compare_with")}
             | (config["experiments"][experiment].get("paper") or {}),
         }
         for scale in grid["scales"]
-        for experiment in artefact["experiments"]
+        for experiment in _experiments_at(config, artefact, scale)
     ]

@@ -28,16 +28,6 @@ OPTIONAL = {"family": FAMILY, "drop_rate": 0.0, "attn_drop_rate": 0.0, "drop_pat
 POOLS = ("token", "avg")
 
 
-def is_vit(spec: Mapping[str, Any]) -> bool:
-    """Whether a run spec asks for a Vision Transformer."""
-    if not isinstance(spec, Mapping) or not isinstance(spec.get("model"), Mapping):
-        raise MasaError("A run spec is a mapping with run, seed, model, sharing and training.")
-    family = spec["model"].get("family")
-    if family not in (None, FAMILY):
-        raise unknown("model.family: family", family, [FAMILY])
-    return family == FAMILY
-
-
 def resolve(model: Mapping[str, Any]) -> dict[str, Any]:
     """The sizes with every default filled in.
 

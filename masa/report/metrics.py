@@ -48,6 +48,11 @@ METRICS = (
     Metric("wikitext_share_of_svd_llm_pct", "Of SVD-LLM's increase on WikiText-2 (%)", 1, "lower"),
     Metric("word_ppl", "Held-out word perplexity", 0, "lower"),
     Metric("byte_ppl", "Held-out byte perplexity", 3, "lower"),
+    Metric("images", "Training images", 0),
+    Metric("top1_pct", "Top-1 (%)", 2, "higher"),
+    Metric("top5_pct", "Top-5 (%)", 2, "higher"),
+    Metric("test_loss", "Test loss (nats/image)", 4, "lower"),
+    Metric("calibration_error", "Calibration error", 4, "lower"),
     Metric("piqa", "PIQA", 3, "higher"),
     Metric("hellaswag", "HellaSwag", 3, "higher"),
     Metric("lambada_acc", "LAMBADA acc", 3, "higher"),
@@ -85,25 +90,44 @@ _TASKS = {
 
 def flatten(metrics: Mapping[str, Any]) -> dict[str, float]:
     """One metrics file, of a training or a compression, as column -> number; what could not be had has no entry."""
-    parameters, corpus = metrics["parameters"], metrics["corpus"]
+    parameters = metrics["parameters"]
     flat = {
         "parameters": parameters["total"],
         "attention_parameters": parameters["attention"],
         "attn_cr_pct": 100 * parameters["attention_reduction"],
         "model_cr_pct": 100 * parameters["model_reduction"],
+    }
+    for part, columns in _PARTS.items():
+        if part in metrics:
+            flat |= columns(metrics)
+    return flat
+
+
+def _of_training(metrics: Mapping[str, Any]) -> dict[str, float]:
+    return {unit: metrics["training"][unit] for unit in ("tokens", "images") if unit in metrics["training"]}
+
+
+def _of_text(metrics: Mapping[str, Any]) -> dict[str, float]:
+    corpus = metrics["corpus"]
+    return {
         "validation_loss": corpus["loss"],
         "word_ppl": corpus["word_perplexity"],
         "byte_ppl": corpus["byte_perplexity"],
     }
-    flat |= _of_training(metrics["training"]) if "training" in metrics else _of_compression(metrics)
-    for column, (task, name) in _TASKS.items():
-        if name in metrics["tasks"].get(task, {}):
-            flat[column] = metrics["tasks"][task][name]
+
+
+def _of_tasks(metrics: Mapping[str, Any]) -> dict[str, float]:
+    tasks = metrics["tasks"]
+    flat = {column: tasks[task][name] for column, (task, name) in _TASKS.items() if name in tasks.get(task, {})}
     return flat | averages(flat)
 
 
-def _of_training(training: Mapping[str, Any]) -> dict[str, float]:
-    return {"tokens": training["tokens"]}
+def _of_images(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Accuracies; five of ten classes would still be a top-5 accuracy, of five classes it is none."""
+    scores = metrics["classification"]
+    flat = {"top1_pct": 100 * scores["top1"], "test_loss": scores["loss"]}
+    flat |= {"calibration_error": scores["calibration_error"]}
+    return flat | ({} if scores["top5"] is None else {"top5_pct": 100 * scores["top5"]})
 
 
 def _of_compression(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -119,8 +143,20 @@ def _of_compression(metrics: Mapping[str, Any]) -> dict[str, float]:
     return flat
 
 
+_PARTS = {
+    "training": _of_training,
+    "corpus": _of_text,
+    "compression": _of_compression,
+    "tasks": _of_tasks,
+    "classification": _of_images,
+}
+"""Part of a metrics file -> the columns in it."""
+
+
 def standard_errors(metrics: Mapping[str, Any]) -> dict[str, float]:
     """``*_se`` of accuracies over their examples, binomial, and of their mean; for one run, where no seeds vary."""
+    if "classification" in metrics:
+        return {"top1_pct_se": 100 * metrics["classification"]["top1_stderr"]}
     found: dict[str, float] = {}
     for column, (task, name) in _TASKS.items():
         examples = metrics["examples"].get(task)
@@ -145,7 +181,8 @@ def averages(row: Mapping[str, float]) -> dict[str, float]:
 
 def every_score(metrics: Mapping[str, Any]) -> dict[str, float]:
     """All that lm-eval gave, as ``task/metric`` -> number: acc and acc_norm both."""
-    return {f"{task}/{name}": value for task, scores in metrics["tasks"].items() for name, value in scores.items()}
+    tasks = metrics.get("tasks", {})
+    return {f"{task}/{name}": value for task, scores in tasks.items() for name, value in scores.items()}
 
 
 def load(results: Path, record: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import pandas as pd
 from masa import run
 from masa.config import ROOT
 from masa.errors import MasaError
-from masa.report import compression_tables
+from masa.report import compression_tables, vision_tables
 from masa.report import metrics as m
 from masa.sources import whole_file
 
@@ -77,21 +77,24 @@ def _row(row: Mapping[str, Any], results: Path, paper: Sequence[Mapping[str, Any
                 out[f"{metric.name}_difference"] = out[metric.name] - published[metric.name]
     if len(flat) == 1:
         out |= m.standard_errors(evaluated[0])
-    out["unavailable_tasks"] = ";".join(t for t, r in evaluated[0]["task_data"].items() if "unavailable" in r)
+    task_data = evaluated[0].get("task_data", {})
+    out["unavailable_tasks"] = ";".join(t for t, r in task_data.items() if "unavailable" in r)
     if "paper" in spec:
         out["paper_scale"] = row["paper"].get("scale")
-        out["verdict"] = _verdict(row, out, spec.get("tolerance", 1.0))
+        out["verdict"] = _verdict(row, out, spec.get("judged", "avg_pct"), spec.get("tolerance", 1.0))
     return out
 
 
-def _verdict(row: Mapping[str, Any], out: Mapping[str, Any], tolerance: float) -> str:
-    if row["scale"] != row["paper"].get("scale"):
-        return "another model" if "reduction" in row else "another scale"
-    if "avg_pct_paper" not in out:
+def _verdict(row: Mapping[str, Any], out: Mapping[str, Any], judged: str, tolerance: float) -> str:
+    if row["paper"].get("scale") is None:
         return "not in the paper"
-    if "avg_pct_difference" not in out:
+    if row["scale"] != row["paper"]["scale"]:
+        return "another model" if "reduction" in row else "another scale"
+    if f"{judged}_paper" not in out:
+        return "not in the paper"
+    if f"{judged}_difference" not in out:
         return f"incomplete: {out['unavailable_tasks']}"
-    return "agrees" if abs(out["avg_pct_difference"]) <= tolerance else "differs"
+    return "agrees" if abs(out[f"{judged}_difference"]) <= tolerance else "differs"
 
 
 def _paper_rows(paper: Mapping[str, Any] | None) -> list[dict[str, Any]]:
@@ -214,6 +217,8 @@ NOTE = (
 def note_for(spec: Mapping[str, Any], results: Path) -> str:
     """What a reader must know to read the table: scale, limits, where task data came from and what is missing."""
     first = m.load(results, spec["rows"][0]["records"][0])
+    if "classification" in first:
+        return vision_tables.note(spec, results)
     parts = compression_tables.notes(first) if "reduction" in spec["rows"][0] else [NOTE]
     scales = {(row["scale"], row["paper"].get("scale")) for row in spec["rows"]}
     for scale, other in sorted(scales, key=str):
@@ -242,7 +247,7 @@ def write_runs(run_ids: Sequence[str], results: Path, folder: Path) -> None:
         rows.append(
             {"run": run_id, "scale": scale, "method": experiment, "seed": int(seed[4:])}
             | m.flatten(record)
-            | {f"training_{k}": record["training"][k] for k in ("training_seconds", "tokens_per_second")}
+            | {f"training_{k}": v for k, v in record["training"].items() if "second" in k}
             | m.every_score(record)
         )
     with whole_file(folder / "runs.csv") as path:

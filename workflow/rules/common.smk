@@ -1,6 +1,7 @@
 # Helpers of all rules. Everything here is cheap: no torch, no file is written.
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -29,8 +30,14 @@ TABLES = ["runs", "throughput", "parameters", *settings.active(config, "tables")
 FIGURES = list(settings.active(config, "figures"))
 
 
+# runs of vision are evaluated by a rule of their own
+VISION = "|".join(re.escape(n) for n, size in config["vision_scales"].items() if size)
+
+
 wildcard_constraints:
     run="[A-Za-z0-9._-]+/[A-Za-z0-9._-]+/seed[0-9]+",
+    vision_run=f"({VISION})/[A-Za-z0-9._-]+/seed[0-9]+",
+    language_run=f"(?!({VISION})/)[A-Za-z0-9._-]+/[A-Za-z0-9._-]+/seed[0-9]+",
     scale="[A-Za-z0-9._-]+",
     model="[A-Za-z0-9._-]+",
     name="[A-Za-z0-9._-]+",
@@ -50,10 +57,13 @@ def run_spec(wildcards):
     return as_json(settings.run_spec(config, *settings.parse_run(wildcards.run)))
 
 
-def training_threads(wildcards):
-    return settings.run_spec(config, *settings.parse_run(wildcards.run))["training"][
-        "threads"
-    ]
+def kind_of(run):
+    """What kind of model a run trains, which says what data and which code it needs."""
+    return settings.kind_of(config, run.split("/")[0])
+
+
+def threads_of(run):
+    return settings.run_spec(config, *settings.parse_run(run))["training"]["threads"]
 
 
 def local_files(*given):
@@ -104,9 +114,20 @@ def calibration_of(wildcards):
     return [f"{folder}/{name}/calibration.json"] if name else []
 
 
-def tokens_of(wildcards):
-    """The token manifest of a run's scale."""
-    return f"{DATA}/tokens/{wildcards.run.split('/')[0]}/manifest.json"
+def data_of(run):
+    """The manifest of what a run is trained on."""
+    scale, kind = run.split("/")[0], kind_of(run)
+    name = config["vision_scales"][scale]["data"] if kind.resolve else scale
+    return f"{DATA}/{kind.data}/{name}/manifest.json"
+
+
+def local_image_files(section, name):
+    """Local files of a data set of vision."""
+    source = config[section][name]["source"]
+    try:
+        return local_files(f"{source}/**/*")
+    except MasaError as error:
+        raise WorkflowError(f"{section}.{name}: {error}") from None
 
 
 def evaluations_of(artefact):

@@ -1,16 +1,16 @@
 rule evaluate:
     input:
-        run=rules.pretrain.output[0],
-        tokens=tokens_of,
+        run=f"{RESULTS}/runs/{{language_run}}/manifest.json",
+        tokens=lambda wildcards: data_of(wildcards.language_run),
         tokenizer=rules.tokenizer.output[0],
         benchmarks=rules.benchmarks.output[0],
     output:
-        f"{RESULTS}/evaluations/{{run}}/metrics.json",
-        f"{RESULTS}/evaluations/{{run}}/lm_eval.json",
-        f"{RESULTS}/evaluations/{{run}}/weights.json",
+        f"{RESULTS}/evaluations/{{language_run}}/metrics.json",
+        f"{RESULTS}/evaluations/{{language_run}}/lm_eval.json",
+        f"{RESULTS}/evaluations/{{language_run}}/weights.json",
     log:
-        f"{LOGS}/evaluate/{{run}}.log",
-    threads: training_threads
+        f"{LOGS}/evaluate/{{language_run}}.log",
+    threads: lambda wildcards: threads_of(wildcards.language_run)
     resources:
         gpu=1,
     params:
@@ -20,7 +20,7 @@ rule evaluate:
         tokens=lambda wildcards, input: Path(input.tokens).parent,
         out=lambda wildcards, output: Path(output[0]).parent,
     message:
-        "Evaluating {wildcards.run}"
+        "Evaluating {wildcards.language_run}"
     shell:
         "masa evaluate {params.run} --spec {params.spec:q} --tokens {params.tokens} --tokenizer {DATA}/tokenizer"
         " --benchmarks {DATA}/benchmarks --out {params.out} --log {log}"

@@ -1,20 +1,21 @@
 rule pretrain:
     input:
-        tokens_of,
+        lambda wildcards: data_of(wildcards.run),
     output:
         f"{RESULTS}/runs/{{run}}/manifest.json",
     log:
         f"{LOGS}/pretrain/{{run}}.log",
     priority: 10  # the longest jobs first
-    threads: training_threads
+    threads: lambda wildcards: threads_of(wildcards.run)
     resources:
         gpu=1,
     params:
         spec=run_spec,
-        code=meaning("training"),
-        tokens=lambda wildcards, input: Path(input[0]).parent,
+        code=lambda wildcards: meaning(kind_of(wildcards.run).training),
+        kind=lambda wildcards: kind_of(wildcards.run).data,
+        data=lambda wildcards, input: Path(input[0]).parent,
         out=lambda wildcards, output: Path(output[0]).parent,
     message:
         "Training {wildcards.run}"
     shell:
-        "masa pretrain --spec {params.spec:q} --tokens {params.tokens} --out {params.out} --log {log}"
+        "masa pretrain --spec {params.spec:q} --{params.kind} {params.data} --out {params.out} --log {log}"

@@ -1,0 +1,51 @@
+"""Kinds of models that the workflow trains: what data they read, and which modules train and score them. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from masa import vit
+from masa.errors import MasaError, unknown
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of model.
+
+    Attributes:
+        label: for messages.
+        data: what it is trained on: the option of ``masa pretrain`` and, for vision, the section of the configuration.
+        training, evaluation: modules of masa, with ``pretrain`` and ``evaluate``.
+        resolve: fills the defaults into a run spec and checks it (vision).
+    """
+
+    label: str
+    data: str
+    training: str
+    evaluation: str
+    resolve: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
+
+
+LANGUAGE = Kind("a language model", "tokens", "training", "evaluation")
+VISION = {
+    vit.FAMILY: Kind("a Vision Transformer", "images", "image_training", "image_evaluation", vit.resolve_run),
+}
+"""``model.family`` of a run spec -> kind; a language model's spec has no family. A new kind is one entry."""
+
+
+def of(spec: Mapping[str, Any]) -> Kind:
+    """The kind that a run spec asks for.
+
+    Raises:
+        MasaError: it is no run spec, or names a family that does not exist.
+    """
+    if not isinstance(spec, Mapping) or not isinstance(spec.get("model"), Mapping):
+        raise MasaError("A run spec is a mapping with run, seed, model, sharing and training.")
+    family = spec["model"].get("family")
+    if family is None:
+        return LANGUAGE
+    if family not in VISION:
+        raise unknown("model.family: family", family, VISION)
+    return VISION[family]

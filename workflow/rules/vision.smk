@@ -1,0 +1,46 @@
+# Vision Transformers: images once for all runs of a data set; training is rule pretrain, as of language models.
+
+
+rule images:
+    input:
+        lambda wildcards: local_image_files("images", wildcards.name),
+    output:
+        f"{DATA}/images/{{name}}/manifest.json",
+    log:
+        f"{LOGS}/images/{{name}}.log",
+    params:
+        spec=lambda wildcards: as_json(
+            cli.vision_data_spec(config, "images", wildcards.name)
+        ),
+        code=meaning("images"),
+        out=lambda wildcards, output: Path(output[0]).parent,
+    message:
+        "Images of {wildcards.name}"
+    shell:
+        "masa images --spec {params.spec:q} --out {params.out} --log {log}"
+
+
+rule evaluate_vision:
+    input:
+        run=f"{RESULTS}/runs/{{vision_run}}/manifest.json",
+        data=lambda wildcards: data_of(wildcards.vision_run),
+    output:
+        f"{RESULTS}/evaluations/{{vision_run}}/metrics.json",
+        f"{RESULTS}/evaluations/{{vision_run}}/weights.json",
+        f"{RESULTS}/evaluations/{{vision_run}}/examples.png",
+    log:
+        f"{LOGS}/evaluate/{{vision_run}}.log",
+    threads: lambda wildcards: threads_of(wildcards.vision_run)
+    resources:
+        gpu=1,
+    params:
+        spec=as_json(config["vision_evaluation"]),
+        code=lambda wildcards: meaning(kind_of(wildcards.vision_run).evaluation),
+        kind=lambda wildcards: kind_of(wildcards.vision_run).data,
+        run=lambda wildcards, input: Path(input.run).parent,
+        data=lambda wildcards, input: Path(input.data).parent,
+        out=lambda wildcards, output: Path(output[0]).parent,
+    message:
+        "Evaluating {wildcards.vision_run}"
+    shell:
+        "masa evaluate {params.run} --spec {params.spec:q} --{params.kind} {params.data} --out {params.out} --log {log}"
