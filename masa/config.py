@@ -362,7 +362,11 @@ def _rows(config: Config, artefact: Config) -> list[dict[str, Any]]:
             "scale": scale,
             "experiment": experiment,
             "label": config["experiments"][experiment]["label"],
-            "sharing": run_spec(config, scale, experiment, grid["seeds"][0])["sharing"],
+            **{
+                k: v
+                for k, v in run_spec(config, scale, experiment, grid["seeds"][0]).items()
+                if k in ("model", "sharing")
+            },
             "runs": [f"{scale}/{experiment}/seed{seed}" for seed in grid["seeds"]],
             "records": [f"evaluations/{scale}/{experiment}/seed{seed}" for seed in grid["seeds"]],
             "paper": {"scale": _sizes(config)[scale].get("compare_with")}

@@ -18,6 +18,7 @@ from masa import run
 from masa.errors import unknown
 from masa.report import compression_figures as compressed
 from masa.report import metrics as m
+from masa.report import vision_figures as vision
 from masa.report.style import PROJECTION, STYLE, look
 from masa.sources import whole_file
 
@@ -40,28 +41,29 @@ def write(spec: Mapping[str, Any], results: Path, folder: Path) -> None:
 
 
 def curves(spec: Mapping[str, Any], results: Path) -> Figure:
-    """Held-out loss over tokens, and the paired difference to vanilla, which is where methods can be told apart."""
+    """Held-out loss over training, and the paired difference to vanilla, which is where methods can be told apart."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(6.8, 2.7))
     scales = list(dict.fromkeys(row["scale"] for row in spec["rows"]))
+    unit = "images" if "family" in spec["rows"][0]["model"] else "tokens"
     reference: dict[str, dict[str, dict[int, float]]] = {}
     for index, row in enumerate(spec["rows"]):
-        logs = {run_id: _curve(results, run_id) for run_id in row["runs"]}
+        logs = {run_id: _curve(results, run_id, unit) for run_id in row["runs"]}
         reference.setdefault(row["scale"], logs)
-        tokens = sorted(set.intersection(*(set(log) for log in logs.values())))
+        seen = sorted(set.intersection(*(set(log) for log in logs.values())))
         label = row["label"] if len(scales) == 1 else f"{row['scale']} {row['label']}"
         style = look(row["experiment"], index)
-        values = np.array([[log[t] for t in tokens] for log in logs.values()])
-        _band(left, tokens, values, label, style)
+        values = np.array([[log[t] for t in seen] for log in logs.values()])
+        _band(left, seen, values, label, style)
         base = reference[row["scale"]]
         paired = np.array(
-            [[log[t] - base[other][t] for t in tokens] for log, other in zip(logs.values(), base, strict=True)]
+            [[log[t] - base[other][t] for t in seen] for log, other in zip(logs.values(), base, strict=True)]
         )
-        _band(right, tokens, paired, label, style)
+        _band(right, seen, paired, label, style)
     for axis in (left, right):
-        axis.set_xlabel("Training tokens")
+        axis.set_xlabel(f"Training {unit}")
         axis.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
-    left.set_ylabel("Held-out loss (nats/token)")
-    right.set_ylabel("Difference to vanilla (nats/token)")
+    left.set_ylabel(f"Held-out loss (nats/{unit.removesuffix('s')})")
+    right.set_ylabel(f"Difference to vanilla (nats/{unit.removesuffix('s')})")
     right.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     band = "; band: ± 1 standard deviation" if len(spec["rows"][0]["runs"]) > 1 else ""
     figure.suptitle(f"{spec['title']} ({_seeds(spec)}{band})", fontsize=8)
@@ -74,9 +76,9 @@ def _seeds(spec: Mapping[str, Any]) -> str:
     return f"mean over {count} seeds" if count > 1 else "one seed"
 
 
-def _curve(results: Path, run_id: str) -> dict[int, float]:
+def _curve(results: Path, run_id: str, unit: str) -> dict[int, float]:
     records = run.read_jsonl(results / "runs" / run_id / "metrics.jsonl")
-    return {r["tokens"]: r["validation_loss"] for r in records if "validation_loss" in r}
+    return {r[unit]: r["validation_loss"] for r in records if "validation_loss" in r}
 
 
 def _band(axis: Any, x: list[int], values: np.ndarray, label: str, style: Mapping[str, Any]) -> None:
@@ -164,6 +166,10 @@ KINDS: dict[str, Callable[[Mapping[str, Any], Path], Figure]] = {
     "quality": quality,
     "effective_rank": effective_rank,
     "coefficients": coefficients,
+    "accuracy_parameters": vision.accuracy_parameters,
+    "confusion": vision.confusion,
+    "per_class": vision.per_class,
+    "predictions": vision.predictions,
     "perplexity_reduction": compressed.perplexity_reduction,
     "ranks": compressed.ranks,
     "drift": compressed.drift,

@@ -12,10 +12,9 @@ from typing import Any
 import pandas as pd
 
 from masa import run
-from masa.config import ROOT
-from masa.errors import MasaError
 from masa.report import compression_tables, vision_tables
 from masa.report import metrics as m
+from masa.report.paper import match, published_rows
 from masa.sources import whole_file
 
 NA = "n/a"
@@ -34,7 +33,7 @@ def build(spec: Mapping[str, Any], results: Path) -> pd.DataFrame:
         ``*_std`` (sample standard deviation, empty for one seed), ``*_paper``, ``*_difference``, and at the end
         ``unavailable_tasks``, ``paper_scale`` and ``verdict``.
     """
-    paper = _paper_rows(spec.get("paper"))
+    paper = published_rows(spec.get("paper"))
     rows = [_row(row, results, paper, spec) for row in spec["rows"]]
     frame = pd.DataFrame(rows)
     if "reduction" in spec["rows"][0]:
@@ -58,7 +57,7 @@ def _row(row: Mapping[str, Any], results: Path, paper: Sequence[Mapping[str, Any
         "label": row["label"],
         "seeds": len(flat),
     }
-    published = _match(row["paper"], paper, spec)
+    published = match(row["paper"], paper, spec)
     if published:
         published |= {
             k: v
@@ -95,34 +94,6 @@ def _verdict(row: Mapping[str, Any], out: Mapping[str, Any], judged: str, tolera
     if f"{judged}_difference" not in out:
         return f"incomplete: {out['unavailable_tasks']}"
     return "agrees" if abs(out[f"{judged}_difference"]) <= tolerance else "differs"
-
-
-def _paper_rows(paper: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    if not paper:
-        return []
-    with (ROOT / paper["file"]).open(newline="") as file:
-        return [{k: _number(v) for k, v in row.items() if v != ""} for row in csv.DictReader(file)]
-
-
-def _number(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
-def _match(wanted: Mapping[str, Any], paper: Sequence[Mapping[str, Any]], spec: Mapping[str, Any]) -> dict[str, Any]:
-    """The paper's row that agrees with ``wanted`` in every column to match that both have."""
-    if not paper:
-        return {}
-    match = spec["paper"]["match"]
-    keys = [k for k in match if k in wanted]
-    if match[0] not in keys or len(keys) < 2:
-        return {}
-    found = [row for row in paper if all(row.get(k) == wanted[k] for k in keys)]
-    if len(found) > 1:
-        raise MasaError(f"{spec['paper']['file']}: {len(found)} rows match {dict(wanted)}; add columns to paper.match.")
-    return {k: v for k, v in found[0].items() if isinstance(v, float)} if found else {}
 
 
 # -------------------------------------------------------------------------------------------------------- writing

@@ -18,8 +18,8 @@ def note(spec: Mapping[str, Any], results: Path) -> str:
     """
     first = {row["scale"]: (row, m.load(results, row["records"][0])) for row in reversed(spec["rows"])}
     parts = [
-        "Cells: mean ± sample standard deviation over seeds; with one seed top-1 ± its standard error over test images. "
-        "In brackets the paper's value (CIFAR-100 alone) and our difference. Attention reduction: 1 - stored / dense of "
+        "Cells: mean ± sample standard deviation over seeds; with one seed top-1 ± its standard error over images. "
+        "In brackets the paper's (CIFAR-100 alone) and our difference. Attention reduction: 1 - stored / dense of "
         "Q, K, V and O; S = L/3 saves 66.7 %, S = 4 of 24 layers 83.3 %, coefficients counted. All methods of one "
         "scale see the same images in the same order with the same augmentation; the learning rate is vanilla's best."
     ]
