@@ -1,0 +1,39 @@
+"""The paper's numbers: read from config/paper, and found for a row of ours."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from masa.errors import MasaError
+from masa.fingerprint import ROOT
+
+
+def published_rows(paper: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """Rows of the CSV that an artefact's ``paper`` names, numbers as numbers; empty cells are left out."""
+    if not paper:
+        return []
+    with (ROOT / paper["file"]).open(newline="") as file:
+        return [{k: _number(v) for k, v in row.items() if v != ""} for row in csv.DictReader(file)]
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def match(wanted: Mapping[str, Any], paper: Sequence[Mapping[str, Any]], spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The paper's row that agrees with ``wanted`` in every column to match that both have."""
+    if not paper:
+        return {}
+    columns = spec["paper"]["match"]
+    keys = [k for k in columns if k in wanted]
+    if columns[0] not in keys or len(keys) < 2:
+        return {}
+    found = [row for row in paper if all(row.get(k) == wanted[k] for k in keys)]
+    if len(found) > 1:
+        raise MasaError(f"{spec['paper']['file']}: {len(found)} rows match {dict(wanted)}; add columns to paper.match.")
+    return {k: v for k, v in found[0].items() if isinstance(v, float)} if found else {}
