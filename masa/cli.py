@@ -565,11 +565,11 @@ def _config(given: argparse.Namespace) -> None:
         recipe = config.run_spec(c, *config.parse_run(run_id))["training"]
         length = f"{recipe['steps']:,} steps" if recipe["steps"] else f"{recipe['epochs']:g} epochs"
         batch = recipe["batch_size"]
-        print(
-            f"{run_id}\t{length} of {batch:,} x {recipe['context']:,} tokens"
-            if "context" in recipe
-            else f"{run_id}\t{length} of {batch:,} images"
-        )
+        if "context" in recipe:
+            amount = f"{recipe['steps'] * batch * recipe['context']:,} tokens"
+        else:
+            amount = f"batches of {batch:,} images"
+        print(f"{run_id}\t{length}\t{amount}")
 
 
 if __name__ == "__main__":

@@ -157,8 +157,13 @@ def _check_vision(config: Config) -> None:
             raise MasaError(f"{where}: scales has an entry of the same name.")
         if (family := size["model"]["family"]) not in kinds.VISION:
             raise unknown(f"{where}.model.family: family", family, kinds.VISION)
-        if size["data"] not in config[section := kinds.VISION[family].data]:
-            raise unknown(f"{where}.data: an entry of {section} named", size["data"], config[section])
+        kind = kinds.VISION[family]
+        if size["data"] not in config[kind.data]:
+            raise unknown(f"{where}.data: an entry of {kind.data} named", size["data"], config[kind.data])
+        try:
+            kind.check(config[kind.data][size["data"]], size["model"])
+        except MasaError as error:
+            raise MasaError(f"{where}: {error}") from error
 
 
 def _explain(error: Any) -> MasaError:

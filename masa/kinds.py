@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from masa import vit
+from masa import image_sets, vit
 from masa.errors import MasaError, unknown
 
 
@@ -19,6 +19,7 @@ class Kind:
         data: what it is trained on: the option of ``masa pretrain`` and, for vision, the section of the configuration.
         training, evaluation: modules of masa, with ``pretrain`` and ``evaluate``.
         resolve: fills the defaults into a run spec and checks it (vision).
+        check: sees that an entry of the configuration's data fits a model (vision).
     """
 
     label: str
@@ -26,11 +27,14 @@ class Kind:
     training: str
     evaluation: str
     resolve: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
+    check: Callable[[Mapping[str, Any], Mapping[str, Any]], None] | None = None
 
 
 LANGUAGE = Kind("a language model", "tokens", "training", "evaluation")
 VISION = {
-    vit.FAMILY: Kind("a Vision Transformer", "images", "image_training", "image_evaluation", vit.resolve_run),
+    vit.FAMILY: Kind(
+        "a Vision Transformer", "images", "image_training", "image_evaluation", vit.resolve_run, image_sets.check
+    ),
 }
 """``model.family`` of a run spec -> kind; a language model's spec has no family. A new kind is one entry."""
 

@@ -149,12 +149,13 @@ def resolve_run(spec: Mapping[str, Any]) -> dict[str, Any]:
         MasaError: what cannot be built; the message begins with the run.
     """
     try:
-        sharing = SharingSpec.coerce(spec["sharing"]).resolve(shape(spec["model"])).to_dict()
-        if METHODS[sharing["method"]].source == "grouped_heads":
+        wanted = SharingSpec.coerce(spec["sharing"])
+        if METHODS[wanted.method].source == "grouped_heads":
             raise MasaError(
                 "grouped-query attention does not exist in timm's VisionTransformer, which fuses q, k and v in equal "
                 "parts. Choose another method."
             )
+        sharing = wanted.resolve(shape(spec["model"])).to_dict()
         return {
             "run": spec["run"],
             "seed": spec["seed"],

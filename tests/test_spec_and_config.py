@@ -12,7 +12,7 @@ import yaml
 from conftest import ROOT
 
 import masa
-from masa import config, fingerprint, models
+from masa import accounting, config, fingerprint, models
 
 SHAPE = masa.ModelShape(12, 96, 6, 6, dict.fromkeys("qkvo", (96, 96)) | {"u": (384, 96), "d": (96, 384)})
 GROUPED = masa.ModelShape(12, 96, 6, 2, {"q": (96, 96), "k": (32, 96), "v": (32, 96), "o": (96, 96)})
@@ -65,6 +65,10 @@ def test_relative_numbers():
     assert masa.SharingSpec.coerce(spec.resolve(SHAPE).to_dict()).resolve(SHAPE).atoms == {"qv": 8, "k": 4, "o": 2}
 
 
+def vision_model(c):
+    return c["vision_scales"]["digits-compact"]["model"]
+
+
 BREAK = {
     "mistyped key": (lambda c: c["training"].update(learnig_rate=1), "Did you mean 'learning_rate'"),
     "mistyped top key": (lambda c: c.update(evaluatoin={}), "Did you mean 'evaluation'"),
@@ -85,6 +89,24 @@ BREAK = {
     "mistyped task": (lambda c: c["evaluation"]["tasks"].append("hellaswagg"), "Did you mean 'hellaswag'"),
     "shell in a name": (lambda c: c["scales"].update({"a; rm -rf x": c["scales"]["nano"]}), "does not match"),
     "path in a name": (lambda c: c["experiments"].update({"../x": c["experiments"]["vanilla"]}), "does not match"),
+    "unknown image data": (
+        lambda c: c["vision_scales"]["digits-compact"].update(data="digit"),
+        "Did you mean 'digits'",
+    ),
+    "unknown data set": (lambda c: c["images"]["cifar10"].update(dataset="cifar"), "Did you mean 'cifar10'"),
+    "wrong channels": (lambda c: vision_model(c).update(channels=3), "channels = 3, but digits has 1"),
+    "wrong classes": (lambda c: vision_model(c).update(num_classes=9), "num_classes = 9, but digits has 10"),
+    "patch": (lambda c: vision_model(c).update(patch_size=3), "patch_size = 3 does not divide image_size = 8"),
+    "unknown vision family": (lambda c: vision_model(c).update(family="vti"), "Did you mean 'vit'"),
+    "mistyped size": (lambda c: vision_model(c).update(patchsize=2), "Did you mean 'patch_size'"),
+    "vision recipe": (lambda c: c["vision_scales"]["digits-compact"]["training"].update(steps=9), "either epochs or"),
+    "two scales of a name": (
+        lambda c: c["vision_scales"].update(nano=c["vision_scales"]["digits-compact"]),
+        "same name",
+    ),
+    "gqa of vision": (lambda c: c["tables"]["vision"]["experiments"].append("gqa"), "does not exist in timm"),
+    "unknown only": (lambda c: c["experiments"]["masa-qkvo-s4"].update(only=["cifar10-depe"]), "mean 'cifar10-deep'"),
+    "unknown judge": (lambda c: c["tables"]["vision"].update(judged="top1"), "Did you mean 'top1_pct'"),
     "no vanilla": (lambda c: c["throughput"].update(methods=["gqa"]), "must begin with vanilla"),
 }
 
@@ -125,8 +147,14 @@ def test_every_run_of_every_configuration_builds_with_the_right_count(overlay):
         built.add((scale, experiment))
         spec = config.run_spec(merged, scale, experiment, seed)
         with torch.device("meta"):
-            model = models.build(spec["model"], spec["sharing"], spec["training"]["context"])
+            model = accounting.build(spec)
         counts = masa.count_parameters(model)
+        if "family" in spec["model"]:
+            assert counts.attention_dense == 4 * spec["model"]["num_layers"] * spec["model"]["hidden_size"] ** 2
+            expected = {"vanilla": 0, "masa-qkv": 1 / 2, "masa-qkvo-s4": 5 / 6}.get(experiment, 2 / 3)
+            rounding = 0.022 if experiment == "low-rank" else 2e-3  # d/6 rounded down; coefficients count
+            assert counts.attention_reduction == pytest.approx(expected, abs=rounding), run_id
+            continue
         vanilla = config.vanilla_parameters(spec["model"], spec["model"]["vocab_size"])
         if experiment == "vanilla":
             assert counts.total == vanilla

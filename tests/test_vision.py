@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT
 
 import masa
-from masa import analysis, checkpoint, vision, vit
+from masa import analysis, checkpoint, kinds, vision, vit
 from masa.projections import FusedLinear, SharedLinear, blocks, decoder, family_of
 
 SIZES = {
@@ -217,7 +217,7 @@ def test_sizes_that_do_not_fit(change, message):
 
 def test_unknown_family():
     with pytest.raises(masa.MasaError, match="Did you mean 'vit'"):
-        vit.is_vit({"model": {"family": "vitt"}})
+        kinds.of({"model": {"family": "vitt"}})
 
 
 def test_what_has_no_meaning_here(tmp_path):

@@ -58,10 +58,21 @@ def project(tmp_path_factory):
 
 def test_every_table_and_figure_is_there(project):
     tables, figures = project / "results/smoke/tables", project / "results/smoke/figures"
-    for name in ("table1", "table2", "table3", "beyond", "dictionaries", "coefficients", "throughput", "parameters"):
+    for name in (
+        "table1",
+        "table2",
+        "table3",
+        "beyond",
+        "vision",
+        "dictionaries",
+        "coefficients",
+        "throughput",
+        "parameters",
+    ):
         assert {(tables / f"{name}.{s}").stat().st_size > 100 for s in ("csv", "md", "tex")} == {True}, name
     training = ("validation_loss", "quality_parameters", "effective_rank", "coefficient_maps")
-    for name in (*training, "perplexity_reduction", "compression_ranks", "kl_drift"):
+    vision = ("figure2", "vision_loss", "confusion", "per_class", "predictions")
+    for name in (*training, *vision, "perplexity_reduction", "compression_ranks", "kl_drift"):
         assert (figures / f"{name}.png").stat().st_size > 5000
         assert (figures / f"{name}.pdf").stat().st_size > 2000
     table = pd.read_csv(tables / "table1.csv")
@@ -71,7 +82,11 @@ def test_every_table_and_figure_is_there(project):
     assert table["piqa_paper"].tolist() == [0.593, 0.6, 0.579, 0.589, 0.602]
     assert set(table["unavailable_tasks"]) == {"race"}
     runs = pd.read_csv(tables / "runs.csv")
-    assert len(runs) == 6
+    assert len(runs) == 6 + 2
+    vision = pd.read_csv(tables / "vision.csv")
+    assert vision["attn_cr_pct"].round(1).tolist() == [0.0, 66.6]  # 66.7 without the coefficients
+    assert vision["images"].tolist() == [64, 64]
+    assert vision["top1_pct"].between(0, 60).all()
     assert {"piqa/acc", "piqa/acc_norm"} <= set(runs.columns)
     throughput = pd.read_csv(tables / "throughput.csv")
     assert list(throughput["method"]) == ["vanilla", "masa-qkvo"]
@@ -108,11 +123,15 @@ def edit(path, old, new):
     [
         ("masa/trainer.py", "    torch.set_num_threads", "    # a comment\n    torch.set_num_threads", {}),
         ("masa/weight_sources.py", '"""Linear combinations of atoms', '"""Sums of atoms', {}),
-        ("masa/trainer.py", "p.ndim >= 2]", "p.ndim >= 1]", {"pretrain": 6}),
-        ("masa/report/tables.py", 'NA = "n/a"', 'NA = "missing"', {"table": 9}),
-        ("masa/report/style.py", '"font.size": 8', '"font.size": 9', {"figure": 7}),
+        ("masa/trainer.py", "p.ndim >= 2]", "p.ndim >= 1]", {"pretrain": 8}),
+        ("masa/pixels.py", ".float() / 255", ".float() / 256", {"pretrain": 2}),
+        ("masa/classification.py", "TOP = 5", "TOP = 3", {"evaluate_vision": 2}),
+        ("masa/report/tables.py", 'NA = "n/a"', 'NA = "missing"', {"table": 10}),
+        ("masa/report/style.py", '"font.size": 8', '"font.size": 9', {"figure": 12}),
         ("config/experiments.yaml", "coefficients: mlp", "coefficients: mlp, embedding_dim: 32", {"pretrain": 1}),
-        ("config/experiments.yaml", "label: Vanilla", "label: Dense", {"table": 4, "figure": 3}),
+        ("config/experiments.yaml", "label: Vanilla", "label: Dense", {"table": 5, "figure": 7}),
+        ("config/smoke.yaml", "steps: 4", "steps: 5", {"pretrain": 2}),
+        ("config/smoke.yaml", "examples: 4", "examples: 5", {"evaluate_vision": 2}),
         ("config/smoke.yaml", "limit: 2", "limit: 3", {"evaluate": 6}),
         ("masa/compression/matrix_pca.py", "EPS * values[0]]", "2 * EPS * values[0]]", {"compress": 2}),
         ("masa/compression/calibration.py", "x.T @ x", "(x.T @ x)", {}),
@@ -174,9 +193,12 @@ def test_paper_configuration_passes_a_dry_run():
     result = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     found = jobs(result)
-    assert found["pretrain"] == 35
+    vision = 9 * 6 * 3 + 3 * 3  # nine sizes, six methods, three seeds; S = 4 beside S = L/3 at the deep ones
+    assert found["pretrain"] == 35 + vision
+    assert found["evaluate_vision"] == vision
+    assert found["images"] == 3
     assert found["tokenize"] == 4
-    assert found["table"] == 10
+    assert found["table"] == 11
     assert found["pretrained"] == 3
     assert found["calibrate"] == 3 + 1
     assert found["compress"] == 3 * 14 + 6
