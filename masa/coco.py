@@ -255,6 +255,7 @@ def check_boxes(where: str, ids: np.ndarray, xywh: np.ndarray, sizes: np.ndarray
 
 CHUNK = 1 << 20
 _SPACE = re.compile(r"[ \t\r\n]*")
+_ENDS = tuple(",:]} \t\r\n")
 _DECODER = json.JSONDecoder()
 
 
@@ -320,17 +321,19 @@ class _Stream:
         self.at += 1
 
     def value(self) -> Any:
-        """Any JSON value; it counts once a character follows that shows its end."""
+        """Any JSON value; it counts once a character follows that ends it ("-12" may become "-12.5")."""
         self.peek()
         while True:
             try:
                 value, end = _DECODER.raw_decode(self.text, self.at)
-                if end < len(self.text) or self.ended:
+                if self.text[end : end + 1] in _ENDS or (self.ended and end == len(self.text)):
                     self.at = end
                     return value
             except json.JSONDecodeError:
                 if self.ended:
                     raise
+            if self.ended:
+                raise ValueError(f"found {self.text[end : end + 1]!r} after a value")
             self.more()
 
 

@@ -56,7 +56,7 @@ class Detections:
                 [found],
                 [
                     {
-                        "boxes": torch.from_numpy(truth["xywh"].reshape(-1, 4)),
+                        "boxes": torch.from_numpy(truth["xywh"].copy()),
                         "labels": torch.from_numpy(truth["label"].astype(np.int64)),
                         "iscrowd": torch.from_numpy(truth["crowd"].astype(np.int64)),
                         "area": torch.from_numpy(truth["area"].copy()),

@@ -47,7 +47,7 @@ def build(model: Mapping[str, Any], sharing: Mapping[str, Any], classes: Sequenc
 
     Weights are drawn from torch's global generator. transformers leaves the tokens and position embeddings at zero, for
     a checkpoint to fill; they are drawn as YOLOS' own code does (truncated normal of 0.02), as equal tokens would all
-    find the same box.
+    find the same box. So are the two heads (torch's default for linear layers), which N(0, 0.02²) makes almost blind.
     """
     from transformers import YolosConfig, YolosForObjectDetection
 
@@ -72,6 +72,9 @@ def build(model: Mapping[str, Any], sharing: Mapping[str, Any], classes: Sequenc
     made = YolosForObjectDetection(config)
     for parameter in tokens(made).values():
         nn.init.trunc_normal_(parameter, std=config.initializer_range)
+    for head in (made.class_labels_classifier, made.bbox_predictor):
+        for layer in head.layers:
+            layer.reset_parameters()
     return share(made, sharing)
 
 
