@@ -83,7 +83,12 @@ def load(directory: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
         MasaError: a file that is missing, truncated or does not belong to the others; the message names it.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageClassification,
+        AutoModelForObjectDetection,
+    )
 
     directory = Path(directory)
     for name in ("config.json", DESCRIPTION, WEIGHTS):
@@ -98,8 +103,9 @@ def load(directory: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
     except (OSError, ValueError) as error:
         raise MasaError(f"{directory / 'config.json'} cannot be read as a model configuration: {error}") from error
     with init_empty_weights(include_buffers=False):
-        image = type(config) in AutoModelForImageClassification._model_mapping
-        model = (AutoModelForImageClassification if image else AutoModelForCausalLM).from_config(config)
+        vision = (AutoModelForImageClassification, AutoModelForObjectDetection)
+        auto = next((kind for kind in vision if type(config) in kind._model_mapping), AutoModelForCausalLM)
+        model = auto.from_config(config)
         if description["sources"]:
             install(model, SharedProjections(from_config(source) for source in description["sources"]))
     try:

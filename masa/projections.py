@@ -22,11 +22,13 @@ class Family:
     """Paths of the projections inside one transformer block.
 
     Attributes:
-        attention: path of the attention module, whose ``head_dim`` is read.
+        attention: path of the attention module.
         paths: projection letter -> path of its linear layer.
-        blocks: name of the list of blocks on the decoder or encoder.
+        blocks: path of the list of blocks on the decoder or encoder.
         fused: path of a linear layer that several projections share -> their letters, in the order of its rows. The
             paths of these letters are below it; they exist once the layer is split (:class:`FusedLinear`).
+        head_dim: name of the attention's width of one head.
+        language: whether it is a language model; only these group key/value heads, and are compressed.
     """
 
     name: str
@@ -34,6 +36,8 @@ class Family:
     paths: Mapping[str, str]
     blocks: str = "layers"
     fused: Mapping[str, str] = field(default_factory=dict)
+    head_dim: str = "head_dim"
+    language: bool = True
 
     def projection(self, block: nn.Module, letter: str) -> nn.Linear | SharedLinear | Rows:
         """One projection of a block, also where it is only some rows of a fused layer."""
@@ -66,6 +70,16 @@ FAMILIES = (
         {p: f"attn.qkv.{p}" for p in "qkv"} | {"o": "attn.proj", "u": "mlp.fc1", "d": "mlp.fc2"},
         blocks="blocks",
         fused={"attn.qkv": "qkv"},
+        language=False,
+    ),
+    Family(
+        "YOLOS",
+        "attention.attention",
+        {"q": "attention.attention.query", "k": "attention.attention.key", "v": "attention.attention.value"}
+        | {"o": "attention.output.dense", "u": "intermediate.dense", "d": "output.dense"},
+        blocks="encoder.layer",
+        head_dim="attention_head_size",
+        language=False,
     ),
 )
 
@@ -88,7 +102,7 @@ def blocks(model: nn.Module) -> nn.ModuleList | nn.Sequential:
 
 
 def _blocks(base: nn.Module) -> nn.ModuleList | nn.Sequential | None:
-    found = (getattr(base, family.blocks, None) for family in FAMILIES)
+    found = (base.get_submodule(family.blocks) for family in FAMILIES if _has(base, family.blocks))
     return next((b for b in found if isinstance(b, nn.ModuleList | nn.Sequential) and len(b)), None)
 
 
@@ -114,13 +128,18 @@ def separate(model: nn.Module) -> Family:
     """The family of a model whose projections are linear layers of their own, as compression needs.
 
     Raises:
-        MasaError: it fuses some of them.
+        MasaError: it fuses some of them, or is no language model.
     """
     family = family_of(model)
     if family.fused:
         raise MasaError(
             f"{type(model).__name__} fuses {', '.join(family.fused)}: compression reads separate projections, as in "
             "language models. Such a model can share weights while it trains (masa.share)."
+        )
+    if not family.language:
+        raise MasaError(
+            f"{type(model).__name__} is no language model: compression calibrates on tokens. Such a model can share "
+            "weights while it trains (masa.share)."
         )
     return family
 
@@ -149,7 +168,7 @@ def model_shape(model: nn.Module, family: Family) -> ModelShape:
         if len(found) > 1:
             raise MasaError(f"Projection {letter!r} differs in shape between layers: {sorted(found)}.")
         shapes[letter] = found.pop()
-    head = layers[0].get_submodule(family.attention).head_dim
+    head = getattr(layers[0].get_submodule(family.attention), family.head_dim)
     return ModelShape(
         num_layers=len(layers),
         hidden_size=shapes["q"][1],

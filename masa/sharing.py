@@ -63,7 +63,7 @@ def share(model: nn.Module, spec: SharingSpec | Mapping[str, Any] | str) -> nn.M
 
     Args:
         model: a Starcoder2- or Llama-like Hugging Face model, or a VisionTransformer of timm, by itself or inside
-            Hugging Face's TimmWrapper; on any device ("meta" included).
+            Hugging Face's TimmWrapper, or YOLOS; on any device ("meta" included).
         spec: a :class:`SharingSpec`, a mapping of its fields, or a method's name.
 
     Returns:
@@ -118,7 +118,7 @@ def group_heads(model: nn.Module, num_key_value_heads: int, std: float) -> None:
     """Give the model fewer key/value heads, newly drawn from N(0, std^2); query head h reads head h // (H / kv).
 
     Raises:
-        MasaError: the model fuses its projections into one layer of equal parts, and has no grouped attention.
+        MasaError: the model's attention cannot group them, as no vision model's can.
     """
     family = family_of(model)
     if family.fused:
@@ -126,6 +126,8 @@ def group_heads(model: nn.Module, num_key_value_heads: int, std: float) -> None:
             f"Method 'gqa' does not exist for {family.name}: {', '.join(family.fused)} holds as many key/value heads "
             "as query heads, and its attention cannot group them. Choose another method."
         )
+    if not family.language:
+        raise MasaError(f"Method 'gqa' does not exist for {family.name}, whose attention cannot group key/value heads.")
     config = model.config
     for block in blocks(model):
         attention = block.get_submodule(family.attention)

@@ -1,0 +1,134 @@
+"""A detector's run as plain data: sizes and recipe of YOLOS, checked before anything is loaded, without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from masa import vit
+from masa.errors import MasaError, unknown
+from masa.spec import METHODS, ModelShape, SharingSpec
+
+FAMILY = "yolos"
+"""The value of ``model.family`` in a run spec that asks for a detector."""
+
+REQUIRED = (*vit.REQUIRED, "num_detection_tokens")
+OPTIONAL = {
+    "family": FAMILY,
+    "use_mid_position_embeddings": False,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+"""Further keys and their defaults, by transformers' own names. YOLOS-Ti has no position embeddings between layers."""
+
+
+def is_detector(spec: Mapping[str, Any]) -> bool:
+    """Whether a run spec asks for a detector."""
+    return (
+        isinstance(spec, Mapping) and isinstance(spec.get("model"), Mapping) and spec["model"].get("family") == FAMILY
+    )
+
+
+def resolve(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The sizes with every default filled in.
+
+    Raises:
+        MasaError: a key that is missing or unknown, or sizes that do not fit each other.
+    """
+    for key in model:
+        if key not in (*REQUIRED, *OPTIONAL):
+            raise unknown("A detector's model: key", key, (*REQUIRED, *OPTIONAL))
+    if missing := [key for key in REQUIRED if key not in model]:
+        raise MasaError(f"A detector's model needs {', '.join(missing)}.")
+    for key in REQUIRED:
+        if isinstance(model[key], bool) or not isinstance(model[key], int) or model[key] < 1:
+            raise MasaError(f"model.{key} must be an integer of at least 1, got {model[key]!r}.")
+    full = OPTIONAL | dict(model)
+    if full["family"] != FAMILY:
+        raise unknown("model.family: family", full["family"], [FAMILY])
+    size, patch = full["image_size"], full["patch_size"]
+    if size % patch:
+        fits = [p for p in range(1, size + 1) if size % p == 0]
+        raise MasaError(f"model.patch_size = {patch} does not divide image_size = {size}. Choose one of {fits}.")
+    width, heads = full["hidden_size"], full["num_attention_heads"]
+    if width % heads:
+        raise MasaError(f"model.num_attention_heads = {heads} does not divide hidden_size = {width}.")
+    if full["channels"] != 3:
+        raise MasaError(f"model.channels = {full['channels']}; a detector reads RGB images, which have 3.")
+    if not isinstance(full["use_mid_position_embeddings"], bool):
+        raise MasaError(
+            f"model.use_mid_position_embeddings is true or false, got {full['use_mid_position_embeddings']!r}."
+        )
+    for key in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+        if isinstance(full[key], bool) or not isinstance(full[key], int | float) or not 0 <= full[key] < 1:
+            raise MasaError(f"model.{key} = {full[key]!r} must be at least 0 and less than 1.")
+    return full
+
+
+def shape(model: Mapping[str, Any]) -> ModelShape:
+    """Shapes of its projections, for :meth:`masa.SharingSpec.resolve`."""
+    full = resolve(model)
+    d, heads, ffn = full["hidden_size"], full["num_attention_heads"], full["intermediate_size"]
+    shapes = dict.fromkeys("qkvo", (d, d)) | {"u": (ffn, d), "d": (d, ffn)}
+    return ModelShape(full["num_layers"], d, heads, heads, shapes)
+
+
+# --------------------------------------------------------------------------------------------------------- recipe
+
+WITHOUT = ("label_smoothing", "augmentation", "mixup", "ema_decay")
+"""Keys of a classifier's recipe that a detector's has not."""
+
+RECIPE: dict[str, Any] = {k: v for k, v in vit.RECIPE.items() if k not in WITHOUT} | {
+    "warmup_fraction": 0.0,
+    "weight_decay": 1e-4,
+    "max_grad_norm": 0.1,
+    "horizontal_flip": True,
+}
+"""Keys of ``training`` and their defaults: those of :data:`masa.vit.RECIPE`, and where YOLOS' own ``main.py`` (Fang et
+al. 2021) has others, these: no warmup, ``--weight_decay 1e-4``, ``--clip_max_norm 0.1``, images mirrored with
+probability 1/2. Its learning rate, 1e-4, fine-tunes a classifier: one that trains from scratch must be given.
+
+The paper says nothing of its detector's training.
+"""
+
+
+def recipe(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe with every default filled in.
+
+    Raises:
+        MasaError: a key that is unknown or missing, or a value out of its range.
+    """
+    for key in given:
+        if key not in RECIPE:
+            raise unknown("training: key", key, RECIPE)
+    full = RECIPE | dict(given)
+    if not isinstance(full["horizontal_flip"], bool):
+        raise MasaError(f"training.horizontal_flip is true or false, got {full['horizontal_flip']!r}.")
+    checked = vit.recipe({key: value for key, value in full.items() if key in vit.RECIPE})
+    return {key: checked.get(key, full[key]) for key in RECIPE}
+
+
+def resolve_run(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """A run spec with every default filled in and its sharing resolved.
+
+    Args:
+        spec: ``run`` (SCALE/EXPERIMENT/seedN), ``seed``, ``model``, ``sharing`` and ``training``.
+
+    Raises:
+        MasaError: what cannot be built; the message begins with the run.
+    """
+    try:
+        sharing = SharingSpec.coerce(spec["sharing"]).resolve(shape(spec["model"])).to_dict()
+        if METHODS[sharing["method"]].source == "grouped_heads":
+            raise MasaError("grouped-query attention does not exist in transformers' YOLOS. Choose another method.")
+        return {
+            "run": spec["run"],
+            "seed": spec["seed"],
+            "model": resolve(spec["model"]),
+            "sharing": sharing,
+            "training": recipe(spec["training"]),
+        }
+    except KeyError as error:
+        raise MasaError(f"A run spec needs {error}.") from error
+    except MasaError as error:
+        raise MasaError(f"Run {spec.get('run')}: {error}") from error
