@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from masa import kinds, models, run, vision
+from masa import detector, kinds, models, run, vision, yolos
 from masa.sharing import count_parameters
 
 
@@ -17,7 +17,8 @@ def build(spec: Mapping[str, Any]) -> nn.Module:
     """The model of a resolved run, of any kind."""
     if kinds.of(spec) is kinds.LANGUAGE:
         return models.build(spec["model"], spec["sharing"], spec["training"]["context"])
-    return vision.build(spec["model"], spec["sharing"])
+    family = detector if spec["model"]["family"] == yolos.FAMILY else vision
+    return family.build(spec["model"], spec["sharing"])
 
 
 def count(specs: Sequence[Mapping[str, Any]], out: Path) -> list[dict[str, Any]]:

@@ -86,3 +86,20 @@ def resolve(spec: Mapping[str, Any]) -> dict[str, Any]:
     if sources.parse(full["source"]).scheme == "pypi":
         raise MasaError(f"{full['source']}: boxes come from file:, mirror: or hub: sources.")
     return full
+
+
+def check(entry: Mapping[str, Any], model: Mapping[str, Any]) -> None:
+    """See that a data set of the configuration fits a detector, before anything is fetched.
+
+    Args:
+        entry: of the section ``boxes``.
+        model: sizes of a detector.
+
+    Raises:
+        MasaError: a data set that :func:`resolve` refuses, or images of another size or with other classes.
+    """
+    full = resolve({"name": entry["dataset"]} | {k: v for k, v in entry.items() if k != "dataset"})
+    known = {"image_size": full["image_size"], "num_classes": DATASETS[full["name"]].num_classes}
+    for key, value in known.items():
+        if value is not None and model.get(key, value) != value:
+            raise MasaError(f"model.{key} = {model[key]}, but boxes of {full['name']} have {value}. Set it to {value}.")

@@ -128,9 +128,20 @@ def _parser() -> Parser:
     v.add_argument("--out", required=True, metavar="DIR")
 
     v = verb(
+        "boxes",
+        _boxes,
+        "turn a data set in COCO's format into pixel and box files",
+        "masa boxes shapes --out results/data/boxes/shapes",
+    )
+    v.add_argument("name", nargs="?", help="boxes of the configuration, e.g. shapes (drawn) or coco")
+    v.add_argument("--source", help="file:FOLDER or mirror:FOLDER in COCO's layout, or hub:ORG/NAME@COMMIT")
+    v.add_argument("--spec", metavar="JSON", help="{data, cache, mirror} instead of the above")
+    v.add_argument("--out", required=True, metavar="DIR")
+
+    v = verb(
         "pretrain",
         _pretrain,
-        "train one language model or Vision Transformer",
+        "train one language model, Vision Transformer or detector",
         "masa pretrain --run nano/masa-qkvo/seed0 --tokens results/data/tokens/nano "
         "--out results/runs/nano/masa-qkvo/seed0",
     )
@@ -140,6 +151,7 @@ def _parser() -> Parser:
     data = v.add_mutually_exclusive_group(required=True)
     data.add_argument("--tokens", metavar="DIR", help="of a language model")
     data.add_argument("--images", metavar="DIR", help="of a Vision Transformer")
+    data.add_argument("--boxes", metavar="DIR", help="of a detector")
     v.add_argument("--out", required=True, metavar="DIR")
 
     v = verb(
@@ -155,6 +167,7 @@ def _parser() -> Parser:
     v.add_argument("--tokenizer", metavar="DIR")
     v.add_argument("--benchmarks", metavar="DIR")
     v.add_argument("--images", metavar="DIR", help="of a Vision Transformer")
+    v.add_argument("--boxes", metavar="DIR", help="of a detector")
     v.add_argument("--out", required=True, metavar="DIR")
 
     v = verb("text", _text, "prepare one small set of documents", "masa text held_out --out held_out.json")
@@ -312,12 +325,12 @@ def text_spec(c: config.Config, name: str) -> dict[str, Any]:
 
 
 def vision_data_spec(c: config.Config, section: str, name: str) -> dict[str, Any]:
-    """One data set of images (section ``images``) and what it depends on."""
+    """One data set of vision (section ``images`` or ``boxes``) and what it depends on."""
     if name not in c[section]:
-        raise unknown(f"{section.capitalize()}:", name, c[section])
+        raise unknown(f"{section.capitalize()}: data set", name, c[section])
     entry = c[section][name]
     data = {"name": entry["dataset"]} | {k: v for k, v in entry.items() if k != "dataset"}
-    return {"data": data} | _places(c, entry["source"])
+    return {"data": data} | _places(c, entry.get("source") or "")
 
 
 def pretrained_spec(c: config.Config, name: str) -> dict[str, Any]:
@@ -369,15 +382,22 @@ def _tokenize(given: argparse.Namespace) -> None:
 
 
 def _images(given: argparse.Namespace) -> None:
+    _prepare_vision(given, "images")
+
+
+def _boxes(given: argparse.Namespace) -> None:
+    _prepare_vision(given, "boxes")
+
+
+def _prepare_vision(given: argparse.Namespace, section: str) -> None:
     if (given.name is None) == (given.spec is None):
-        raise MasaError("masa images needs either the name of a data set or --spec.")
-    spec = _spec(given, lambda c: vision_data_spec(c, "images", given.name))
+        raise MasaError(f"masa {section} needs either the name of a data set or --spec.")
+    spec = _spec(given, lambda c: vision_data_spec(c, section, given.name))
     if given.source:
         spec["data"]["source"] = given.source
         spec["mirror"] = config.mirror(config.load(given.configfile))
-    from masa import images
-
-    images.prepare(spec["data"], Path(spec["cache"]), spec["mirror"], Path(given.out))
+    module = import_module(f"masa.{section}")
+    module.prepare(spec["data"], Path(spec["cache"]), spec["mirror"], Path(given.out))
 
 
 def _pretrain(given: argparse.Namespace) -> None:

@@ -22,13 +22,6 @@ OPTIONAL = {
 """Further keys and their defaults, by transformers' own names. YOLOS-Ti has no position embeddings between layers."""
 
 
-def is_detector(spec: Mapping[str, Any]) -> bool:
-    """Whether a run spec asks for a detector."""
-    return (
-        isinstance(spec, Mapping) and isinstance(spec.get("model"), Mapping) and spec["model"].get("family") == FAMILY
-    )
-
-
 def resolve(model: Mapping[str, Any]) -> dict[str, Any]:
     """The sizes with every default filled in.
 

@@ -170,6 +170,7 @@ KINDS: dict[str, Callable[[Mapping[str, Any], Path], Figure]] = {
     "confusion": vision.confusion,
     "per_class": vision.per_class,
     "predictions": vision.predictions,
+    "detections": vision.detections,
     "perplexity_reduction": compressed.perplexity_reduction,
     "ranks": compressed.ranks,
     "drift": compressed.drift,

@@ -53,6 +53,13 @@ METRICS = (
     Metric("top5_pct", "Top-5 (%)", 2, "higher"),
     Metric("test_loss", "Test loss (nats/image)", 4, "lower"),
     Metric("calibration_error", "Calibration error", 4, "lower"),
+    Metric("map_pct", "mAP (%)", 2, "higher"),
+    Metric("map_50_pct", "mAP at IoU 0.5 (%)", 2, "higher"),
+    Metric("map_75_pct", "mAP at IoU 0.75 (%)", 2, "higher"),
+    Metric("map_small_pct", "mAP, small (%)", 2, "higher"),
+    Metric("map_medium_pct", "mAP, medium (%)", 2, "higher"),
+    Metric("map_large_pct", "mAP, large (%)", 2, "higher"),
+    Metric("mar_100_pct", "Recall, 100 boxes (%)", 2, "higher"),
     Metric("piqa", "PIQA", 3, "higher"),
     Metric("hellaswag", "HellaSwag", 3, "higher"),
     Metric("lambada_acc", "LAMBADA acc", 3, "higher"),
@@ -143,12 +150,20 @@ def _of_compression(metrics: Mapping[str, Any]) -> dict[str, float]:
     return flat
 
 
+def _of_boxes(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """COCO's scores; a size of object that no test image has, has none."""
+    scores = metrics["detection"]
+    flat = {f"{k}_pct": 100 * v for k, v in scores.items() if k.startswith(("map", "mar")) and v is not None}
+    return flat | {"test_loss": scores["loss"]}
+
+
 _PARTS = {
     "training": _of_training,
     "corpus": _of_text,
     "compression": _of_compression,
     "tasks": _of_tasks,
     "classification": _of_images,
+    "detection": _of_boxes,
 }
 """Part of a metrics file -> the columns in it."""
 
@@ -157,6 +172,8 @@ def standard_errors(metrics: Mapping[str, Any]) -> dict[str, float]:
     """``*_se`` of accuracies over their examples, binomial, and of their mean; for one run, where no seeds vary."""
     if "classification" in metrics:
         return {"top1_pct_se": 100 * metrics["classification"]["top1_stderr"]}
+    if "tasks" not in metrics:
+        return {}
     found: dict[str, float] = {}
     for column, (task, name) in _TASKS.items():
         examples = metrics["examples"].get(task)

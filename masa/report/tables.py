@@ -188,7 +188,7 @@ NOTE = (
 def note_for(spec: Mapping[str, Any], results: Path) -> str:
     """What a reader must know to read the table: scale, limits, where task data came from and what is missing."""
     first = m.load(results, spec["rows"][0]["records"][0])
-    if "classification" in first:
+    if vision_tables.is_vision(first):
         return vision_tables.note(spec, results)
     parts = compression_tables.notes(first) if "reduction" in spec["rows"][0] else [NOTE]
     scales = {(row["scale"], row["paper"].get("scale")) for row in spec["rows"]}

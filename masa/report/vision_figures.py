@@ -20,6 +20,9 @@ from masa.report.style import COLOURS, look
 NAMED = 20
 """Classes are named on axes up to this many."""
 
+SHOWN = 0.5
+"""Boxes are drawn that a detector is at least this sure of."""
+
 
 def accuracy_parameters(spec: Mapping[str, Any], results: Path) -> Figure:
     """Top-1 (above) and parameters (below) of every method, sizes across, one column of panels a data set.
@@ -158,14 +161,9 @@ def per_class(spec: Mapping[str, Any], results: Path) -> Figure:
 def predictions(spec: Mapping[str, Any], results: Path) -> Figure:
     """Test images with what the model says and how surely; first the first ones, then its surest mistakes."""
     row = _of_first_scale(spec)[0]
-    folder = results / row["records"][0]
     record = m.load(results, row["records"][0])
-    names = _names(record)
-    try:
-        tiles = plt.imread(folder / "examples.png")
-    except (OSError, SyntaxError) as error:
-        raise MasaError(f"{folder / 'examples.png'} is missing or corrupt ({error}); evaluate again.") from error
-    size = len(tiles)  # square tiles, side by side
+    names, tiles = _names(record), _tiles(results, row)
+    size = len(tiles)
     across = 8
     down = -(-len(record["examples"]) // across)
     figure, axes = plt.subplots(down, across, figsize=(7.0, 1.25 * down + 0.5), squeeze=False)
@@ -183,10 +181,57 @@ def predictions(spec: Mapping[str, Any], results: Path) -> Figure:
     return figure
 
 
+def detections(spec: Mapping[str, Any], results: Path) -> Figure:
+    """Test images with annotated boxes (white, dashed) and what each method found; one row of images a method."""
+    rows = _of_first_scale(spec)
+    records = [m.load(results, row["records"][0]) for row in rows]
+    count = len(records[0]["examples"])
+    figure, axes = plt.subplots(len(rows), count, figsize=(1.3 * count, 1.45 * len(rows) + 0.6), squeeze=False)
+    for line, row, record in zip(axes, rows, records, strict=True):
+        tiles, names = _tiles(results, row), _names(record)
+        size, width, height = len(tiles), 1.0, 1.0
+        for axis, example in zip(line, record["examples"], strict=True):
+            width, height = example["size"]
+            start = example["tile"] * size
+            axis.imshow(tiles[:, start : start + size], extent=(0, width, height, 0), interpolation="nearest")
+            for box in example["truth"]:
+                axis.add_patch(_rectangle(box, width, height, color="white", linestyle="--"))
+            surest = [box for box in example["found"] if box["score"] >= SHOWN]
+            for box in surest:
+                colour = COLOURS[1 + box["label"] % (len(COLOURS) - 1)]
+                axis.add_patch(_rectangle(box, width, height, color=colour, linestyle="-"))
+                x, y = box["box"][0] * width, box["box"][1] * height
+                axis.text(x, y, f"{names[box['label']]} {100 * box['score']:.0f}", fontsize=4.5, color=colour)
+            axis.set_xlim(0, width)
+            axis.set_ylim(height, 0)
+            axis.set_xticks([])
+            axis.set_yticks([])
+            axis.grid(False)
+        line[0].set_ylabel(row["label"])
+    legend = f"white: annotated, coloured: at least {SHOWN:.0%} sure"
+    figure.suptitle(f"{spec['title']} ({rows[0]['scale']}; {legend})", fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+def _rectangle(box: Mapping[str, Any], width: float, height: float, **style: Any) -> Any:
+    x, y, w, h = box["box"]
+    return plt.Rectangle((x * width, y * height), w * width, h * height, fill=False, linewidth=0.9, **style)
+
+
+def _tiles(results: Path, row: Mapping[str, Any]) -> np.ndarray:
+    """The pixels of a run's examples, square tiles side by side."""
+    path = results / row["records"][0] / "examples.png"
+    try:
+        return plt.imread(path)
+    except (OSError, SyntaxError) as error:
+        raise MasaError(f"{path} is missing or corrupt ({error}); evaluate the run again.") from error
+
+
 def _of_first_scale(spec: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [row for row in spec["rows"] if row["scale"] == spec["rows"][0]["scale"]]
 
 
 def _names(record: Mapping[str, Any]) -> list[str]:
     """Names of the classes for people."""
-    return [str(name) for name in record["titles"] or record["classes"]]
+    return [str(name) for name in record.get("titles") or record["classes"]]

@@ -8,6 +8,21 @@ from typing import Any
 
 from masa.report import metrics as m
 
+OF_KIND = {
+    "classification": "with one seed top-1 ± its standard error over images",
+    "detection": "mAP is COCO's, over IoU 0.5 to 0.95, in pixels of the original images",
+}
+"""Part of a metrics file -> what its cells mean."""
+
+
+def is_vision(record: Mapping[str, Any]) -> bool:
+    """Whether a metrics file is of a Vision Transformer or a detector."""
+    return _part(record) is not None
+
+
+def _part(record: Mapping[str, Any]) -> str | None:
+    return next((part for part in OF_KIND if part in record), None)
+
 
 def note(spec: Mapping[str, Any], results: Path) -> str:
     """Data, sizes and lengths of training of every scale, and what the cells mean.
@@ -17,18 +32,20 @@ def note(spec: Mapping[str, Any], results: Path) -> str:
         results: directory with ``evaluations/``.
     """
     first = {row["scale"]: (row, m.load(results, row["records"][0])) for row in reversed(spec["rows"])}
+    kind = OF_KIND[_part(first[spec["rows"][0]["scale"]][1]) or ""]
     parts = [
-        "Cells: mean ± sample standard deviation over seeds; with one seed top-1 ± its standard error over images. "
-        "In brackets the paper's (CIFAR-100 alone) and our difference. Attention reduction: 1 - stored / dense of "
-        "Q, K, V and O; S = L/3 saves 66.7 %, S = 4 of 24 layers 83.3 %, coefficients counted. All methods of one "
-        "scale see the same images in the same order with the same augmentation; the learning rate is vanilla's best."
+        f"Cells: mean ± sample standard deviation over seeds; {kind}. In brackets the paper's value, where it has one, "
+        "and our difference. Attention reduction: 1 - stored / dense of Q, K, V and O, coefficients counted; S = L/3 "
+        "saves 66.7 %, S = 4 of 24 layers 83.3 %. All methods of one scale see the same images in the same order with "
+        "the same augmentation; the learning rate is tuned on vanilla alone, if at all."
     ]
     for scale in dict.fromkeys(row["scale"] for row in spec["rows"]):
         row, record = first[scale]
-        scores, training = record["classification"], record["training"]
+        scores, training = record[_part(record)], record["training"]
         classes = len(record["classes"])
+        chance = f" (chance {100 / classes:.3g} %)" if "classification" in record else ""
         parts.append(
-            f"{scale}: {record['dataset']}, {classes} classes (chance {100 / classes:.3g} %), "
+            f"{scale}: {record['dataset']}, {classes} classes{chance}, "
             f"{scores['images']:,} {record['settings']['split']} images, {training['steps']:,} steps of "
             f"{training['images'] // training['steps']} images, {_seeds(row)}."
         )

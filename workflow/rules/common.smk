@@ -123,9 +123,9 @@ def data_of(run):
 
 def local_image_files(section, name):
     """Local files of a data set of vision."""
-    source = config[section][name]["source"]
+    source = config[section][name].get("source")
     try:
-        return local_files(f"{source}/**/*")
+        return local_files(source and f"{source}/**/*")
     except MasaError as error:
         raise WorkflowError(f"{section}.{name}: {error}") from None
 

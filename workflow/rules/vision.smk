@@ -1,4 +1,4 @@
-# Vision Transformers: images once for all runs of a data set; training is rule pretrain, as of language models.
+# Vision: images or boxes once for all runs of a data set; training is rule pretrain, as of language models.
 
 
 rule images:
@@ -18,6 +18,25 @@ rule images:
         "Images of {wildcards.name}"
     shell:
         "masa images --spec {params.spec:q} --out {params.out} --log {log}"
+
+
+rule boxes:
+    input:
+        lambda wildcards: local_image_files("boxes", wildcards.name),
+    output:
+        f"{DATA}/boxes/{{name}}/manifest.json",
+    log:
+        f"{LOGS}/boxes/{{name}}.log",
+    params:
+        spec=lambda wildcards: as_json(
+            cli.vision_data_spec(config, "boxes", wildcards.name)
+        ),
+        code=meaning("boxes"),
+        out=lambda wildcards, output: Path(output[0]).parent,
+    message:
+        "Boxes of {wildcards.name}"
+    shell:
+        "masa boxes --spec {params.spec:q} --out {params.out} --log {log}"
 
 
 rule evaluate_vision:
