@@ -15,6 +15,7 @@ VERBS = (
     "tokenizer",
     "tokenize",
     "images",
+    "boxes",
     "pretrain",
     "evaluate",
     "throughput",

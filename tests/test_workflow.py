@@ -71,7 +71,7 @@ def test_every_table_and_figure_is_there(project):
     ):
         assert {(tables / f"{name}.{s}").stat().st_size > 100 for s in ("csv", "md", "tex")} == {True}, name
     training = ("validation_loss", "quality_parameters", "effective_rank", "coefficient_maps")
-    vision = ("figure2", "vision_loss", "confusion", "per_class", "predictions")
+    vision = ("figure2", "vision_loss", "confusion", "per_class", "predictions", "detections")
     for name in (*training, *vision, "perplexity_reduction", "compression_ranks", "kl_drift"):
         assert (figures / f"{name}.png").stat().st_size > 5000
         assert (figures / f"{name}.pdf").stat().st_size > 2000
@@ -82,11 +82,14 @@ def test_every_table_and_figure_is_there(project):
     assert table["piqa_paper"].tolist() == [0.593, 0.6, 0.579, 0.589, 0.602]
     assert set(table["unavailable_tasks"]) == {"race"}
     runs = pd.read_csv(tables / "runs.csv")
-    assert len(runs) == 6 + 2
+    assert len(runs) == 6 + 2 + 2
     vision = pd.read_csv(tables / "vision.csv")
     assert vision["attn_cr_pct"].round(1).tolist() == [0.0, 66.6]  # 66.7 without the coefficients
     assert vision["images"].tolist() == [64, 64]
     assert vision["top1_pct"].between(0, 60).all()
+    detection = pd.read_csv(tables / "detection.csv")
+    assert detection["attn_cr_pct"].round(1).tolist() == [0.0, 66.6]
+    assert detection["map_pct"].between(0, 50).all()
     assert {"piqa/acc", "piqa/acc_norm"} <= set(runs.columns)
     throughput = pd.read_csv(tables / "throughput.csv")
     assert list(throughput["method"]) == ["vanilla", "masa-qkvo"]
@@ -123,15 +126,15 @@ def edit(path, old, new):
     [
         ("masa/trainer.py", "    torch.set_num_threads", "    # a comment\n    torch.set_num_threads", {}),
         ("masa/weight_sources.py", '"""Linear combinations of atoms', '"""Sums of atoms', {}),
-        ("masa/trainer.py", "p.ndim >= 2]", "p.ndim >= 1]", {"pretrain": 8}),
-        ("masa/pixels.py", ".float() / 255", ".float() / 256", {"pretrain": 2}),
+        ("masa/trainer.py", "p.ndim >= 2]", "p.ndim >= 1]", {"pretrain": 10}),
+        ("masa/pixels.py", ".float() / 255", ".float() / 256", {"pretrain": 4}),
         ("masa/classification.py", "TOP = 5", "TOP = 3", {"evaluate_vision": 2}),
-        ("masa/report/tables.py", 'NA = "n/a"', 'NA = "missing"', {"table": 10}),
-        ("masa/report/style.py", '"font.size": 8', '"font.size": 9', {"figure": 12}),
+        ("masa/report/tables.py", 'NA = "n/a"', 'NA = "missing"', {"table": 11}),
+        ("masa/report/style.py", '"font.size": 8', '"font.size": 9', {"figure": 13}),
         ("config/experiments.yaml", "coefficients: mlp", "coefficients: mlp, embedding_dim: 32", {"pretrain": 1}),
-        ("config/experiments.yaml", "label: Vanilla", "label: Dense", {"table": 5, "figure": 7}),
+        ("config/experiments.yaml", "label: Vanilla", "label: Dense", {"table": 6, "figure": 8}),
         ("config/smoke.yaml", "steps: 4", "steps: 5", {"pretrain": 2}),
-        ("config/smoke.yaml", "examples: 4", "examples: 5", {"evaluate_vision": 2}),
+        ("config/smoke.yaml", "examples: 4", "examples: 5", {"evaluate_vision": 4}),
         ("config/smoke.yaml", "limit: 2", "limit: 3", {"evaluate": 6}),
         ("masa/compression/matrix_pca.py", "EPS * values[0]]", "2 * EPS * values[0]]", {"compress": 2}),
         ("masa/compression/calibration.py", "x.T @ x", "(x.T @ x)", {}),
@@ -194,11 +197,12 @@ def test_paper_configuration_passes_a_dry_run():
     assert result.returncode == 0, result.stderr[-3000:]
     found = jobs(result)
     vision = 9 * 6 * 3 + 3 * 3  # nine sizes, six methods, three seeds; S = 4 beside S = L/3 at the deep ones
-    assert found["pretrain"] == 35 + vision
-    assert found["evaluate_vision"] == vision
+    assert found["pretrain"] == 35 + vision + 4 * 3
+    assert found["evaluate_vision"] == vision + 4 * 3
     assert found["images"] == 3
+    assert found["boxes"] == 1
     assert found["tokenize"] == 4
-    assert found["table"] == 11
+    assert found["table"] == 12
     assert found["pretrained"] == 3
     assert found["calibrate"] == 3 + 1
     assert found["compress"] == 3 * 14 + 6
