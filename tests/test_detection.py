@@ -348,6 +348,8 @@ def test_a_run_stopped_by_a_signal_goes_on_to_the_same_bits(drawn, tmp_path):
         ({"num_detection_token": 3}, {}, "Did you mean 'num_detection_tokens'"),
         ({"use_mid_position_embeddings": "no"}, {}, "is true or false"),
         ({"hidden_dropout_prob": 1}, {}, "hidden_dropout_prob = 1 must be"),
+        ({"initializer_range": 0}, {}, "initializer_range = 0 must be more than 0"),
+        ({"initializer_range": "x"}, {}, "initializer_range must be a number"),
         ({}, {"epochs": 1}, "either epochs or steps"),
         ({}, {"learning_rat": 1}, "Did you mean 'learning_rate'"),
         ({}, {"mixup": {}}, "key 'mixup' does not exist"),
