@@ -95,7 +95,7 @@ RECIPE: dict[str, Any] = {k: v for k, v in vit.RECIPE.items() if k not in WITHOU
 al. 2021) has others, these: no warmup, ``--weight_decay 1e-4``, ``--clip_max_norm 0.1``, images mirrored with
 probability 1/2. Its learning rate, 1e-4, fine-tunes a classifier: one that trains from scratch must be given.
 
-The paper says nothing of its detector's training.
+How the paper's detector was trained is not known here.
 """
 
 
