@@ -63,6 +63,7 @@ def prepare(spec: Mapping[str, Any], cache: Path, mirror: str | None, out: Path)
     mean, std = writers["train"].statistics()
     manifest = {
         "dataset": spec["name"],
+        "source": spec.get("source", f"drawn from seed {spec.get('seed')}"),
         "spec": spec,
         "files": dict(raw.files),
         "image_size": spec["image_size"],

@@ -346,9 +346,9 @@ _VAL = {"train": "train", "test": "val"}
 def read_parquet(root: Path, empty: str) -> Raw:
     """Parquet files of the hub's ``detection-datasets/coco``: encoded images and ``objects`` with bbox, category, area.
 
-    Its boxes are corners (x1, y1, x2, y2), not COCO's (x, y, width, height); a copy with the latter fails the check of
-    its first box that is nearer to the origin than it is wide. It has no crowd flag, and not the images without boxes
-    (4,952 of val2017's 5,000): its scores are no official ones.
+    Its boxes are corners (x1, y1, x2, y2), not COCO's (x, y, width, height): image 9 begins with 1.08, 187.69, 612.67,
+    473.53. A copy with the latter stops at the first box that is further to the right than wide, and so negative as
+    corners. It has no crowd flag: its scores are no official ones.
     """
     found = {split: images._files_of(root, name) for split, name in _VAL.items()}
     for split, paths in found.items():

@@ -1,7 +1,7 @@
-"""Draw a data set of boxes: rectangles, ellipses and triangles on noise, written in COCO's own layout.
+"""Draw a data set of boxes: bright rectangles, ellipses and triangles on dark noise, written in COCO's own layout.
 
-It exists to try the detector where COCO is not at hand. Images differ in size and some in nothing but their seed; later
-shapes may hide parts of earlier ones, and boxes are those of the whole shapes.
+It exists to try the detector where COCO is not at hand. Images differ in size; later shapes may hide parts of earlier
+ones, and boxes are those of the whole shapes.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def draw(
 ) -> tuple[np.ndarray, list[tuple[int, list[float], float]]]:
     """One image (H, W, 3) uint8, and label, (x, y, width, height) and area in pixels of each shape."""
     height, width = generator.integers(image_size * 3 // 4, image_size * 5 // 4 + 1, 2)
-    background = generator.integers(0, 256, 3)
+    background = generator.integers(0, 96, 3)
     noise = generator.normal(0, 12, (height, width, 3))
     pixels = np.clip(background + noise, 0, 255).astype(np.uint8)
     objects: list[tuple[int, list[float], float]] = []
@@ -82,10 +82,7 @@ def draw(
                 break
         else:
             continue
-        color = generator.integers(0, 256, 3)
-        while np.abs(color - background).max() < 80:  # a shape must be seen
-            color = generator.integers(0, 256, 3)
-        pixels[y : y + h, x : x + w][mask] = color
+        pixels[y : y + h, x : x + w][mask] = generator.integers(128, 256, 3)
         objects.append((label, box, float(mask.sum())))
     return pixels, objects
 

@@ -18,8 +18,11 @@ OPTIONAL = {
     "use_mid_position_embeddings": False,
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
+    "initializer_range": 0.02,
 }
-"""Further keys and their defaults, by transformers' own names. YOLOS-Ti has no position embeddings between layers."""
+"""Further keys and their defaults, by transformers' own names. YOLOS-Ti has no position embeddings between layers;
+``initializer_range``, the standard deviation of new matrices, suits widths of hundreds: a model of width 48 learned
+drawn shapes faster with 0.12."""
 
 
 def resolve(model: Mapping[str, Any]) -> dict[str, Any]:
@@ -52,6 +55,10 @@ def resolve(model: Mapping[str, Any]) -> dict[str, Any]:
         raise MasaError(
             f"model.use_mid_position_embeddings is true or false, got {full['use_mid_position_embeddings']!r}."
         )
+    if isinstance(full["initializer_range"], bool) or not isinstance(full["initializer_range"], int | float):
+        raise MasaError(f"model.initializer_range must be a number, got {full['initializer_range']!r}.")
+    if not 0 < full["initializer_range"] <= 1:
+        raise MasaError(f"model.initializer_range = {full['initializer_range']} must be more than 0 and at most 1.")
     for key in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
         if isinstance(full[key], bool) or not isinstance(full[key], int | float) or not 0 <= full[key] < 1:
             raise MasaError(f"model.{key} = {full[key]!r} must be at least 0 and less than 1.")
@@ -81,7 +88,7 @@ RECIPE: dict[str, Any] = {k: v for k, v in vit.RECIPE.items() if k not in WITHOU
 al. 2021) has others, these: no warmup, ``--weight_decay 1e-4``, ``--clip_max_norm 0.1``, images mirrored with
 probability 1/2. Its learning rate, 1e-4, fine-tunes a classifier: one that trains from scratch must be given.
 
-The paper says nothing of its detector's training.
+How the paper's detector was trained is not known here.
 """
 
 
