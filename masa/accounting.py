@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from masa import detector, kinds, models, run, vision, yolos
+from masa import kinds, models, run
 from masa.sharing import count_parameters
+from masa.vision import detector, timm_vit, yolos
 
 
 def build(spec: Mapping[str, Any]) -> nn.Module:
     """The model of a resolved run, of any kind."""
     if kinds.of(spec) is kinds.LANGUAGE:
         return models.build(spec["model"], spec["sharing"], spec["training"]["context"])
-    family = detector if spec["model"]["family"] == yolos.FAMILY else vision
+    family = detector if spec["model"]["family"] == yolos.FAMILY else timm_vit
     return family.build(spec["model"], spec["sharing"])
 
 

@@ -42,8 +42,8 @@ def save(model: nn.Module, directory: str | Path) -> Path:
     """
     if not hasattr(getattr(model, "config", None), "save_pretrained"):
         raise MasaError(
-            f"{type(model).__name__} has no Hugging Face config. Build timm models with masa.vision.build, or store "
-            "masa.fold(model).state_dict()."
+            f"{type(model).__name__} has no Hugging Face config. Build timm models with masa.vision.timm_vit.build, or "
+            "store masa.fold(model).state_dict()."
         )
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)

@@ -396,7 +396,7 @@ def _prepare_vision(given: argparse.Namespace, section: str) -> None:
     if given.source:
         spec["data"]["source"] = given.source
         spec["mirror"] = config.mirror(config.load(given.configfile))
-    module = import_module(f"masa.{section}")
+    module = import_module(f"masa.vision.{section}")
     module.prepare(spec["data"], Path(spec["cache"]), spec["mirror"], Path(given.out))
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from masa import box_spec, image_sets, vit, yolos
 from masa.errors import MasaError, unknown
+from masa.vision import box_spec, image_sets, vit, yolos
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,20 @@ class Kind:
 LANGUAGE = Kind("a language model", "tokens", "training", "evaluation")
 VISION = {
     vit.FAMILY: Kind(
-        "a Vision Transformer", "images", "image_training", "image_evaluation", vit.resolve_run, image_sets.check
+        "a Vision Transformer",
+        "images",
+        "vision.image_training",
+        "vision.image_evaluation",
+        vit.resolve_run,
+        image_sets.check,
     ),
     yolos.FAMILY: Kind(
-        "a detector", "boxes", "detection_training", "detection_evaluation", yolos.resolve_run, box_spec.check
+        "a detector",
+        "boxes",
+        "vision.detection_training",
+        "vision.detection_evaluation",
+        yolos.resolve_run,
+        box_spec.check,
     ),
 }
 """``model.family`` of a run spec -> kind; a language model's spec has no family. A new kind is one entry."""

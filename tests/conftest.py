@@ -82,7 +82,7 @@ def cache():
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
     """The image directory of scikit-learn's digits: 8 x 8, one channel, ten classes."""
-    from masa import images
+    from masa.vision import images
 
     folder = tmp_path_factory.mktemp("images") / "digits"
     images.prepare({"name": "digits"}, folder.parent / "cache", None, folder)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from masa import MasaError, box_spec, boxed_images, boxes, coco, pixels, shapes, sources
+from masa import MasaError, sources
+from masa.vision import box_spec, boxed_images, boxes, coco, pixels, shapes
 
 SHAPES = {"name": "shapes", "image_size": 32, "count": 60, "test_count": 12, "max_boxes": 3, "validation_fraction": 0.2}
 
@@ -447,7 +448,7 @@ def test_specs_need_neither_numpy_nor_torch():
     import sys
 
     code = (
-        "import sys; from masa import box_spec, yolos;"
+        "import sys; from masa.vision import box_spec, yolos;"
         f"box_spec.resolve({SHAPES!r});"
         "assert not {'torch', 'transformers', 'datasets', 'pandas', 'numpy'} & set(sys.modules)"
     )

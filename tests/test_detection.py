@@ -13,9 +13,10 @@ from conftest import ROOT
 from PIL import Image
 
 import masa
-from masa import boxed_images, boxes, detection, detection_evaluation, detection_training, detector, run, trainer, yolos
-from masa.detection import Detections, detect
+from masa import run, trainer
 from masa.projections import SharedLinear, blocks, decoder, family_of
+from masa.vision import boxed_images, boxes, detection_evaluation, detection_training, detections, detector, yolos
+from masa.vision.detections import Detections, detect
 
 MODEL = {
     "family": "yolos",
@@ -315,7 +316,8 @@ def test_a_run_stopped_by_a_signal_goes_on_to_the_same_bits(drawn, tmp_path):
     spec = spec_of(steps=60, model={"hidden_dropout_prob": 0.1}, micro_batch_size=4)
     whole = detection_training.pretrain(spec, drawn, tmp_path / "whole")
     code = (
-        "import json, sys; from pathlib import Path; from masa import detection_training, trainer\n"
+        "import json, sys; from pathlib import Path\n"
+        "from masa import trainer; from masa.vision import detection_training\n"
         "try: detection_training.pretrain(json.loads(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))\n"
         "except trainer.Interrupted as error: sys.exit(str(error))"
     )
@@ -373,8 +375,6 @@ def test_bad_sharing_and_missing_keys(drawn, tmp_path):
             yolos.resolve_run(spec_of() | change)
     with pytest.raises(masa.MasaError, match="A run spec needs 'seed'"):
         yolos.resolve_run({k: v for k, v in spec_of().items() if k != "seed"})
-    assert yolos.is_detector(spec_of())
-    assert not yolos.is_detector({"model": {"family": "vit"}})
 
 
 def test_exploding_loss_stops_and_names_the_step(drawn, tmp_path):
@@ -452,7 +452,7 @@ def test_mean_average_precision_by_hand(drawn):
     labels = torch.where(torch.from_numpy(generator.random(shape) < 0.2), (found.labels + 1) % 3, found.labels)
     found = Detections(split, moved, confidence, labels, 0.0)
     scores = found.scores_of(3)
-    table = np.array([[average_precision(found, split, c, t) for t in detection.THRESHOLDS] for c in range(3)])
+    table = np.array([[average_precision(found, split, c, t) for t in detections.THRESHOLDS] for c in range(3)])
     assert 0.05 < table.mean() < 0.8
     assert scores["map"] == pytest.approx(table.mean(), abs=1e-6)
     assert scores["map_50"] == pytest.approx(table[:, 0].mean(), abs=1e-6)

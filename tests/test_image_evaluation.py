@@ -9,8 +9,9 @@ from PIL import Image
 from test_image_training import spec_of
 
 import masa
-from masa import cli, image_evaluation, image_training, pixels, run
-from masa.classification import Predictions, predict
+from masa import cli, run
+from masa.vision import image_evaluation, image_training, pixels
+from masa.vision.classification import Predictions, predict
 
 
 def test_scores_by_hand():

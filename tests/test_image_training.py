@@ -13,8 +13,9 @@ from conftest import ROOT
 from test_vision import SIZES
 
 import masa
-from masa import image_training, pixels, run, trainer, vision, vit
-from masa.classification import predict
+from masa import run, trainer
+from masa.vision import image_training, pixels, timm_vit, vit
+from masa.vision.classification import predict
 
 MODEL = SIZES | {"hidden_size": 32, "intermediate_size": 32}
 
@@ -101,7 +102,7 @@ def test_gradient_accumulation_is_the_same_step(digits, tmp_path):
 
 
 def test_the_loss_is_smoothed_cross_entropy(digits):
-    model = vision.build(MODEL, {"method": "vanilla"})
+    model = timm_vit.build(MODEL, {"method": "vanilla"})
     x, y = next(pixels.ImageSplit(digits, "train").batches(6))
     trained = image_training.ImageTrainer.__new__(image_training.ImageTrainer)
     trained.label_smoothing = 0.2
@@ -114,7 +115,7 @@ def test_the_loss_is_smoothed_cross_entropy(digits):
 
 
 def test_who_decays():
-    model = vision.build(MODEL, {"method": "masa", "coefficients": "mlp"})
+    model = timm_vit.build(MODEL, {"method": "masa", "coefficients": "mlp"})
     decay, plain, coefficients = trainer.parameter_groups(model, vit.recipe(spec_of()["training"]))
     names = {id(p): n for n, p in model.named_parameters()}
     of = [{names[id(p)] for p in group["params"]} for group in (decay, plain, coefficients)]

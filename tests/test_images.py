@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from masa import MasaError, images, pixels, sources
+from masa import MasaError, sources
+from masa.vision import images, pixels
 
 NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 

@@ -108,7 +108,10 @@ BREAK = {
     "unknown only": (lambda c: c["experiments"]["masa-qkvo-s4"].update(only=["cifar10-depe"]), "mean 'cifar10-deep'"),
     "unknown judge": (lambda c: c["tables"]["vision"].update(judged="top1"), "Did you mean 'top1_pct'"),
     "unknown boxes": (lambda c: c["boxes"]["shapes"].update(dataset="shape"), "Did you mean 'shapes'"),
-    "size of boxes": (lambda c: c["boxes"]["shapes"].update(image_size=32), "image_size = 64, but boxes of shapes have 32"),
+    "size of boxes": (
+        lambda c: c["boxes"]["shapes"].update(image_size=64),
+        "image_size = 32, but boxes of shapes have 64",
+    ),
     "no vanilla": (lambda c: c["throughput"].update(methods=["gqa"]), "must begin with vanilla"),
 }
 

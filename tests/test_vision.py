@@ -10,8 +10,9 @@ import torch
 from conftest import ROOT
 
 import masa
-from masa import analysis, checkpoint, kinds, vision, vit
+from masa import analysis, checkpoint, kinds
 from masa.projections import FusedLinear, SharedLinear, blocks, decoder, family_of
+from masa.vision import timm_vit, vit
 
 SIZES = {
     "family": "vit",
@@ -51,7 +52,7 @@ def plain_vit(**more):
 
 
 def wrapped(spec="masa", **more):
-    return vision.build(SIZES | more, masa.SharingSpec.coerce(spec).to_dict(), classes=list("abcdefghij"))
+    return timm_vit.build(SIZES | more, masa.SharingSpec.coerce(spec).to_dict(), classes=list("abcdefghij"))
 
 
 @pytest.fixture
@@ -130,9 +131,9 @@ def test_the_papers_sizes_and_reductions(width, layers, heads, dense, shared, re
     sizes = {"image_size": 32, "patch_size": 4, "channels": 3, "num_classes": 100}
     sizes |= {"num_layers": layers, "hidden_size": width, "num_attention_heads": heads, "intermediate_size": width}
     with torch.device("meta"):
-        vanilla = masa.count_parameters(vision.build(sizes, {"method": "vanilla"}))
-        ours = masa.count_parameters(vision.build(sizes, {"method": "masa", "atoms": 4}))
-        qkv = masa.count_parameters(vision.build(sizes, {"method": "masa", "projections": "qkv", "atoms": 4}))
+        vanilla = masa.count_parameters(timm_vit.build(sizes, {"method": "vanilla"}))
+        ours = masa.count_parameters(timm_vit.build(sizes, {"method": "masa", "atoms": 4}))
+        qkv = masa.count_parameters(timm_vit.build(sizes, {"method": "masa", "projections": "qkv", "atoms": 4}))
     assert vanilla.total / 1e6 == pytest.approx(dense, abs=6e-4)
     assert ours.total / 1e6 == pytest.approx(shared, abs=6e-4)
     assert vanilla.attention == ours.attention_dense == layers * 4 * width**2
@@ -143,7 +144,7 @@ def test_the_papers_sizes_and_reductions(width, layers, heads, dense, shared, re
 
 
 def test_torch_free_shape_is_the_models():
-    model = vision.build(SIZES, {"method": "vanilla"})
+    model = timm_vit.build(SIZES, {"method": "vanilla"})
     from masa.projections import model_shape
 
     assert model_shape(model, family_of(model)) == vit.shape(SIZES)
@@ -165,7 +166,7 @@ def test_plain_folder_is_read_by_timm_and_by_transformers(images, tmp_path):
     from transformers import AutoModelForImageClassification
 
     model = wrapped("masa").eval()
-    vision.save_plain(model, tmp_path)
+    timm_vit.save_plain(model, tmp_path)
     by_timm = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     by_hf = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
     with torch.no_grad():

@@ -127,8 +127,8 @@ def edit(path, old, new):
         ("masa/trainer.py", "    torch.set_num_threads", "    # a comment\n    torch.set_num_threads", {}),
         ("masa/weight_sources.py", '"""Linear combinations of atoms', '"""Sums of atoms', {}),
         ("masa/trainer.py", "p.ndim >= 2]", "p.ndim >= 1]", {"pretrain": 10}),
-        ("masa/pixels.py", ".float() / 255", ".float() / 256", {"pretrain": 4}),
-        ("masa/classification.py", "TOP = 5", "TOP = 3", {"evaluate_vision": 2}),
+        ("masa/vision/pixels.py", ".float() / 255", ".float() / 256", {"pretrain": 4}),
+        ("masa/vision/classification.py", "TOP = 5", "TOP = 3", {"evaluate_vision": 2}),
         ("masa/report/tables.py", 'NA = "n/a"', 'NA = "missing"', {"table": 11}),
         ("masa/report/style.py", '"font.size": 8', '"font.size": 9', {"figure": 13}),
         ("config/experiments.yaml", "coefficients: mlp", "coefficients: mlp, embedding_dim: 32", {"pretrain": 1}),
@@ -197,12 +197,11 @@ def test_paper_configuration_passes_a_dry_run():
     assert result.returncode == 0, result.stderr[-3000:]
     found = jobs(result)
     vision = 9 * 6 * 3 + 3 * 3  # nine sizes, six methods, three seeds; S = 4 beside S = L/3 at the deep ones
-    assert found["pretrain"] == 35 + vision + 4 * 3
-    assert found["evaluate_vision"] == vision + 4 * 3
+    assert found["pretrain"] == 35 + vision
+    assert found["evaluate_vision"] == vision
     assert found["images"] == 3
-    assert found["boxes"] == 1
     assert found["tokenize"] == 4
-    assert found["table"] == 12
+    assert found["table"] == 11
     assert found["pretrained"] == 3
     assert found["calibrate"] == 3 + 1
     assert found["compress"] == 3 * 14 + 6

@@ -12,7 +12,7 @@ rule images:
         spec=lambda wildcards: as_json(
             cli.vision_data_spec(config, "images", wildcards.name)
         ),
-        code=meaning("images"),
+        code=meaning("vision.images"),
         out=lambda wildcards, output: Path(output[0]).parent,
     message:
         "Images of {wildcards.name}"
@@ -31,7 +31,7 @@ rule boxes:
         spec=lambda wildcards: as_json(
             cli.vision_data_spec(config, "boxes", wildcards.name)
         ),
-        code=meaning("boxes"),
+        code=meaning("vision.boxes"),
         out=lambda wildcards, output: Path(output[0]).parent,
     message:
         "Boxes of {wildcards.name}"

@@ -1,4 +1,4 @@
-"""Read box directories (made by :mod:`masa.boxes`): splits as arrays, and the mirrored stream of a training run."""
+"""Read box directories (of :mod:`masa.vision.boxes`): splits as arrays, and the mirrored stream of a training run."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from masa import pixels
-from masa.boxes import IMAGE
-from masa.coco import BOX
 from masa.errors import MasaError, unknown
-from masa.pixels import TrainingImages, normalise
 from masa.run import read_json
+from masa.vision import pixels
+from masa.vision.boxes import IMAGE
+from masa.vision.coco import BOX
+from masa.vision.pixels import TrainingImages, normalise
 
 Target = dict[str, Tensor]
 """``class_labels`` (n,) int64; ``boxes`` (n, 4) float32: (centre x, centre y, width, height) as parts of the image."""
@@ -26,7 +26,7 @@ class BoxSplit:
 
     Attributes:
         images: (N, S, S, 3) uint8, memory-mapped.
-        records: (N,) of :data:`masa.boxes.IMAGE`.
+        records: (N,) of :data:`masa.vision.boxes.IMAGE`.
 
     Raises:
         MasaError: a file is missing or has the wrong size.
@@ -48,7 +48,7 @@ class BoxSplit:
         return len(self.records)
 
     def boxes(self, index: int) -> np.ndarray:
-        """All boxes of an image, crowds included: (n,) of :data:`masa.coco.BOX`."""
+        """All boxes of an image, crowds included: (n,) of :data:`masa.vision.coco.BOX`."""
         return np.array(self._boxes[self._first[index] : self._first[index + 1]])
 
     def size(self, index: int) -> np.ndarray:
@@ -85,7 +85,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     splits = manifest.get("splits") if isinstance(manifest, dict) else None
     if not isinstance(splits, dict) or not all(isinstance(s, dict) and "most_boxes" in s for s in splits.values()):
         raise MasaError(
-            f"{directory / 'manifest.json'} is not one of images with boxes; make it with masa.boxes.prepare."
+            f"{directory / 'manifest.json'} is not one of images with boxes; make it with masa.vision.boxes.prepare."
         )
     return manifest
 
@@ -112,7 +112,7 @@ def _open(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
     if actual != expected:
         raise MasaError(
             f"{path} {'is missing' if actual < 0 else f'has {actual} bytes'}, expected {expected}; make the boxes anew "
-            "with masa.boxes.prepare."
+            "with masa.vision.boxes.prepare."
         )
     return np.memmap(path, dtype=dtype, mode="r", shape=shape) if expected else np.empty(shape, dtype)
 
@@ -120,7 +120,7 @@ def _open(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
 class TrainingBoxes(TrainingImages):
     """The ``steps x batch_size`` images of a run, every epoch in a new order, half of them mirrored.
 
-    Item i depends on the seed and i alone, as in :class:`masa.pixels.TrainingImages`.
+    Item i depends on the seed and i alone, as in :class:`masa.vision.pixels.TrainingImages`.
 
     Args:
         split: the training images.

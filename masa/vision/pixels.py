@@ -1,4 +1,4 @@
-"""Read image directories (made by :mod:`masa.images`): splits as arrays, and the augmented stream of a training run."""
+"""Read image directories (of :mod:`masa.vision.images`): splits as arrays, and the augmented stream of a run."""
 
 from __future__ import annotations
 

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from masa.boxed_images import BoxSplit
-from masa.detector import Criterion
+from masa.vision.boxed_images import BoxSplit
+from masa.vision.detector import Criterion
 
 BATCH = 64
 THRESHOLDS = np.linspace(0.5, 0.95, 10).tolist()

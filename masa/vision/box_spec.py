@@ -23,7 +23,7 @@ class BoxDataset:
     Attributes:
         keys: keys of its own and their defaults.
         num_classes: how many there must be, or None where the annotations say.
-        generated: whether it is drawn by :mod:`masa.shapes`; any other is read from ``source``.
+        generated: whether it is drawn by :mod:`masa.vision.shapes`; any other is read from ``source``.
     """
 
     keys: Mapping[str, Any] = field(default_factory=dict)

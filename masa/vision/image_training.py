@@ -12,18 +12,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
-from masa import run, trainer, vision, vit
-from masa.classification import predict
+from masa import run, trainer
 from masa.fingerprint import fingerprint
-from masa.pixels import Collate, ImageSplit, TrainingImages, check_fits, read_manifest
+from masa.vision import timm_vit, vit
+from masa.vision.classification import predict
+from masa.vision.pixels import Collate, ImageSplit, TrainingImages, check_fits, read_manifest
 
 
 def pretrain(spec: Mapping[str, Any], images: Path, out: Path) -> dict[str, Any]:
     """Train one Vision Transformer, or go on with a run that was interrupted.
 
     Args:
-        spec: see :func:`masa.vit.resolve_run`.
-        images: image directory (:func:`masa.images.prepare`).
+        spec: see :func:`masa.vision.vit.resolve_run`.
+        images: image directory (:func:`masa.vision.images.prepare`).
         out: run directory.
 
     Returns:
@@ -51,7 +52,7 @@ def pretrain(spec: Mapping[str, Any], images: Path, out: Path) -> dict[str, Any]
 
     data = {s: [manifest["splits"][s][k] for k in ("sha256", "labels_sha256")] for s in ("train", "validation")}
     task = trainer.Task(
-        build=lambda: vision.build(
+        build=lambda: timm_vit.build(
             spec["model"], spec["sharing"], manifest["classes"], manifest["mean"], manifest["std"]
         ),
         data=TrainingImages(training, recipe["steps"] * recipe["batch_size"], seed, recipe["augmentation"]),
@@ -59,10 +60,10 @@ def pretrain(spec: Mapping[str, Any], images: Path, out: Path) -> dict[str, Any]
         unit="images",
         units_per_step=recipe["batch_size"],
         inputs={"images": run.digest(data)},
-        identity=run.digest([spec, data, fingerprint("masa.image_training")]),
+        identity=run.digest([spec, data, fingerprint("masa.vision.image_training")]),
         trainer=partial(ImageTrainer, recipe["label_smoothing"]),
         collate=Collate(seed, spec["model"]["num_classes"], recipe["mixup"]),
-        packages=vision.PACKAGES,
+        packages=timm_vit.PACKAGES,
         callbacks=[average] if average is not None else [],
         final=final,
     )

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from masa.box_spec import SHAPES
-from masa.coco import SPLITS
+from masa.vision.box_spec import SHAPES
+from masa.vision.coco import SPLITS
 
 IDS = (2, 5, 9)
 """Category ids, with gaps as COCO's."""

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from masa import analysis, run, vision
-from masa.classification import Predictions, predict
+from masa import analysis, run
 from masa.errors import MasaError, unknown
-from masa.pixels import ImageSplit, check_fits, read_manifest
 from masa.sources import whole_file
+from masa.vision import timm_vit
+from masa.vision.classification import Predictions, predict
+from masa.vision.pixels import ImageSplit, check_fits, read_manifest
 
 SETTINGS: dict[str, Any] = {"split": "test", "limit": None, "batch_size": 256, "examples": 16}
 """Defaults: which split is scored, how many of its images (None: all), and how many examples are drawn."""
@@ -23,12 +24,12 @@ SETTINGS: dict[str, Any] = {"split": "test", "limit": None, "batch_size": 256, "
 def evaluate(run_dir: Path, images: Path, settings: Mapping[str, Any], out: Path) -> dict[str, Any]:
     """Write ``metrics.json``, ``weights.json`` and ``examples.png`` into ``out``.
 
-    ``metrics.json`` holds parameters, training and ``classification`` (:meth:`masa.classification.Predictions.scores`),
+    ``metrics.json`` holds parameters, training and ``classification`` (:meth:`.classification.Predictions.scores`),
     the names of the classes and ``examples``, whose images stand side by side in ``examples.png``: half are the first
     of the split, half the mistakes that the model was surest of. A report draws all of it without loading a model.
 
     Args:
-        run_dir: a finished run (:func:`masa.image_training.pretrain`).
+        run_dir: a finished run (:func:`masa.vision.image_training.pretrain`).
         images: what it was trained on.
         settings: any of :data:`SETTINGS`.
 
@@ -61,7 +62,7 @@ def evaluate(run_dir: Path, images: Path, settings: Mapping[str, Any], out: Path
         "examples": [_describe(found, i, tile) for tile, i in enumerate(chosen)],
         "settings": settings,
         "data": {k: data["splits"][settings["split"]][k] for k in ("sha256", "labels_sha256")},
-        "provenance": run.provenance({"run": record["identity"]}, vision.PACKAGES),
+        "provenance": run.provenance({"run": record["identity"]}, timm_vit.PACKAGES),
     }
     run.write_json(out / "metrics.json", metrics)
     return metrics

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from masa import yolos
-from masa.boxed_images import Target
 from masa.errors import MasaError
 from masa.sharing import fold, share
+from masa.vision import yolos
+from masa.vision.boxed_images import Target
 
 PACKAGES = ("torchvision", "torchmetrics", "pycocotools", "pillow", "scipy")
 """What a result depends on beside the packages of all runs."""
@@ -34,7 +34,7 @@ def build(model: Mapping[str, Any], sharing: Mapping[str, Any], classes: Sequenc
     """A newly initialised YOLOS whose encoder shares weights as ``sharing`` says.
 
     Args:
-        model: see :mod:`masa.yolos`.
+        model: see :mod:`masa.vision.yolos`.
         sharing: fields of :class:`masa.SharingSpec`.
         classes: names of the classes, stored with the model; by default their numbers.
 

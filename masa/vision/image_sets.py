@@ -1,6 +1,6 @@
 """Image data sets that masa knows: where they come from and what every image of them is. Needs neither torch nor NumPy.
 
-A new data set is one entry of :data:`DATASETS`; :mod:`masa.images` reads it.
+A new data set is one entry of :data:`DATASETS`; :mod:`masa.vision.images` reads it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class ImageDataset:
 
     Attributes:
         source: default source (see :mod:`masa.sources`).
-        reader: key of :data:`masa.images.READERS`.
+        reader: key of :data:`masa.vision.images.READERS`.
         image_size, channels, num_classes: what every image must be.
         image, label: columns (parquet).
         test: name of the split that is scored, or None where images are held out for it. Tiny ImageNet's own test

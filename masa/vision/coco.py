@@ -16,8 +16,9 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from masa import images, sources
+from masa import sources
 from masa.errors import MasaError, unknown
+from masa.vision import images
 
 BOX = np.dtype([("label", "<i4"), ("crowd", "u1"), ("xywh", "<f8", 4), ("area", "<f8")])
 """A box: class number, whether it is a crowd, (x, y, width, height) and the object's area in the image's own pixels."""
@@ -69,7 +70,7 @@ def read(source: sources.Source, mirror: str | None, empty: str) -> Raw:
     """Open a data set; its annotations are checked at once, its images when they are read.
 
     Args:
-        empty: "error" or "drop", see :data:`masa.box_spec.EMPTY`.
+        empty: "error" or "drop", see :data:`masa.vision.box_spec.EMPTY`.
 
     Raises:
         MasaError: a source that cannot be had, a file that is missing or corrupt, or an annotation that cannot be;
@@ -350,7 +351,7 @@ def read_parquet(root: Path, empty: str) -> Raw:
     473.53. A copy with the latter stops at the first box that is further to the right than wide, and so negative as
     corners. It has no crowd flag: its scores are no official ones.
     """
-    found = {split: images._files_of(root, name) for split, name in _VAL.items()}
+    found = {split: images.parquet_files(root, name) for split, name in _VAL.items()}
     for split, paths in found.items():
         if not paths:
             raise MasaError(
@@ -361,7 +362,7 @@ def read_parquet(root: Path, empty: str) -> Raw:
     raw = Raw(
         classes,
         {},
-        {split: sum(map(images._count, paths)) for split, paths in found.items()},
+        {split: sum(map(images.count_rows, paths)) for split, paths in found.items()},
         {str(p.relative_to(root)): sources.sha256_of(p) for paths in found.values() for p in paths},
     )
     raw.splits = {split: _rows(paths, len(classes), empty, raw) for split, paths in found.items()}
@@ -372,7 +373,7 @@ def _classes(path: Path) -> list[str]:
     """Class names, out of the schema that ``datasets`` stores."""
     from datasets import Features
 
-    with images._open(path) as file:
+    with images.open_parquet(path) as file:
         schema = file.schema_arrow
     for column in COLUMNS:
         if column not in schema.names:
@@ -394,7 +395,7 @@ def _rows(paths: list[Path], classes: int, empty: str, raw: Raw) -> Iterator[Sce
     for path in paths:
         row = 0
         try:
-            with images._open(path) as file:
+            with images.open_parquet(path) as file:
                 for batch in file.iter_batches(batch_size=64, columns=list(COLUMNS)):
                     for record in batch.to_pylist():
                         row += 1

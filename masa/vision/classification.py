@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from masa.pixels import ImageSplit
+from masa.vision.pixels import ImageSplit
 
 BATCH = 256
 TOP = 5

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from masa import analysis, detector, run
-from masa.boxed_images import BoxSplit, check_fits, read_manifest
-from masa.detection import Detections, detect
-from masa.detection_training import CHECKSUMS
+from masa import analysis, run
 from masa.errors import MasaError, unknown
 from masa.sources import whole_file
+from masa.vision import detector
+from masa.vision.boxed_images import BoxSplit, check_fits, read_manifest
+from masa.vision.detection_training import CHECKSUMS
+from masa.vision.detections import Detections, detect
 
 SETTINGS: dict[str, Any] = {"split": "test", "limit": None, "batch_size": 64, "examples": 8, "boxes": 10}
 """Defaults: which split is scored, how many of its images (None: all), how many examples are drawn, and how many of
@@ -24,13 +25,13 @@ their boxes are kept."""
 def evaluate(run_dir: Path, boxes: Path, settings: Mapping[str, Any], out: Path) -> dict[str, Any]:
     """Write ``metrics.json``, ``weights.json`` and ``examples.png`` into ``out``.
 
-    ``metrics.json`` holds parameters, training and ``detection`` (:meth:`masa.detection.Detections.scores_of`), the
+    ``metrics.json`` holds parameters, training and ``detection`` (:meth:`.detections.Detections.scores_of`), the
     names of the classes and ``examples``: the first images of the split, which stand side by side in ``examples.png``,
     with their annotated boxes and the ones that the model is surest of. Boxes of examples are (x, y, width, height) as
     parts of the image, so that they fit the tiles; scores are computed in pixels of the original images.
 
     Args:
-        run_dir: a finished run (:func:`masa.detection_training.pretrain`).
+        run_dir: a finished run (:func:`masa.vision.detection_training.pretrain`).
         boxes: what it was trained on.
         settings: any of :data:`SETTINGS`.
 

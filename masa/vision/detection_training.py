@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from masa import detector, run, trainer, yolos
-from masa.boxed_images import BoxSplit, TrainingBoxes, check_fits, collate, read_manifest
-from masa.detection import detect
+from masa import run, trainer
 from masa.fingerprint import fingerprint
+from masa.vision import detector, yolos
+from masa.vision.boxed_images import BoxSplit, TrainingBoxes, check_fits, collate, read_manifest
+from masa.vision.detections import detect
 
 CHECKSUMS = ("sha256", "images_sha256", "boxes_sha256")
 
@@ -23,8 +24,8 @@ def pretrain(spec: Mapping[str, Any], boxes: Path, out: Path) -> dict[str, Any]:
     """Train one detector from scratch, or go on with a run that was interrupted.
 
     Args:
-        spec: see :func:`masa.yolos.resolve_run`.
-        boxes: box directory (:func:`masa.boxes.prepare`).
+        spec: see :func:`masa.vision.yolos.resolve_run`.
+        boxes: box directory (:func:`masa.vision.boxes.prepare`).
         out: run directory.
 
     Returns:
@@ -58,7 +59,7 @@ def pretrain(spec: Mapping[str, Any], boxes: Path, out: Path) -> dict[str, Any]:
         unit="images",
         units_per_step=recipe["batch_size"],
         inputs={"boxes": run.digest(data)},
-        identity=run.digest([spec, data, fingerprint("masa.detection_training")]),
+        identity=run.digest([spec, data, fingerprint("masa.vision.detection_training")]),
         trainer=DetectionTrainer,
         collate=collate,
         packages=detector.PACKAGES,

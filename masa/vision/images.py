@@ -2,7 +2,7 @@
 
 An image directory holds, for each of the splits train, validation and test, ``{split}.bin`` (uint8 pixels, N x H x W x
 C) and ``{split}-labels.bin`` (little-endian int64), and ``manifest.json`` with classes, counts, checksums and the mean
-and standard deviation of the training pixels. Data sets are entries of :data:`masa.image_sets.DATASETS`.
+and standard deviation of the training pixels. Data sets are entries of :data:`masa.vision.image_sets.DATASETS`.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ import numpy as np
 
 from masa import sources
 from masa.errors import MasaError, unknown
-from masa.image_sets import ImageDataset, dataset
-from masa.pixels import LABELS, SPLITS
 from masa.progress import Progress
 from masa.run import read_json, write_json
+from masa.vision.image_sets import ImageDataset, dataset
+from masa.vision.pixels import LABELS, SPLITS
 
 Example = tuple[str, np.ndarray, int]
 """Where an image comes from (for messages), its pixels (H, W, C) uint8, its label."""
@@ -52,8 +52,9 @@ def prepare(spec: Mapping[str, Any], cache: Path, mirror: str | None, out: Path)
     Where it has one, training images that are also test images are dropped; the manifest says how many.
 
     Args:
-        spec: ``name`` (a key of :data:`masa.image_sets.DATASETS`); optionally ``source``, ``validation_fraction``
-            (default 0.02, or 0.1 where the data set has no test split) and ``test_fraction`` (default 0.2).
+        spec: ``name`` (a key of :data:`masa.vision.image_sets.DATASETS`); optionally ``source``,
+            ``validation_fraction`` (default 0.02, or 0.1 where the data set has no test split) and
+            ``test_fraction`` (default 0.2).
         cache, mirror: where downloads and the mirror are.
         out: image directory.
 
@@ -237,7 +238,7 @@ def read_parquet(source: sources.Source, entry: ImageDataset, _: Path, mirror: s
         root = sources.mirror_root(mirror, str(source)) / source.name
     else:
         root = Path(source.name)
-    found = {split: _files_of(root, split) for split in ("train", entry.test or "train")}
+    found = {split: parquet_files(root, split) for split in ("train", entry.test or "train")}
     for split, paths in found.items():
         if not paths:
             raise MasaError(f"{source}: no file {root}/**/{split}*.parquet.")
@@ -246,7 +247,7 @@ def read_parquet(source: sources.Source, entry: ImageDataset, _: Path, mirror: s
     return Raw(
         names,
         {split: _rows(paths, entry) for split, paths in found.items()},
-        {split: sum(map(_count, paths)) for split, paths in found.items()},
+        {split: sum(map(count_rows, paths)) for split, paths in found.items()},
         [_title(read_json(titles), name) for name in names] if titles.is_file() else None,
         {str(p.relative_to(root)): sources.sha256_of(p) for paths in found.values() for p in paths},
     )
@@ -257,11 +258,11 @@ def _title(titles: Any, name: str) -> str:
     return str(titles.get(name, name)).split(",")[0] if isinstance(titles, dict) else name
 
 
-def _files_of(root: Path, split: str) -> list[Path]:
+def parquet_files(root: Path, split: str) -> list[Path]:
     return sorted(p for p in root.rglob("*.parquet") if re.fullmatch(rf"{split}(-\d+-of-\d+.*)?\.parquet", p.name))
 
 
-def _open(path: Path) -> Any:
+def open_parquet(path: Path) -> Any:
     import pyarrow
     import pyarrow.parquet
 
@@ -271,15 +272,15 @@ def _open(path: Path) -> Any:
         raise MasaError(f"{path} is corrupt or not Parquet ({error}).") from error
 
 
-def _count(path: Path) -> int:
-    with _open(path) as file:
+def count_rows(path: Path) -> int:
+    with open_parquet(path) as file:
         return file.metadata.num_rows
 
 
 def _class_names(path: Path, entry: ImageDataset) -> list[str]:
     from datasets import ClassLabel, Features
 
-    with _open(path) as file:
+    with open_parquet(path) as file:
         schema = file.schema_arrow
     for column in (entry.image, entry.label):
         if column not in schema.names:
@@ -296,7 +297,7 @@ def _rows(paths: list[Path], entry: ImageDataset) -> Iterator[Example]:
     for path in paths:
         row = 0
         try:
-            with _open(path) as file:
+            with open_parquet(path) as file:
                 for batch in file.iter_batches(batch_size=256, columns=[entry.image, entry.label]):
                     for image, label in zip(*(column.to_pylist() for column in batch.columns), strict=True):
                         row += 1

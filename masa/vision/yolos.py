@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from masa import vit
 from masa.errors import MasaError, unknown
 from masa.spec import METHODS, ModelShape, SharingSpec
+from masa.vision import vit
 
 FAMILY = "yolos"
 """The value of ``model.family`` in a run spec that asks for a detector."""
@@ -84,8 +84,8 @@ RECIPE: dict[str, Any] = {k: v for k, v in vit.RECIPE.items() if k not in WITHOU
     "max_grad_norm": 0.1,
     "horizontal_flip": True,
 }
-"""Keys of ``training`` and their defaults: those of :data:`masa.vit.RECIPE`, and where YOLOS' own ``main.py`` (Fang et
-al. 2021) has others, these: no warmup, ``--weight_decay 1e-4``, ``--clip_max_norm 0.1``, images mirrored with
+"""Keys of ``training`` and their defaults: those of :data:`masa.vision.vit.RECIPE`, and where YOLOS' own ``main.py``
+(Fang et al. 2021) has others, these: no warmup, ``--weight_decay 1e-4``, ``--clip_max_norm 0.1``, images mirrored with
 probability 1/2. Its learning rate, 1e-4, fine-tunes a classifier: one that trains from scratch must be given.
 
 How the paper's detector was trained is not known here.

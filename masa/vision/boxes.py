@@ -1,10 +1,10 @@
 """From data sets with boxes to pixel files: decode and resize once, split without leakage, keep the boxes exact.
 
 A box directory holds, for each of the splits train, validation and test, ``{split}.bin`` (uint8 pixels, N x S x S x 3),
-``{split}-images.bin`` (:data:`IMAGE` of each image), ``{split}-boxes.bin`` (:data:`masa.coco.BOX` of each box, in the
-order of the images) and ``manifest.json`` with classes, counts, checksums and the mean and standard deviation of the
-training pixels. Boxes are stored as annotated, in pixels of the original image: what is scored was never rounded. A new
-data set is one entry of :data:`masa.box_spec.DATASETS`.
+``{split}-images.bin`` (:data:`IMAGE` of each image), ``{split}-boxes.bin`` (:data:`.coco.BOX` of each box, image after
+image) and ``manifest.json`` with classes, counts, checksums and the mean and standard deviation of the training pixels.
+Boxes are stored as annotated, in pixels of the original image: what is scored was never rounded. A new data set is one
+entry of :data:`masa.vision.box_spec.DATASETS`.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from masa import coco, shapes, sources
-from masa.box_spec import DATASETS, resolve
-from masa.coco import BOX, Raw, Scene
+from masa import sources
 from masa.errors import MasaError
-from masa.pixels import SPLITS
 from masa.progress import Progress
 from masa.run import write_json
+from masa.vision import coco, shapes
+from masa.vision.box_spec import DATASETS, resolve
+from masa.vision.coco import BOX, Raw, Scene
+from masa.vision.pixels import SPLITS
 
 IMAGE = np.dtype([("id", "<i8"), ("width", "<i4"), ("height", "<i4"), ("boxes", "<i4")])
 """An image: its number in the data set, its original size, and how many boxes it has."""
@@ -38,7 +39,7 @@ def prepare(spec: Mapping[str, Any], cache: Path, mirror: str | None, out: Path)
     that are also test images are dropped, and the manifest says how many. Images are resized to a square.
 
     Args:
-        spec: see :func:`masa.box_spec.resolve`.
+        spec: see :func:`masa.vision.box_spec.resolve`.
         cache: not used; a generated data set is drawn anew.
         mirror: where the mirror is.
         out: box directory.

@@ -13,10 +13,10 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import nn
 
-from masa import vit
 from masa.errors import MasaError
 from masa.sharing import fold, share
 from masa.sources import whole_file
+from masa.vision import vit
 
 PACKAGES = ("timm", "torchvision", "pillow")
 """What a result depends on beside the packages of all runs."""
@@ -35,7 +35,7 @@ def build(
     """A newly initialised Vision Transformer that shares weights as ``sharing`` says.
 
     Args:
-        model: see :mod:`masa.vit`.
+        model: see :mod:`masa.vision.vit`.
         sharing: fields of :class:`masa.SharingSpec`.
         classes: names of the classes, stored with the model; by default their numbers.
         mean, std: of the training images in each channel, in [0, 1], stored as timm's data configuration.

@@ -1,0 +1,1 @@
+"""Vision Transformers and detectors with shared weights: data, models, training, evaluation."""
