@@ -61,7 +61,9 @@ def ids():
 
 @pytest.fixture(autouse=True)
 def seeded():
+    """Every test begins with the same random numbers, and without what a training left switched on."""
     torch.manual_seed(0)
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="session")
