@@ -3,6 +3,8 @@
 A run directory holds ``spec.json`` (everything resolved), ``metrics.jsonl`` (append-only), ``model/`` (factored
 checkpoint), ``provenance.json``, ``manifest.json`` (written last: its presence means that the run is whole) and, while
 it is running, ``checkpoints/``.
+
+Under torchrun the same call trains on several processes (DDP): each takes its part of every batch, the first writes.
 """
 
 from __future__ import annotations
@@ -14,12 +16,13 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import nn
 from transformers import (
     Trainer,
@@ -33,7 +36,7 @@ from masa import checkpoint, run
 from masa.errors import MasaError
 from masa.progress import Progress
 from masa.projections import SharedProjections, decoder
-from masa.sharing import count_parameters
+from masa.sharing import ParameterCount, count_parameters
 from masa.sources import sha256_of
 
 COMPLETE = "complete"
@@ -98,8 +101,12 @@ def train(spec: Mapping[str, Any], task: Task, out: Path) -> dict[str, Any]:
         MasaError: a loss that is not finite (the step is named), or another process that trains in the same directory.
     """
     recipe = spec["training"]
-    with run.exclusive(out):
-        checkpoints = _prepare(out, spec, task.identity)
+    processes = PartialState(cpu=not torch.cuda.is_available())
+    with run.exclusive(out) if processes.is_main_process else nullcontext():
+        checkpoints = out / "checkpoints"
+        if processes.is_main_process:
+            _prepare(out, checkpoints, spec, task.identity)
+        processes.wait_for_everyone()
         set_seed(spec["seed"])
         model = task.build()
         counts = count_parameters(model)
@@ -111,27 +118,40 @@ def train(spec: Mapping[str, Any], task: Task, out: Path) -> dict[str, Any]:
                 f"{spec['run']} was stopped by {signal.Signals(log.signal).name} at step {trainer.state.global_step} "
                 "and can be resumed with the same command."
             )
-        checkpoint.save(task.final(model).eval(), out / "model")
-        run.write_json(
-            out / "provenance.json",
-            run.provenance(task.inputs, task.packages)
-            | {"seed": spec["seed"], "threads": recipe["threads"], "dtype": log.dtype},
-        )
-        result = {
-            "run": spec["run"],
-            "identity": task.identity,
-            "parameters": counts.to_dict(),
-            "training": log.summary(),
-            "sha256": {name: sha256_of(out / "model" / name) for name in ("model.safetensors", "masa.json")},
-        }
-        run.write_json(out / "manifest.json", result)
-        shutil.rmtree(checkpoints, ignore_errors=True)
-    return result
+        if processes.is_main_process:
+            _finish(spec, task, log, counts, model, out)
+        processes.wait_for_everyone()
+    return run.read_json(out / "manifest.json")
 
 
-def _prepare(out: Path, spec: Mapping[str, Any], identity: str) -> Path:
-    """Drop what an earlier, different spec or data left in the run directory; keep what can be resumed."""
-    checkpoints = out / "checkpoints"
+def _finish(
+    spec: Mapping[str, Any], task: Task, log: RunLog, counts: ParameterCount, model: nn.Module, out: Path
+) -> None:
+    """Store the model, what it was made with, and the manifest, which is the sign that all is there."""
+    checkpoint.save(task.final(model).eval(), out / "model")
+    run.write_json(
+        out / "provenance.json",
+        run.provenance(task.inputs, task.packages)
+        | {
+            "seed": spec["seed"],
+            "threads": spec["training"]["threads"],
+            "dtype": log.dtype,
+            "processes": PartialState().num_processes,
+        },
+    )
+    result = {
+        "run": spec["run"],
+        "identity": task.identity,
+        "parameters": counts.to_dict(),
+        "training": log.summary(),
+        "sha256": {name: sha256_of(out / "model" / name) for name in ("model.safetensors", "masa.json")},
+    }
+    run.write_json(out / "manifest.json", result)
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+
+
+def _prepare(out: Path, checkpoints: Path, spec: Mapping[str, Any], identity: str) -> None:
+    """Drop what an earlier, different spec or data left in the run directory, and what a kill left half-written."""
     (out / "manifest.json").unlink(missing_ok=True)
     marker = checkpoints / "identity"
     if not marker.is_file() or marker.read_text() != identity:
@@ -139,18 +159,15 @@ def _prepare(out: Path, spec: Mapping[str, Any], identity: str) -> Path:
         (out / "metrics.jsonl").unlink(missing_ok=True)
         checkpoints.mkdir(parents=True)
         marker.write_text(identity)
+    for folder in checkpoints.glob("checkpoint-*"):
+        if not (folder / COMPLETE).is_file():
+            shutil.rmtree(folder)
     run.write_json(out / "spec.json", spec)
-    return checkpoints
 
 
 def last_whole_checkpoint(checkpoints: Path) -> str | None:
-    """The newest checkpoint that was written to its end; what a kill left half-written is removed."""
-    whole = []
-    for folder in checkpoints.glob("checkpoint-*"):
-        if (folder / COMPLETE).is_file():
-            whole.append(folder)
-        else:
-            shutil.rmtree(folder)
+    """The newest checkpoint that was written to its end."""
+    whole = [folder for folder in checkpoints.glob("checkpoint-*") if (folder / COMPLETE).is_file()]
     return str(max(whole, key=lambda folder: int(folder.name.rpartition("-")[2]))) if whole else None
 
 
@@ -230,6 +247,7 @@ def _trainer(
         dataloader_pin_memory=cuda,
         dataloader_num_workers=recipe.get("workers", 0),
         remove_unused_columns=False,
+        ddp_find_unused_parameters=False,  # none is
     )
     log = RunLog(spec, task, model, out / "metrics.jsonl", "bfloat16" if bf16 else "float32")
     trainer = task.trainer(
@@ -277,7 +295,7 @@ class RunLog(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.saved = self.resumed_at = time.monotonic()
         self.first_step = state.global_step
-        if state.global_step:
+        if state.global_step and state.is_world_process_zero:
             # drop what a killed process logged after its last checkpoint
             kept = (
                 [r for r in run.read_jsonl(self.path) if r["step"] <= state.global_step] if self.path.is_file() else []
@@ -296,11 +314,22 @@ class RunLog(TrainerCallback):
         if step in self.evaluate_at and state.is_world_process_zero:
             self.last = self._at(step) | self.task.score(self.model)
             self._write(self.last | {"training_seconds": self.training_seconds})
-        if self.signal is not None:
+        due = now - self.saved > 60 * self.spec["training"]["checkpoint_minutes"] and step < self.steps
+        stop, due = self._any_process(self.signal or 0, int(due))
+        if stop:
+            self.signal = stop
             control.should_save = control.should_training_stop = True
-        elif now - self.saved > 60 * self.spec["training"]["checkpoint_minutes"] and step < self.steps:
+        elif due:
             control.should_save = True
             self.saved = now
+
+    def _any_process(self, *numbers: int) -> list[int]:
+        """The largest of every number over all processes: they stop and save at the same step."""
+        if PartialState().num_processes == 1:
+            return list(numbers)
+        largest = torch.tensor(numbers, device=next(self.model.parameters()).device)
+        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+        return largest.tolist()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if not logs or "loss" not in logs or not state.is_world_process_zero:
@@ -325,9 +354,13 @@ class RunLog(TrainerCallback):
         self.progress.update(step, f"loss {loss:.3f}  {speed:,.0f} {self.task.unit}/s")
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+        PartialState().wait_for_everyone()  # each process writes its own random state
+        if state.is_world_process_zero:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not state.is_world_process_zero:
+            return
         scores = "  ".join(f"{name} {value:.4f}" for name, value in self._scores().items())
         self.progress.close(state.global_step, f"held-out {scores.replace('validation_', '')}")
 

@@ -238,3 +238,52 @@ def test_a_changed_spec_does_not_resume_the_old_run(tokens, tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 5}\n')
     training.pretrain(spec_of(steps=4), tokens, tmp_path)
     assert all(r["step"] <= 4 for r in run.read_jsonl(tmp_path / "metrics.jsonl"))
+
+
+def torchrun(tokens, out, spec, processes=2):
+    """``masa pretrain`` in two processes over gloo."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--master-port=29514"]
+    command += ["-m", "masa.cli", "pretrain", "--spec", json.dumps(spec), "--tokens", str(tokens), "--out", str(out)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
+
+
+def losses(out):
+    return {r["step"]: r["loss"] for r in run.read_jsonl(out / "metrics.jsonl") if "loss" in r}
+
+
+def test_two_processes_give_the_loss_curve_of_one(tokens, tmp_path):
+    """A batch of 4 in parts of 2: one process takes two passes a step, two processes one each."""
+    spec = spec_of("masa", micro_batch_size=2)
+    whole = training.pretrain(spec, tokens, tmp_path / "one")
+    process = torchrun(tokens, tmp_path / "two", spec)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert list(one) == list(two) == list(range(1, 21))
+    assert [two[s] for s in two] == pytest.approx([one[s] for s in one], abs=2e-5)
+    manifest = run.read_json(tmp_path / "two" / "manifest.json")
+    assert manifest["training"]["validation_loss"] == pytest.approx(whole["training"]["validation_loss"], abs=2e-5)
+    assert run.read_json(tmp_path / "two" / "provenance.json")["processes"] == 2
+    assert said.count("20/20 steps") == 1, "one process reports"
+    models = (masa.load(tmp_path / name / "model").parameters() for name in ("one", "two"))
+    for a, b in zip(*models, strict=True):
+        assert torch.allclose(a, b, atol=2e-4)
+
+
+def test_two_processes_stop_together_and_go_on_to_the_same_bits(tokens, tmp_path):
+    spec = spec_of("masa", micro_batch_size=2, steps=60)
+    assert torchrun(tokens, tmp_path / "whole", spec).wait(timeout=120) == 0
+    process = torchrun(tokens, tmp_path / "cut", spec)
+    log = tmp_path / "cut" / "metrics.jsonl"
+    while not (log.is_file() and log.read_text().count("\n") > 5):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "stopped by SIGTERM at step" in said
+    assert not (tmp_path / "cut" / "manifest.json").exists()
+    assert torchrun(tokens, tmp_path / "cut", spec).wait(timeout=120) == 0
+    first, again = (run.read_json(tmp_path / name / "manifest.json") for name in ("whole", "cut"))
+    assert again["sha256"] == first["sha256"]
