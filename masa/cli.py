@@ -313,7 +313,11 @@ def throughput_spec(c: config.Config, scale: str) -> dict[str, Any]:
 def parameters_spec(c: config.Config) -> list[dict[str, Any]]:
     """The runs whose parameters are counted."""
     chosen = c["parameters"]
-    return [config.run_spec(c, s, e, 0) for s in chosen["scales"] for e in chosen["experiments"]]
+    return [
+        config.run_spec(c, scale, name, 0)
+        for scale in chosen["scales"]
+        for name in config.experiments_at(c, chosen["experiments"], scale, possible=True)
+    ]
 
 
 def text_spec(c: config.Config, name: str) -> dict[str, Any]:
@@ -396,6 +400,8 @@ def _prepare_vision(given: argparse.Namespace, section: str) -> None:
     if given.source:
         spec["data"]["source"] = given.source
         spec["mirror"] = config.mirror(config.load(given.configfile))
+    if missing := {"data", "cache", "mirror"} - set(spec):
+        raise MasaError(f"--spec needs data, cache and mirror; {', '.join(sorted(missing))} is missing.")
     module = import_module(f"masa.vision.{section}")
     module.prepare(spec["data"], Path(spec["cache"]), spec["mirror"], Path(given.out))
 

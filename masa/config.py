@@ -19,10 +19,26 @@ from masa.compression import plan
 from masa.errors import MasaError, unknown
 from masa.fingerprint import ROOT
 from masa.report.metrics import METRIC_NAMES
-from masa.spec import ModelShape, SharingSpec
+from masa.spec import METHODS, ModelShape, SharingSpec
 
 BASE = tuple(f"config/{name}.yaml" for name in ("config", "experiments", "vision", "compression", "artefacts"))
 SCHEMA = ROOT / "config" / "schemas" / "config.schema.yaml"
+
+FIGURES = {
+    "curves": ("tokens", "images", "boxes"),
+    "quality": ("tokens",),
+    "effective_rank": ("tokens", "images", "boxes"),
+    "coefficients": ("tokens", "images", "boxes"),
+    "accuracy_parameters": ("images",),
+    "confusion": ("images",),
+    "per_class": ("images",),
+    "predictions": ("images",),
+    "detections": ("boxes",),
+    "perplexity_reduction": ("pretrained",),
+    "ranks": ("pretrained",),
+    "drift": ("pretrained",),
+}
+"""Kinds of figures, and what models they are about: :attr:`masa.kinds.Kind.data`, or pretrained ones."""
 
 TASKS = ("piqa", "hellaswag", "lambada_openai", "arc_easy", "arc_challenge", "sciq", "race", "mmlu", "wikitext")
 """lm-eval tasks whose data a mirror or pip may have (see :mod:`masa.benchmarks`)."""
@@ -107,6 +123,8 @@ def check(config: Config) -> None:
             for column in [*artefact.get("columns", ()), artefact.get("judged", "avg_pct")]:
                 if column not in METRIC_NAMES:
                     raise unknown(f"{where}: column", column, METRIC_NAMES)
+            if kind == "figures" and artefact["kind"] not in FIGURES:
+                raise unknown(f"{where}: kind", artefact["kind"], FIGURES)
             if (paper := artefact.get("paper")) and not (ROOT / paper["file"]).is_file():
                 raise MasaError(f"{where}: the paper's numbers {paper['file']} do not exist.")
     clash = set(config["tables"]) & set(config["figures"])
@@ -121,15 +139,19 @@ def check(config: Config) -> None:
                 raise unknown(f"{where}: experiment", name, config["experiments"])
     _check_vision(config)
     sizes = _sizes(config)
+    named = dict.fromkeys([*config["scales"], *config["vision_scales"]], True)  # those that were removed as well
     for where, names, known in (
         *((f"grids.{name}", grid.get("scales", ()), sizes) for name, grid in config["grids"].items()),
-        *((f"experiments.{name}.only", e.get("only", ()), sizes) for name, e in config["experiments"].items()),
+        *((f"experiments.{name}.only", e.get("only", ()), named) for name, e in config["experiments"].items()),
         ("throughput.scales", config["throughput"]["scales"], config["scales"]),
-        ("parameters.scales", config["parameters"]["scales"], config["scales"]),
+        ("parameters.scales", config["parameters"]["scales"], sizes),
     ):
         for scale in names:
             if not known.get(scale):
                 raise unknown(f"{where}: scale", scale, [s for s, v in known.items() if v])
+    for kind in ("tables", "figures"):
+        for name, artefact in active(config, kind).items():
+            _check_models(config, kind, name, artefact)
     if config["throughput"]["methods"][:1] != ["vanilla"]:
         raise MasaError("throughput.methods must begin with vanilla, which all ratios refer to.")
     vocabulary = config["data"]["tokenizer"]["vocab_size"]
@@ -143,8 +165,27 @@ def check(config: Config) -> None:
     plan.check(config)
     for section, key in (("throughput", "methods"), ("parameters", "experiments")):
         for scale in config[section]["scales"]:
-            for name in config[section][key]:
+            for name in experiments_at(config, config[section][key], scale, possible=True):
                 run_spec(config, scale, name, 0)
+
+
+def _check_models(config: Config, kind: str, name: str, artefact: Config) -> None:
+    """An artefact is about one kind of models, which its figure can draw, and has at least one run."""
+    where, grid = f"{kind}.{name}", artefact["grid"]
+    if plan.is_compression(config, artefact):
+        found = {"pretrained"}
+    else:
+        found = {kind_of(config, scale).data for scale in config["grids"][grid]["scales"]}
+        if not artefact_runs(config, artefact):
+            raise MasaError(f"{where}: none of its experiments is made at a scale of grids.{grid} (`only`).")
+    if len(found) > 1:
+        raise MasaError(f"{where}: grids.{grid} mixes models of {' and '.join(sorted(found))}; use one grid for each.")
+    if kind == "figures" and not found <= set(FIGURES[artefact["kind"]]):
+        fits = [k for k, models in FIGURES.items() if found <= set(models)]
+        raise MasaError(
+            f"{where}: kind {artefact['kind']!r} cannot draw models of {found.pop()} (grids.{grid}). Kinds that can: "
+            f"{', '.join(fits)}."
+        )
 
 
 def _check_vision(config: Config) -> None:
@@ -196,14 +237,24 @@ def artefact_runs(config: Config, artefact: Config) -> list[str]:
     return [
         f"{scale}/{name}/seed{seed}"
         for scale in grid["scales"]
-        for name in _experiments_at(config, artefact, scale)
+        for name in experiments_at(config, artefact["experiments"], scale)
         for seed in grid["seeds"]
     ]
 
 
-def _experiments_at(config: Config, artefact: Config, scale: str) -> list[str]:
-    """Rows of an artefact that exist at one scale."""
-    return [n for n in artefact["experiments"] if scale in config["experiments"][n].get("only", [scale])]
+def experiments_at(config: Config, names: Iterable[str], scale: str, possible: bool = False) -> list[str]:
+    """Those of some experiments that are made at one scale.
+
+    Args:
+        possible: also leave out what that kind of model cannot have: grouped heads in vision.
+    """
+    grouped = possible and kind_of(config, scale) is not kinds.LANGUAGE
+    return [
+        name
+        for name in names
+        if scale in (entry := config["experiments"][name]).get("only", [scale])
+        and not (grouped and getattr(METHODS.get(entry["method"]), "source", None) == "grouped_heads")
+    ]
 
 
 def _sizes(config: Config) -> dict[str, Config]:
@@ -378,5 +429,5 @@ def _rows(config: Config, artefact: Config) -> list[dict[str, Any]]:
             | (config["experiments"][experiment].get("paper") or {}),
         }
         for scale in grid["scales"]
-        for experiment in _experiments_at(config, artefact, scale)
+        for experiment in experiments_at(config, artefact["experiments"], scale)
     ]

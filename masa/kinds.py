@@ -49,7 +49,8 @@ VISION = {
         box_spec.check,
     ),
 }
-"""``model.family`` of a run spec -> kind; a language model's spec has no family. A new kind is one entry."""
+"""``model.family`` of a run spec -> kind; a language model's spec has no family. A new kind is one entry
+here, its modules, and its scores in :mod:`masa.report.metrics`."""
 
 
 def of(spec: Mapping[str, Any]) -> Kind:

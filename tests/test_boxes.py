@@ -395,7 +395,10 @@ def test_bad_parquet_is_named(parquet, tmp_path):
         write_parquet(path, changed)
         with pytest.raises(MasaError, match=message):
             read(parquet, tmp_path / "out")
-    write_parquet(path, val[:2], names=("a", "b", "c"))
+    write_parquet(path, val[:2], names=("rectangle", "triangle", "ellipse"))
+    with pytest.raises(MasaError, match=r"names its classes otherwise than .* at label 1"):
+        read(parquet, tmp_path / "out")
+    write_parquet(path, val[:2])
     with pytest.raises(MasaError, match=r"the train split is empty .* 2 training images dropped"):
         read(parquet, tmp_path / "out")
     path.write_bytes(b"PAR1")

@@ -198,7 +198,11 @@ def test_other_columns_other_classes_and_no_names(cifar, tmp_path):
     with pytest.raises(MasaError, match="Did you mean 'label'"):
         prepare(folder, tmp_path / "out", "cifar100")
     path = folder / "plain_text" / "train-00000-of-00001.parquet"
+    write_parquet(path, map(png, cifar[1]), [0] * 60, names=[*NAMES[:8], NAMES[9], NAMES[8]])
+    with pytest.raises(MasaError, match=r"test-.*\.parquet names its classes otherwise than .*train.* at label 8"):
+        prepare(folder, tmp_path / "out")
     write_parquet(path, map(png, cifar[1]), [0] * 60, names=NAMES[:9])
+    write_parquet(path.with_name("test-00000-of-00001.parquet"), map(png, cifar[2]), [0] * 12, names=NAMES[:9])
     with pytest.raises(MasaError, match="names 9 classes, cifar10 has 10"):
         prepare(folder, tmp_path / "out")
     parquet.write_table(parquet.read_table(path).replace_schema_metadata(None), path)

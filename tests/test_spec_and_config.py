@@ -107,6 +107,20 @@ BREAK = {
     "gqa of vision": (lambda c: c["tables"]["vision"]["experiments"].append("gqa"), "does not exist in timm"),
     "unknown only": (lambda c: c["experiments"]["masa-qkvo-s4"].update(only=["cifar10-depe"]), "mean 'cifar10-deep'"),
     "unknown judge": (lambda c: c["tables"]["vision"].update(judged="top1"), "Did you mean 'top1_pct'"),
+    "unknown kind of figure": (
+        lambda c: c["figures"]["confusion"].update(kind="confusoin"),
+        "Did you mean 'confusion'",
+    ),
+    "figure of another model": (
+        lambda c: c["figures"]["confusion"].update(grid="main"),
+        "cannot draw models of tokens",
+    ),
+    "mixed grid": (lambda c: c["grids"]["vision"].update(scales=["digits-compact", "shapes-tiny"]), "mixes models of"),
+    "no run": (lambda c: c["figures"]["predictions"].update(experiments=["masa-qkvo-s4"]), "none of its experiments"),
+    "test fraction": (lambda c: c["images"]["cifar10"].update(test_fraction=0.3), "has a test split of its own"),
+    "fractions": (lambda c: c["images"]["digits"].update(validation_fraction=0.9), "leaves nothing to train on"),
+    "source of images": (lambda c: c["images"]["digits"].update(source="file:x"), "digits comes in a package"),
+    "rate as text": (lambda c: vision_model(c).update(drop_rate="0.1"), "drop_rate = '0.1' must be"),
     "unknown boxes": (lambda c: c["boxes"]["shapes"].update(dataset="shape"), "Did you mean 'shapes'"),
     "size of boxes": (
         lambda c: c["boxes"]["shapes"].update(image_size=64),
@@ -123,6 +137,18 @@ def test_bad_configuration(name):
     change(broken)
     with pytest.raises(masa.MasaError, match=message):
         config.check(broken)
+
+
+def test_a_removed_scale_may_still_be_named_by_only():
+    merged = config.load()
+    merged["vision_scales"]["cifar10-deep"] = None
+    config.check(merged)
+
+
+def test_kinds_of_figures_are_those_that_can_be_drawn():
+    from masa.report import figures
+
+    assert set(config.FIGURES) == set(figures.KINDS)
 
 
 def test_missing_and_broken_files(tmp_path):

@@ -41,30 +41,32 @@ def write(spec: Mapping[str, Any], results: Path, folder: Path) -> None:
 
 
 def curves(spec: Mapping[str, Any], results: Path) -> Figure:
-    """Held-out loss over training, and the paired difference to vanilla, which is where methods can be told apart."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(6.8, 2.7))
+    """Held-out loss over training, and the paired difference to vanilla, which is where methods can be told apart.
+
+    One line of panels a scale.
+    """
     scales = list(dict.fromkeys(row["scale"] for row in spec["rows"]))
     unit = "images" if "family" in spec["rows"][0]["model"] else "tokens"
-    reference: dict[str, dict[str, dict[int, float]]] = {}
-    for index, row in enumerate(spec["rows"]):
-        logs = {run_id: _curve(results, run_id, unit) for run_id in row["runs"]}
-        reference.setdefault(row["scale"], logs)
-        seen = sorted(set.intersection(*(set(log) for log in logs.values())))
-        label = row["label"] if len(scales) == 1 else f"{row['scale']} {row['label']}"
-        style = look(row["experiment"], index)
-        values = np.array([[log[t] for t in seen] for log in logs.values()])
-        _band(left, seen, values, label, style)
-        base = reference[row["scale"]]
-        paired = np.array(
-            [[log[t] - base[other][t] for t in seen] for log, other in zip(logs.values(), base, strict=True)]
-        )
-        _band(right, seen, paired, label, style)
-    for axis in (left, right):
-        axis.set_xlabel(f"Training {unit}")
-        axis.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
-    left.set_ylabel(f"Held-out loss (nats/{unit.removesuffix('s')})")
-    right.set_ylabel(f"Difference to vanilla (nats/{unit.removesuffix('s')})")
-    right.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    figure, axes = plt.subplots(len(scales), 2, figsize=(6.8, 0.4 + 2.3 * len(scales)), squeeze=False)
+    for (left, right), scale in zip(axes, scales, strict=True):
+        rows = [row for row in spec["rows"] if row["scale"] == scale]
+        base = {run_id: _curve(results, run_id, unit) for run_id in rows[0]["runs"]}
+        for index, row in enumerate(rows):
+            logs = {run_id: _curve(results, run_id, unit) for run_id in row["runs"]}
+            seen = sorted(set.intersection(*(set(log) for log in logs.values())))
+            style = look(row["experiment"], index)
+            values = np.array([[log[t] for t in seen] for log in logs.values()])
+            reference = np.array([[log[t] for t in seen] for log in base.values()])
+            _band(left, seen, values, row["label"], style)
+            _band(right, seen, values - reference, row["label"], style)
+        for axis in (left, right):
+            axis.set_xlabel(f"Training {unit}")
+            axis.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
+        left.set_ylabel(f"Held-out loss (nats/{unit.removesuffix('s')})")
+        right.set_ylabel(f"Difference to {rows[0]['label']}")
+        if len(scales) > 1:
+            left.set_title(scale, loc="left")
+    axes[0][-1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     band = "; band: ± 1 standard deviation" if len(spec["rows"][0]["runs"]) > 1 else ""
     figure.suptitle(f"{spec['title']} ({_seeds(spec)}{band})", fontsize=8)
     figure.tight_layout()

@@ -101,40 +101,65 @@ def _draw_point(point: Mapping[str, Any], place: int, methods: list[str], above:
 def confusion(spec: Mapping[str, Any], results: Path) -> Figure:
     """How often images of one class (down) are taken for another (across), in percent of the class, seeds together.
 
-    Of the first size of the grid, one panel a method.
+    One line of panels a data set (its first size of the grid), one panel a method.
     """
-    rows = _of_first_scale(spec)
-    figure, axes = plt.subplots(1, len(rows), figsize=(3.4 * len(rows) + 0.4, 3.3), squeeze=False, sharey=True)
-    for axis, row in zip(axes[0], rows, strict=True):
-        records = [m.load(results, record) for record in row["records"]]
-        counts = np.sum([record["classification"]["confusion"] for record in records], axis=0)
-        share = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
-        image = axis.imshow(share, cmap="Blues", vmin=0, vmax=100)
-        names = _names(records[0])
-        if len(names) <= NAMED:
-            axis.set_xticks(range(len(names)), names, rotation=90)
-            axis.set_yticks(range(len(names)), names)
-            for y, x in np.argwhere(share >= 0.5):
-                colour = "white" if share[y, x] > 55 else "black"
-                axis.text(x, y, f"{share[y, x]:.0f}", ha="center", va="center", fontsize=5, color=colour)
-        accuracy = statistics.fmean(record["classification"]["top1"] for record in records)
-        axis.set_title(f"{row['label']}, top-1 {100 * accuracy:.1f} %")
-        axis.set_xlabel("Predicted class")
-        axis.grid(False)
-    axes[0][0].set_ylabel("True class")
-    figure.colorbar(image, ax=axes[0].tolist(), label="% of the class", fraction=0.04, pad=0.02)
-    figure.suptitle(f"{spec['title']} ({rows[0]['scale']})", fontsize=8)
+    groups = _first_scales(spec, results)
+    across = max(map(len, groups))
+    figure, axes = plt.subplots(
+        len(groups), across, figsize=(3.4 * across + 0.4, 3.3 * len(groups)), squeeze=False, sharey="row"
+    )
+    for line, rows in zip(axes, groups, strict=True):
+        for axis in line[len(rows) :]:
+            axis.axis("off")
+        for axis, row in zip(line, rows, strict=False):
+            records = [m.load(results, record) for record in row["records"]]
+            image = _draw_confusion(axis, row, records)
+        line[0].set_ylabel(f"True class ({rows[0]['scale']})")
+    figure.colorbar(image, ax=axes.ravel().tolist(), label="% of the class", fraction=0.04, pad=0.02)
+    figure.suptitle(spec["title"], fontsize=8)
     return figure
 
 
+def _draw_confusion(axis: Any, row: Mapping[str, Any], records: list[dict[str, Any]]) -> Any:
+    counts = np.sum([record["classification"]["confusion"] for record in records], axis=0)
+    share = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    image = axis.imshow(share, cmap="Blues", vmin=0, vmax=100)
+    names = _names(records[0])
+    if len(names) <= NAMED:
+        axis.set_xticks(range(len(names)), names, rotation=90)
+        axis.set_yticks(range(len(names)), names)
+        for y, x in np.argwhere(share >= 0.5):
+            colour = "white" if share[y, x] > 55 else "black"
+            axis.text(x, y, f"{share[y, x]:.0f}", ha="center", va="center", fontsize=5, color=colour)
+    accuracy = statistics.fmean(record["classification"]["top1"] for record in records)
+    axis.set_title(f"{row['label']}, top-1 {100 * accuracy:.1f} %")
+    axis.set_xlabel("Predicted class")
+    axis.grid(False)
+    return image
+
+
 def per_class(spec: Mapping[str, Any], results: Path) -> Figure:
-    """Accuracy of each class, classes sorted by the first method's; with one seed error bars are binomial."""
-    rows = _of_first_scale(spec)
-    records = [[m.load(results, record) for record in row["records"]] for row in rows]
+    """Accuracy of each class, classes sorted by the first method's; with one seed error bars are binomial.
+
+    One panel a data set (its first size of the grid).
+    """
+    groups = _first_scales(spec, results)
+    most = max(len(m.load(results, rows[0]["records"][0])["classes"]) for rows in groups)
+    size = (min(1.6 + 0.42 * most, 7.2), 0.4 + 2.4 * len(groups))
+    figure, axes = plt.subplots(len(groups), 1, figsize=size, squeeze=False)
+    for axis, rows in zip(axes[:, 0], groups, strict=True):
+        _draw_classes(axis, rows, [[m.load(results, record) for record in row["records"]] for row in rows])
+    axes[0][0].legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    bars = "± 1 standard deviation over seeds" if len(spec["rows"][0]["records"]) > 1 else "± 1 standard error"
+    figure.suptitle(f"{spec['title']} ({bars})", fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+def _draw_classes(axis: Any, rows: list[Mapping[str, Any]], records: list[list[dict[str, Any]]]) -> None:
     names = _names(records[0][0])
     values = [np.array([r["classification"]["per_class"] for r in rs], dtype=float) * 100 for rs in records]
     order = np.argsort(-values[0].mean(0), kind="stable")
-    figure, axis = plt.subplots(figsize=(min(1.6 + 0.42 * len(names), 7.2), 2.8))
     for index, (row, value, found) in enumerate(zip(rows, values, records, strict=True)):
         mean = value.mean(0)
         if len(value) > 1:
@@ -143,47 +168,49 @@ def per_class(spec: Mapping[str, Any], results: Path) -> Figure:
             images = np.maximum(np.sum(found[0]["classification"]["confusion"], axis=1), 1)
             error = np.sqrt(mean * (100 - mean) / images)
         x = np.arange(len(names)) + 0.16 * (index - (len(rows) - 1) / 2)
-        axis.errorbar(
-            x, mean[order], yerr=error[order], label=row["label"], capsize=1.5, markersize=3.5, elinewidth=0.8,
-            **look(row["experiment"], index) | {"linestyle": ""},
-        )  # fmt: skip
+        style = look(row["experiment"], index) | {"linestyle": "", "capsize": 1.5, "markersize": 3.5, "elinewidth": 0.8}
+        axis.errorbar(x, mean[order], yerr=error[order], label=row["label"], **style)
     if len(names) <= NAMED:
         axis.set_xticks(range(len(names)), [names[i] for i in order], rotation=45, ha="right")
     else:
         axis.set_xlabel(f"{len(names)} classes, sorted")
+    axis.set_title(rows[0]["scale"], loc="left")
     axis.set_ylabel("Accuracy (%)")
-    axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    bars = "± 1 standard deviation over seeds" if len(records[0]) > 1 else "± 1 standard error"
-    axis.set_title(f"{spec['title']} ({rows[0]['scale']}; {bars})", fontsize=8)
-    return figure
 
 
 def predictions(spec: Mapping[str, Any], results: Path) -> Figure:
-    """Test images with what the model says and how surely; first the first ones, then its surest mistakes."""
-    row = _of_first_scale(spec)[0]
-    record = m.load(results, row["records"][0])
-    names, tiles = _names(record), _tiles(results, row)
-    size = len(tiles)
+    """Test images with what the model says and how surely; first the first ones, then its surest mistakes.
+
+    One block of lines a data set (its first size of the grid), of the first method.
+    """
     across = 8
-    down = -(-len(record["examples"]) // across)
-    figure, axes = plt.subplots(down, across, figsize=(7.0, 1.25 * down + 0.5), squeeze=False)
+    blocks = []
+    for rows in _first_scales(spec, results):
+        record = m.load(results, rows[0]["records"][0])
+        for start in range(0, len(record["examples"]), across):
+            blocks.append((rows[0], record, record["examples"][start : start + across]))
+    figure, axes = plt.subplots(len(blocks), across, figsize=(7.0, 1.25 * len(blocks) + 0.5), squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
-    for axis, example in zip(axes.flat, record["examples"], strict=False):
-        start = example["tile"] * size
-        axis.imshow(tiles[:, start : start + size], cmap="gray", interpolation="nearest")
-        right = example["label"] == example["prediction"]
-        said = f"{names[example['prediction']]} {100 * example['top'][0][1]:.0f} %"
-        truth = "" if right else f"\n(is {names[example['label']]})"
-        axis.set_title(said + truth, fontsize=6, color=COLOURS[3] if right else COLOURS[4], pad=2)
-    figure.suptitle(f"{spec['title']} ({row['label']}, {row['scale']})", fontsize=8)
+    for line, (row, record, examples) in zip(axes, blocks, strict=True):
+        names, tiles = _names(record), _tiles(results, row)
+        size = len(tiles)
+        for axis, example in zip(line, examples, strict=False):
+            start = example["tile"] * size
+            axis.imshow(tiles[:, start : start + size], cmap="gray", interpolation="nearest")
+            right = example["label"] == example["prediction"]
+            said = f"{names[example['prediction']]} {100 * example['top'][0][1]:.0f} %"
+            truth = "" if right else f"\n(is {names[example['label']]})"
+            axis.set_title(said + truth, fontsize=6, color=COLOURS[3] if right else COLOURS[4], pad=2)
+    scales = ", ".join(dict.fromkeys(row["scale"] for row, _, _ in blocks))
+    figure.suptitle(f"{spec['title']} ({blocks[0][0]['label']}, {scales})", fontsize=8)
     figure.tight_layout()
     return figure
 
 
 def detections(spec: Mapping[str, Any], results: Path) -> Figure:
     """Test images with annotated boxes (white, dashed) and what each method found; one row of images a method."""
-    rows = _of_first_scale(spec)
+    rows = _first_scales(spec, results)[0]
     records = [m.load(results, row["records"][0]) for row in rows]
     count = len(records[0]["examples"])
     figure, axes = plt.subplots(len(rows), count, figsize=(1.3 * count, 1.45 * len(rows) + 0.6), squeeze=False)
@@ -228,8 +255,12 @@ def _tiles(results: Path, row: Mapping[str, Any]) -> np.ndarray:
         raise MasaError(f"{path} is missing or corrupt ({error}); evaluate the run again.") from error
 
 
-def _of_first_scale(spec: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return [row for row in spec["rows"] if row["scale"] == spec["rows"][0]["scale"]]
+def _first_scales(spec: Mapping[str, Any], results: Path) -> list[list[Mapping[str, Any]]]:
+    """The rows of the first size of every data set."""
+    scales: dict[str, str] = {}
+    for row in spec["rows"]:
+        scales.setdefault(m.load(results, row["records"][0])["dataset"], row["scale"])
+    return [[row for row in spec["rows"] if row["scale"] == scale] for scale in scales.values()]
 
 
 def _names(record: Mapping[str, Any]) -> list[str]:

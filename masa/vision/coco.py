@@ -358,7 +358,7 @@ def read_parquet(root: Path, empty: str) -> Raw:
                 f"{root} holds neither annotations/ (COCO's layout) nor a file {_VAL[split]}*.parquet. Give the folder "
                 "that does."
             )
-    classes = _classes(found["train"][0])
+    classes = images.same_classes({path: _classes(path) for paths in found.values() for path in paths})
     raw = Raw(
         classes,
         {},

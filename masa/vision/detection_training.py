@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,7 @@ from masa.fingerprint import fingerprint
 from masa.vision import detector, yolos
 from masa.vision.boxed_images import BoxSplit, TrainingBoxes, check_fits, collate, read_manifest
 from masa.vision.detections import detect
-
-CHECKSUMS = ("sha256", "images_sha256", "boxes_sha256")
+from masa.vision.pixels import data_digest, with_steps
 
 
 def pretrain(spec: Mapping[str, Any], boxes: Path, out: Path) -> dict[str, Any]:
@@ -35,7 +33,7 @@ def pretrain(spec: Mapping[str, Any], boxes: Path, out: Path) -> dict[str, Any]:
         MasaError: a spec that cannot be built, boxes that do not fit it, and what :func:`masa.trainer.train` raises.
     """
     manifest = read_manifest(boxes)
-    spec = resolve(spec, manifest)
+    spec = with_steps(yolos.resolve_run(spec), manifest)
     recipe, seed = spec["training"], spec["seed"]
     trainer.set_up(spec)
     check_fits(manifest, spec["model"], boxes)
@@ -51,30 +49,20 @@ def pretrain(spec: Mapping[str, Any], boxes: Path, out: Path) -> dict[str, Any]:
         precision = float(found.mean_average_precision()["map"])
         return {"validation_loss": found.loss} | ({"validation_map": precision} if precision >= 0 else {})
 
-    data = {s: [manifest["splits"][s][k] for k in CHECKSUMS] for s in ("train", "validation")}
+    data = data_digest(manifest)
     task = trainer.Task(
         build=build,
         data=TrainingBoxes(training, recipe["steps"] * recipe["batch_size"], seed, recipe["horizontal_flip"]),
         score=score,
         unit="images",
         units_per_step=recipe["batch_size"],
-        inputs={"boxes": run.digest(data)},
+        inputs={"boxes": data},
         identity=run.digest([spec, data, fingerprint("masa.vision.detection_training")]),
         trainer=DetectionTrainer,
         collate=collate,
         packages=detector.PACKAGES,
     )
     return trainer.train(spec, task, out)
-
-
-def resolve(spec: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The spec with defaults, and epochs turned into steps by the number of training images."""
-    full = yolos.resolve_run(spec)
-    recipe = full["training"]
-    if recipe["epochs"] is not None:
-        count = manifest["splits"]["train"]["images"]
-        recipe["steps"] = math.ceil(recipe["epochs"] * count / recipe["batch_size"])
-    return full | {"data": manifest["dataset"]}
 
 
 class DetectionTrainer(Trainer):

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from masa import analysis, run
-from masa.errors import MasaError, unknown
+from masa.errors import unknown
 from masa.sources import whole_file
 from masa.vision import timm_vit
 from masa.vision.classification import Predictions, predict
-from masa.vision.pixels import ImageSplit, check_fits, read_manifest
+from masa.vision.pixels import ImageSplit, check_fits, check_trained_on, read_manifest
 
 SETTINGS: dict[str, Any] = {"split": "test", "limit": None, "batch_size": 256, "examples": 16}
 """Defaults: which split is scored, how many of its images (None: all), and how many examples are drawn."""
@@ -43,8 +43,7 @@ def evaluate(run_dir: Path, images: Path, settings: Mapping[str, Any], out: Path
     record, spec = run.read_json(run_dir / "manifest.json"), run.read_json(run_dir / "spec.json")
     data = read_manifest(images)
     check_fits(data, spec["model"], images)
-    if data["dataset"] != spec["data"]:
-        raise MasaError(f"{record['run']} was trained on {spec['data']}, but {images} holds {data['dataset']}.")
+    check_trained_on(data, run_dir, images)
     split = ImageSplit(images, settings["split"])
     torch.set_num_threads(spec["training"]["threads"])
     model = analysis.folded_run(run_dir, record, out)
@@ -61,7 +60,7 @@ def evaluate(run_dir: Path, images: Path, settings: Mapping[str, Any], out: Path
         "titles": data["titles"],
         "examples": [_describe(found, i, tile) for tile, i in enumerate(chosen)],
         "settings": settings,
-        "data": {k: data["splits"][settings["split"]][k] for k in ("sha256", "labels_sha256")},
+        "data": {k: v for k, v in data["splits"][settings["split"]].items() if k.endswith("sha256")},
         "provenance": run.provenance({"run": record["identity"]}, timm_vit.PACKAGES),
     }
     run.write_json(out / "metrics.json", metrics)

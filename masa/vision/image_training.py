@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,15 @@ from masa import run, trainer
 from masa.fingerprint import fingerprint
 from masa.vision import timm_vit, vit
 from masa.vision.classification import predict
-from masa.vision.pixels import Collate, ImageSplit, TrainingImages, check_fits, read_manifest
+from masa.vision.pixels import (
+    Collate,
+    ImageSplit,
+    TrainingImages,
+    check_fits,
+    data_digest,
+    read_manifest,
+    with_steps,
+)
 
 
 def pretrain(spec: Mapping[str, Any], images: Path, out: Path) -> dict[str, Any]:
@@ -34,7 +41,7 @@ def pretrain(spec: Mapping[str, Any], images: Path, out: Path) -> dict[str, Any]
         MasaError: a spec that cannot be built, images that do not fit it, and what :func:`masa.trainer.train` raises.
     """
     manifest = read_manifest(images)
-    spec = resolve(spec, manifest)
+    spec = with_steps(vit.resolve_run(spec), manifest)
     recipe, seed = spec["training"], spec["seed"]
     trainer.set_up(spec)
     check_fits(manifest, spec["model"], images)
@@ -50,7 +57,7 @@ def pretrain(spec: Mapping[str, Any], images: Path, out: Path) -> dict[str, Any]
         scores = {"validation_loss": found.loss, "validation_top1": found.accuracy() or 0.0}
         return scores | ({"validation_top5": top5} if top5 is not None else {})
 
-    data = {s: [manifest["splits"][s][k] for k in ("sha256", "labels_sha256")] for s in ("train", "validation")}
+    data = data_digest(manifest)
     task = trainer.Task(
         build=lambda: timm_vit.build(
             spec["model"], spec["sharing"], manifest["classes"], manifest["mean"], manifest["std"]
@@ -59,7 +66,7 @@ def pretrain(spec: Mapping[str, Any], images: Path, out: Path) -> dict[str, Any]
         score=score,
         unit="images",
         units_per_step=recipe["batch_size"],
-        inputs={"images": run.digest(data)},
+        inputs={"images": data},
         identity=run.digest([spec, data, fingerprint("masa.vision.image_training")]),
         trainer=partial(ImageTrainer, recipe["label_smoothing"]),
         collate=Collate(seed, spec["model"]["num_classes"], recipe["mixup"]),
@@ -68,16 +75,6 @@ def pretrain(spec: Mapping[str, Any], images: Path, out: Path) -> dict[str, Any]
         final=final,
     )
     return trainer.train(spec, task, out)
-
-
-def resolve(spec: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The spec with defaults, and epochs turned into steps by the number of training images."""
-    full = vit.resolve_run(spec)
-    recipe = full["training"]
-    if recipe["epochs"] is not None:
-        count = manifest["splits"]["train"]["images"]
-        recipe["steps"] = math.ceil(recipe["epochs"] * count / recipe["batch_size"])
-    return full | {"data": manifest["dataset"]}
 
 
 class ImageTrainer(Trainer):

@@ -26,7 +26,7 @@ from masa import sources
 from masa.errors import MasaError, unknown
 from masa.progress import Progress
 from masa.run import read_json, write_json
-from masa.vision.image_sets import ImageDataset, dataset
+from masa.vision.image_sets import ImageDataset, dataset, resolve
 from masa.vision.pixels import LABELS, SPLITS
 
 Example = tuple[str, np.ndarray, int]
@@ -52,9 +52,7 @@ def prepare(spec: Mapping[str, Any], cache: Path, mirror: str | None, out: Path)
     Where it has one, training images that are also test images are dropped; the manifest says how many.
 
     Args:
-        spec: ``name`` (a key of :data:`masa.vision.image_sets.DATASETS`); optionally ``source``,
-            ``validation_fraction`` (default 0.02, or 0.1 where the data set has no test split) and
-            ``test_fraction`` (default 0.2).
+        spec: see :func:`masa.vision.image_sets.resolve`.
         cache, mirror: where downloads and the mirror are.
         out: image directory.
 
@@ -65,15 +63,9 @@ def prepare(spec: Mapping[str, Any], cache: Path, mirror: str | None, out: Path)
         MasaError: an unknown data set or key, a source that cannot be had, an image that is corrupt or of another
             size, a label that is no class, or a split that stays empty; files and rows are named.
     """
-    for key in spec:
-        if key not in (known := ("name", "source", "validation_fraction", "test_fraction")):
-            raise unknown("Image data: key", key, known)
-    entry = dataset(spec.get("name") or "")
-    source = spec.get("source") or entry.source
-    validation = _fraction(spec, "validation_fraction", 0.02 if entry.test else 0.1)
-    test = 0.0 if entry.test else _fraction(spec, "test_fraction", 0.2)
-    if validation + test >= 1:
-        raise MasaError(f"validation_fraction + test_fraction = {validation + test} leaves nothing to train on.")
+    spec = resolve(spec)
+    entry, source = dataset(spec["name"]), spec["source"]
+    validation, test = spec["validation_fraction"], spec["test_fraction"]
     raw = READERS[entry.reader](sources.parse(source), entry, cache, mirror)
     if len(raw.classes) != entry.num_classes:
         raise MasaError(f"{source} names {len(raw.classes)} classes, {spec['name']} has {entry.num_classes}.")
@@ -121,14 +113,6 @@ def prepare(spec: Mapping[str, Any], cache: Path, mirror: str | None, out: Path)
     }
     write_json(out / "manifest.json", manifest)
     return manifest
-
-
-def _fraction(spec: Mapping[str, Any], key: str, default: float) -> float:
-    value = spec.get(key)
-    value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
-        raise MasaError(f"{key} is a fraction between 0 and 1, got {value!r}: no split may be empty.")
-    return float(value)
 
 
 def _split_of(digest: bytes, validation: float, test: float) -> str:
@@ -242,7 +226,7 @@ def read_parquet(source: sources.Source, entry: ImageDataset, _: Path, mirror: s
     for split, paths in found.items():
         if not paths:
             raise MasaError(f"{source}: no file {root}/**/{split}*.parquet.")
-    names = _class_names(found["train"][0], entry)
+    names = same_classes({path: _class_names(path, entry) for paths in found.values() for path in paths})
     titles = root / "class_names.json"
     return Raw(
         names,
@@ -251,6 +235,20 @@ def read_parquet(source: sources.Source, entry: ImageDataset, _: Path, mirror: s
         [_title(read_json(titles), name) for name in names] if titles.is_file() else None,
         {str(p.relative_to(root)): sources.sha256_of(p) for paths in found.values() for p in paths},
     )
+
+
+def same_classes(named: Mapping[Path, list[str]]) -> list[str]:
+    """The class names that all files agree on, in the order of the labels.
+
+    Raises:
+        MasaError: two files name or order them differently, so that one label would mean two classes.
+    """
+    (first, names), *others = named.items()
+    for path, other in others:
+        if other != names:
+            where = next((i for i, (a, b) in enumerate(zip(names, other, strict=False)) if a != b), "beyond the last")
+            raise MasaError(f"{path} names its classes otherwise than {first}: they differ at label {where}.")
+    return names
 
 
 def _title(titles: Any, name: str) -> str:
@@ -323,7 +321,7 @@ def decode(data: bytes, channels: int, name: str) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data)) as image:
             pixels = np.asarray(image.convert("RGB" if channels == 3 else "L"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError) as error:
         raise MasaError(f"{name}: the image is corrupt ({error}).") from error
     return pixels.reshape(*pixels.shape[:2], channels)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from masa.errors import MasaError, unknown
-from masa.run import read_json
+from masa.run import digest, read_json
 
 SPLITS = ("train", "validation", "test")
 LABELS = np.dtype("<i8")
@@ -65,6 +66,35 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or "classes" not in manifest or "splits" not in manifest:
         raise MasaError(f"{directory / 'manifest.json'} is not one of images; make it with `masa images`.")
     return manifest
+
+
+def data_digest(manifest: Mapping[str, Any]) -> str:
+    """Hash of the images that a run is trained and validated on: they decide its bits."""
+    files = ("sha256", "labels_sha256", "images_sha256", "boxes_sha256")
+    splits = {split: manifest["splits"][split] for split in ("train", "validation")}
+    return digest({name: [record[k] for k in files if k in record] for name, record in splits.items()})
+
+
+def check_trained_on(manifest: Mapping[str, Any], run_dir: Path, directory: Path) -> None:
+    """See that images are those that a run was trained on: of others, some of its test could have been.
+
+    Raises:
+        MasaError: they are not.
+    """
+    inputs = read_json(run_dir / "provenance.json")["inputs"]
+    if data_digest(manifest) not in inputs.values():
+        raise MasaError(
+            f"{run_dir} was trained on other images than those in {directory}, whose test images it may have seen. "
+            "Evaluate it on its own."
+        )
+
+
+def with_steps(spec: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """A resolved run spec with the name of its data, and epochs turned into steps by the number of images."""
+    recipe = dict(spec["training"])
+    if recipe["epochs"] is not None:
+        recipe["steps"] = math.ceil(recipe["epochs"] * manifest["splits"]["train"]["images"] / recipe["batch_size"])
+    return {**spec, "training": recipe, "data": manifest["dataset"]}
 
 
 def check_fits(manifest: Mapping[str, Any], model: Mapping[str, Any], directory: Path) -> None:

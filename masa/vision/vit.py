@@ -57,7 +57,7 @@ def resolve(model: Mapping[str, Any]) -> dict[str, Any]:
     if full["global_pool"] not in POOLS:
         raise unknown("model.global_pool: pooling", full["global_pool"], POOLS)
     for key in ("drop_rate", "attn_drop_rate", "drop_path_rate"):
-        if not 0 <= full[key] < 1:
+        if isinstance(full[key], bool) or not isinstance(full[key], int | float) or not 0 <= full[key] < 1:
             raise MasaError(f"model.{key} = {full[key]!r} must be at least 0 and less than 1.")
     return full
 

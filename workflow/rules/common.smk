@@ -124,14 +124,27 @@ def data_of(run):
 def local_image_files(section, name):
     """Local files of a data set of vision."""
     source = config[section][name].get("source")
+    if (
+        section == "boxes" and source
+    ):  # COCO's annotations stand for its hundred thousand images
+        try:
+            return local_files(f"{source}/annotations/*.json")
+        except MasaError:
+            pass  # then it is Parquet
     try:
-        return local_files(source and f"{source}/**/*")
+        return local_files(source and f"{source}/**/*.parquet")
     except MasaError as error:
         raise WorkflowError(f"{section}.{name}: {error}") from None
 
 
+def made_from(artefact):
+    """What a table or figure is made from: its evaluations, and the paper's numbers beside them."""
+    paper = [artefact["paper"]["file"]] if "paper" in artefact else []
+    return evaluations_of(artefact) + paper
+
+
 def evaluations_of(artefact):
-    """What a table or figure is made from: metrics files, or manifests of compressions."""
+    """Metrics files, or manifests of compressions."""
     if plan.is_compression(config, artefact):
         return expand(
             f"{RESULTS}/compression/{{run}}/manifest.json",

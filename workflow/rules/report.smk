@@ -13,10 +13,7 @@ def table_inputs(wildcards):
         )
     if wildcards.name == "parameters":
         return [f"{RESULTS}/parameters.json"]
-    artefact = config["tables"][wildcards.name]
-    return evaluations_of(artefact) + (
-        [artefact["paper"]["file"]] if "paper" in artefact else []
-    )
+    return made_from(config["tables"][wildcards.name])
 
 
 rule table:
@@ -37,7 +34,7 @@ rule table:
 
 rule figure:
     input:
-        lambda wildcards: evaluations_of(config["figures"][wildcards.name]),
+        lambda wildcards: made_from(config["figures"][wildcards.name]),
     output:
         f"{PARTS}/figures/{{name}}.png",
         f"{PARTS}/figures/{{name}}.pdf",
