@@ -494,7 +494,7 @@ def test_found_boxes_are_those_of_transformers(drawn):
 
 def test_evaluation_has_all_that_a_report_draws(drawn, tmp_path):
     detection_training.pretrain(spec_of(steps=10, evaluations=1), drawn, tmp_path / "run")
-    metrics = detection_evaluation.evaluate(tmp_path / "run", drawn, {"examples": 4, "boxes": 3}, tmp_path / "out")
+    metrics = detection_evaluation.evaluate(tmp_path / "run", drawn, {"examples": 8, "boxes": 3}, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == metrics
     split = boxed_images.BoxSplit(drawn, "test")
     found = detect(masa.load(tmp_path / "run" / "model"), split)
