@@ -141,8 +141,19 @@ def test_the_whole_path_works_without_snakemake(tmp_path, cache):
     assert "n/a" in (r / "tables" / "table1.md").read_text()
 
 
-def test_the_readmes_library_example_runs(tmp_path):
-    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
-    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+def test_the_readmes_library_examples_run(tmp_path):
+    library, vision = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    result = subprocess.run([sys.executable, "-c", library], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "66.7% fewer attention parameters"
     assert (tmp_path / "plain" / "model.safetensors").is_file()
+    subprocess.run([sys.executable, "-c", vision], cwd=tmp_path, capture_output=True, check=True)
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "config/README.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+)
+def test_links_lead_somewhere(page):
+    text = (ROOT / page).read_text()
+    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", text):
+        assert target.startswith("http") or ((ROOT / page).parent / target).exists(), target
+    assert not re.search(r"\b[A-Z]{3,}RESULTS?\b", text), "a placeholder is left"
