@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
-from masa import __version__, config, kinds
+from masa import __version__, config, experiments, kinds
 from masa.compression import plan
 from masa.errors import MasaError, unknown
 
@@ -306,7 +306,7 @@ def benchmarks_spec(c: config.Config) -> dict[str, Any]:
 def throughput_spec(c: config.Config, scale: str) -> dict[str, Any]:
     """The runs that are timed at one scale, and how."""
     settings = {k: c["throughput"][k] for k in ("repeats", "batch_size", "context")}
-    runs = [config.run_spec(c, scale, name, 0) for name in c["throughput"]["methods"]]
+    runs = [experiments.run_spec(c, scale, name, 0) for name in c["throughput"]["methods"]]
     return {"runs": runs, "settings": settings, "threads": runs[0]["training"]["threads"]}
 
 
@@ -314,9 +314,9 @@ def parameters_spec(c: config.Config) -> list[dict[str, Any]]:
     """The runs whose parameters are counted."""
     chosen = c["parameters"]
     return [
-        config.run_spec(c, scale, name, 0)
+        experiments.run_spec(c, scale, name, 0)
         for scale in chosen["scales"]
-        for name in config.experiments_at(c, chosen["experiments"], scale, possible=True)
+        for name in experiments.experiments_at(c, chosen["experiments"], scale, possible=True)
     ]
 
 
@@ -353,12 +353,12 @@ def labels(c: config.Config) -> dict[str, str]:
 def table_spec(c: config.Config, name: str) -> Any:
     """One table as data; ``runs``, ``throughput`` and ``parameters`` are made for every configuration."""
     if name == "runs":
-        return config.all_runs(c)
+        return experiments.all_runs(c)
     if name == "throughput":
         return {"scales": c["throughput"]["scales"], "labels": labels(c)}
     if name == "parameters":
         return {"labels": labels(c)}
-    return config.artefact_spec(c, "tables", name)
+    return experiments.artefact_spec(c, "tables", name)
 
 
 def _fetch(given: argparse.Namespace) -> None:
@@ -408,8 +408,8 @@ def _prepare_vision(given: argparse.Namespace, section: str) -> None:
 
 def _pretrain(given: argparse.Namespace) -> None:
     if given.run:
-        config.parse_run(given.run)
-    spec = _spec(given, lambda c: config.run_spec(c, *config.parse_run(given.run)))
+        experiments.parse_run(given.run)
+    spec = _spec(given, lambda c: experiments.run_spec(c, *experiments.parse_run(given.run)))
     kind = kinds.of(spec)
     data = _needed(given, kind.data, spec)
     import_module(f"masa.{kind.training}").pretrain(spec, data, Path(given.out))
@@ -492,7 +492,7 @@ def _table(given: argparse.Namespace) -> None:
 def _figure(given: argparse.Namespace) -> None:
     from masa.report import figures
 
-    spec = _spec(given, lambda c: config.artefact_spec(c, "figures", given.name))
+    spec = _spec(given, lambda c: experiments.artefact_spec(c, "figures", given.name))
     results = Path(given.results or config.load(given.configfile)["results"])
     figures.write(spec, results, Path(given.out))
 
@@ -587,8 +587,8 @@ def _config(given: argparse.Namespace) -> None:
     if given.json:
         print(json.dumps(c, indent=2, ensure_ascii=False))
         return
-    for run_id in config.all_runs(c):
-        recipe = config.run_spec(c, *config.parse_run(run_id))["training"]
+    for run_id in experiments.all_runs(c):
+        recipe = experiments.run_spec(c, *experiments.parse_run(run_id))["training"]
         length = f"{recipe['steps']:,} steps" if recipe["steps"] else f"{recipe['epochs']:g} epochs"
         batch = recipe["batch_size"]
         if "context" in recipe:

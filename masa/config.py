@@ -1,7 +1,4 @@
-"""The configuration: read, merge, check, and turn into runs. Needs neither torch nor Snakemake.
-
-A run is ``{scale}/{experiment}/seed{n}``; its spec is everything that decides its bits, as JSON-able data.
-"""
+"""The configuration: read, merge and check. Needs neither torch nor Snakemake; its runs: :mod:`masa.experiments`."""
 
 from __future__ import annotations
 
@@ -14,12 +11,11 @@ from typing import Any
 
 import yaml
 
-from masa import kinds
+from masa import experiments, kinds
 from masa.compression import plan
 from masa.errors import MasaError, unknown
 from masa.fingerprint import ROOT
 from masa.report.metrics import METRIC_NAMES
-from masa.spec import METHODS, ModelShape, SharingSpec
 
 BASE = tuple(f"config/{name}.yaml" for name in ("config", "experiments", "vision", "compression", "artefacts"))
 SCHEMA = ROOT / "config" / "schemas" / "config.schema.yaml"
@@ -43,7 +39,7 @@ FIGURES = {
 TASKS = ("piqa", "hellaswag", "lambada_openai", "arc_easy", "arc_challenge", "sciq", "race", "mmlu", "wikitext")
 """lm-eval tasks whose data a mirror or pip may have (see :mod:`masa.benchmarks`)."""
 
-Config = dict[str, Any]
+Config = experiments.Config
 
 
 def load(overlays: Iterable[str | Path] = (), root: Path = ROOT) -> Config:
@@ -98,6 +94,15 @@ def check(config: Config) -> None:
     )
     if errors:
         raise _explain(errors[0])
+    _check_tasks(config)
+    _check_artefacts(config)
+    _check_vision(config)
+    _check_names(config)
+    _check_runs(config)
+    plan.check(config)
+
+
+def _check_tasks(config: Config) -> None:
     if "hub" not in config["evaluation"]["sources"]:  # the hub may have tasks that we do not know
         for where, tasks in (
             ("tasks", config["evaluation"]["tasks"]),
@@ -106,6 +111,10 @@ def check(config: Config) -> None:
             for task in tasks:
                 if task not in TASKS:
                     raise unknown(f"evaluation.{where}: task", task, TASKS)
+
+
+def _check_artefacts(config: Config) -> None:
+    """What tables and figures name exists."""
     for kind in ("tables", "figures"):
         for name, artefact in config[kind].items():
             if artefact is None:
@@ -130,6 +139,10 @@ def check(config: Config) -> None:
     clash = set(config["tables"]) & set(config["figures"])
     if clash:
         raise MasaError(f"{', '.join(sorted(clash))}: a table and a figure may not have the same name.")
+
+
+def _check_names(config: Config) -> None:
+    """Experiments and scales that are named elsewhere exist."""
     for where, names in (
         ("throughput.methods", config["throughput"]["methods"]),
         ("parameters.experiments", config["parameters"]["experiments"]),
@@ -137,8 +150,9 @@ def check(config: Config) -> None:
         for name in names:
             if name not in config["experiments"]:
                 raise unknown(f"{where}: experiment", name, config["experiments"])
-    _check_vision(config)
-    sizes = _sizes(config)
+    if config["throughput"]["methods"][:1] != ["vanilla"]:
+        raise MasaError("throughput.methods must begin with vanilla, which all ratios refer to.")
+    sizes = experiments.sizes(config)
     named = dict.fromkeys([*config["scales"], *config["vision_scales"]], True)  # those that were removed as well
     for where, names, known in (
         *((f"grids.{name}", grid.get("scales", ()), sizes) for name, grid in config["grids"].items()),
@@ -149,24 +163,25 @@ def check(config: Config) -> None:
         for scale in names:
             if not known.get(scale):
                 raise unknown(f"{where}: scale", scale, [s for s, v in known.items() if v])
+
+
+def _check_runs(config: Config) -> None:
+    """Every run can be built, and every artefact made of its runs."""
     for kind in ("tables", "figures"):
-        for name, artefact in active(config, kind).items():
+        for name, artefact in experiments.active(config, kind).items():
             _check_models(config, kind, name, artefact)
-    if config["throughput"]["methods"][:1] != ["vanilla"]:
-        raise MasaError("throughput.methods must begin with vanilla, which all ratios refer to.")
     vocabulary = config["data"]["tokenizer"]["vocab_size"]
-    for run in all_runs(config):
-        spec = run_spec(config, *parse_run(run))
+    for run in experiments.all_runs(config):
+        spec = experiments.run_spec(config, *experiments.parse_run(run))
         if kinds.of(spec) is kinds.LANGUAGE and spec["model"]["vocab_size"] != vocabulary:
             raise MasaError(
                 f"Run {run}: scales.{run.split('/')[0]}.model.vocab_size = {spec['model']['vocab_size']}, but "
                 f"data.tokenizer.vocab_size = {vocabulary}. A run needs the tokenizer's vocabulary."
             )
-    plan.check(config)
     for section, key in (("throughput", "methods"), ("parameters", "experiments")):
         for scale in config[section]["scales"]:
-            for name in experiments_at(config, config[section][key], scale, possible=True):
-                run_spec(config, scale, name, 0)
+            for name in experiments.experiments_at(config, config[section][key], scale, possible=True):
+                experiments.run_spec(config, scale, name, 0)
 
 
 def _check_models(config: Config, kind: str, name: str, artefact: Config) -> None:
@@ -175,8 +190,8 @@ def _check_models(config: Config, kind: str, name: str, artefact: Config) -> Non
     if plan.is_compression(config, artefact):
         found = {"pretrained"}
     else:
-        found = {kind_of(config, scale).data for scale in config["grids"][grid]["scales"]}
-        if not artefact_runs(config, artefact):
+        found = {experiments.kind_of(config, scale).data for scale in config["grids"][grid]["scales"]}
+        if not experiments.artefact_runs(config, artefact):
             raise MasaError(f"{where}: none of its experiments is made at a scale of grids.{grid} (`only`).")
     if len(found) > 1:
         raise MasaError(f"{where}: grids.{grid} mixes models of {' and '.join(sorted(found))}; use one grid for each.")
@@ -220,149 +235,6 @@ def _explain(error: Any) -> MasaError:
     return MasaError(f"{path}: {error.message}.")
 
 
-# ---------------------------------------------------------------------------------------------------------- runs
-
-
-def active(config: Config, kind: str) -> dict[str, Config]:
-    """The tables or figures whose grid has at least one scale or pretrained model."""
-    grids = {name: grid.get("scales") or grid.get("pretrained") for name, grid in config["grids"].items()}
-    return {n: a for n, a in config[kind].items() if a and grids[a["grid"]]}
-
-
-def artefact_runs(config: Config, artefact: Config) -> list[str]:
-    """Run ids of one table or figure: every scale, experiment and seed; none if it is about pretrained models."""
-    grid = config["grids"][artefact["grid"]]
-    if plan.is_compression(config, artefact):
-        return []
-    return [
-        f"{scale}/{name}/seed{seed}"
-        for scale in grid["scales"]
-        for name in experiments_at(config, artefact["experiments"], scale)
-        for seed in grid["seeds"]
-    ]
-
-
-def experiments_at(config: Config, names: Iterable[str], scale: str, possible: bool = False) -> list[str]:
-    """Those of some experiments that are made at one scale.
-
-    Args:
-        possible: also leave out what that kind of model cannot have: grouped heads in vision.
-    """
-    grouped = possible and kind_of(config, scale) is not kinds.LANGUAGE
-    return [
-        name
-        for name in names
-        if scale in (entry := config["experiments"][name]).get("only", [scale])
-        and not (grouped and getattr(METHODS.get(entry["method"]), "source", None) == "grouped_heads")
-    ]
-
-
-def _sizes(config: Config) -> dict[str, Config]:
-    """All scales, of language models and of vision."""
-    return {name: size for section in ("scales", "vision_scales") for name, size in config[section].items() if size}
-
-
-def kind_of(config: Config, scale: str) -> kinds.Kind:
-    """What kind of model a scale is of."""
-    return kinds.of(_sizes(config)[scale])
-
-
-def all_runs(config: Config) -> list[str]:
-    """Run ids of all tables and figures, each once, in the order of the artefacts."""
-    ids = (
-        run for kind in ("tables", "figures") for a in active(config, kind).values() for run in artefact_runs(config, a)
-    )
-    return list(dict.fromkeys(ids))
-
-
-def parse_run(run: str) -> tuple[str, str, int]:
-    """Split a run id.
-
-    Raises:
-        MasaError: it is not of the form scale/experiment/seedN.
-    """
-    parts = run.split("/")
-    if len(parts) != 3 or not parts[2].startswith("seed") or not parts[2][4:].isdigit():
-        raise MasaError(f"Run {run!r} is not of the form SCALE/EXPERIMENT/seedN, e.g. nano/masa-qkvo/seed0.")
-    return parts[0], parts[1], int(parts[2][4:])
-
-
-def model_shape(model: Mapping[str, Any]) -> ModelShape:
-    """Shapes of the paper's standard Transformer, from its sizes alone (the model itself: :mod:`masa.models`)."""
-    d, heads, ffn = model["hidden_size"], model["num_attention_heads"], model["intermediate_size"]
-    shapes = dict.fromkeys("qkvo", (d, d)) | {"u": (ffn, d), "d": (d, ffn)}
-    return ModelShape(model["num_layers"], d, heads, heads, shapes)
-
-
-def vanilla_parameters(model: Mapping[str, Any], vocab_size: int) -> int:
-    """Parameters of the vanilla model with biases, LayerNorms and tied embeddings."""
-    d, ffn, layers = model["hidden_size"], model["intermediate_size"], model["num_layers"]
-    return vocab_size * d + layers * (4 * (d * d + d) + 2 * d * ffn + ffn + d + 4 * d) + 2 * d
-
-
-def run_spec(config: Config, scale: str, experiment: str, seed: int) -> dict[str, Any]:
-    """Everything that decides a run's bits, apart from the data: model, sharing, recipe and seed.
-
-    Raises:
-        MasaError: an unknown name, or a model, sharing spec or recipe that cannot be built; the message says where.
-    """
-    sizes = _sizes(config)
-    if scale not in sizes:
-        raise unknown("Scale", scale, sizes)
-    if experiment not in config["experiments"]:
-        raise unknown("Experiment", experiment, config["experiments"])
-    size, entry = sizes[scale], config["experiments"][experiment]
-    sharing = {k: v for k, v in entry.items() if k not in ("label", "paper", "per_scale", "only")}
-    sharing |= (entry.get("per_scale") or {}).get(scale, {})
-    kind = kinds.of(size)
-    if kind.resolve:
-        model, training = size["model"], size["training"]
-        run = f"{scale}/{experiment}/seed{seed}"
-        return kind.resolve({"run": run, "seed": seed, "model": model, "sharing": sharing, "training": training})
-    model = {"vocab_size": config["data"]["tokenizer"]["vocab_size"]} | size["model"]
-    where = f"Run {scale}/{experiment}/seed{seed}"
-    heads, width = model["num_attention_heads"], model["hidden_size"]
-    if width % heads or (width // heads) % 2:
-        raise MasaError(
-            f"{where}: num_attention_heads = {heads} must divide hidden_size = {width} into heads of even width (RoPE)."
-        )
-    try:
-        resolved = SharingSpec.coerce(sharing).resolve(model_shape(model))
-    except MasaError as error:
-        raise MasaError(f"{where}: {error}") from error
-    return {
-        "run": f"{scale}/{experiment}/seed{seed}",
-        "seed": seed,
-        "model": model,
-        "sharing": resolved.to_dict(),
-        "training": _recipe(where, config["training"] | (size.get("training") or {}), model),
-    }
-
-
-def _recipe(where: str, given: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
-    recipe = dict(given)
-    per_parameter = recipe.pop("tokens_per_parameter")
-    tokens = recipe.pop("tokens") or int(per_parameter * vanilla_parameters(model, model["vocab_size"]))
-    recipe["micro_batch_size"] = recipe["micro_batch_size"] or recipe["batch_size"]
-    if recipe["batch_size"] % recipe["micro_batch_size"]:
-        raise MasaError(
-            f"{where}: micro_batch_size = {recipe['micro_batch_size']} does not divide "
-            f"batch_size = {recipe['batch_size']}."
-        )
-    recipe["steps"] = tokens // (recipe["batch_size"] * recipe["context"])
-    if recipe["steps"] < 1:
-        raise MasaError(
-            f"{where}: {tokens} tokens are less than one step of {recipe['batch_size']} x {recipe['context']}."
-        )
-    return recipe
-
-
-def tokens_needed(config: Config, scale: str) -> int:
-    """Training tokens that every run at this scale reads."""
-    recipe = run_spec(config, scale, next(iter(config["experiments"])), 0)["training"]
-    return recipe["steps"] * recipe["batch_size"] * recipe["context"]
-
-
 def mirror(config: Config) -> str | None:
     """The mirror directory, from the configuration or from MASA_MIRROR."""
     return config["data"]["mirror"] or os.environ.get("MASA_MIRROR") or None
@@ -391,43 +263,3 @@ def describe() -> str:
 
     visit("", schema(), base)
     return "\n".join(rows) + "\n"
-
-
-# ------------------------------------------------------------------------------------------------ what reports need
-
-
-def artefact_spec(config: Config, kind: str, name: str) -> dict[str, Any]:
-    """A table or figure as pure data: its caption and rows with their runs and labels.
-
-    Raises:
-        MasaError: no such artefact, or its grid has no scale in this configuration.
-    """
-    if name not in config[kind] or config[kind][name] is None:
-        raise unknown(kind.removesuffix("s").capitalize(), name, [n for n, a in config[kind].items() if a])
-    if name not in active(config, kind):
-        raise MasaError(f"{name} has no runs in this configuration: grids.{config[kind][name]['grid']} is empty.")
-    artefact = config[kind][name]
-    rows = plan.rows(config, artefact) if plan.is_compression(config, artefact) else _rows(config, artefact)
-    return {k: v for k, v in artefact.items() if k not in ("grid", "experiments")} | {"name": name, "rows": rows}
-
-
-def _rows(config: Config, artefact: Config) -> list[dict[str, Any]]:
-    grid = config["grids"][artefact["grid"]]
-    return [
-        {
-            "scale": scale,
-            "experiment": experiment,
-            "label": config["experiments"][experiment]["label"],
-            **{
-                k: v
-                for k, v in run_spec(config, scale, experiment, grid["seeds"][0]).items()
-                if k in ("model", "sharing")
-            },
-            "runs": [f"{scale}/{experiment}/seed{seed}" for seed in grid["seeds"]],
-            "records": [f"evaluations/{scale}/{experiment}/seed{seed}" for seed in grid["seeds"]],
-            "paper": {"scale": _sizes(config)[scale].get("compare_with")}
-            | (config["experiments"][experiment].get("paper") or {}),
-        }
-        for scale in grid["scales"]
-        for experiment in experiments_at(config, artefact["experiments"], scale)
-    ]

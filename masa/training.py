@@ -19,7 +19,7 @@ def pretrain(spec: Mapping[str, Any], tokens: Path, out: Path) -> dict[str, Any]
     """Train one language model, or go on with a run that was interrupted.
 
     Args:
-        spec: from :func:`masa.config.run_spec`.
+        spec: from :func:`masa.experiments.run_spec`.
         tokens: token directory (:func:`masa.text.tokenize`).
         out: run directory.
 

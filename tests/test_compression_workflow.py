@@ -15,7 +15,7 @@ from test_compression_pretrained import TEXT, tokenizer
 from transformers import AutoModelForCausalLM
 
 import masa
-from masa import cli, config, excerpts, run
+from masa import cli, config, excerpts, experiments, run
 from masa.compression import COMPRESSORS, plan, run_calibrate
 from masa.compression.names import METHODS
 from masa.compression.scoring import perplexity
@@ -37,7 +37,7 @@ def test_the_names_known_without_torch_are_the_methods():
 
 def test_runs_and_rows_of_the_configuration():
     merged = config.load()
-    table = config.artefact_spec(merged, "tables", "table3")
+    table = experiments.artefact_spec(merged, "tables", "table3")
     assert [(r["experiment"], r["reduction"]) for r in table["rows"][:3]] == [
         ("original", 0),
         ("svd", 20),
@@ -52,7 +52,7 @@ def test_runs_and_rows_of_the_configuration():
     spec = plan.run_spec(merged, MODEL, "svd-llm")
     assert spec["reductions"] == [10, 20, 30, 40, 50] and spec["tasks_at"] == [20, 30]
     assert plan.run_spec(merged, MODEL, "original")["reductions"] == [0]
-    assert f"{MODEL}/svd-llm" not in config.all_runs(merged), "no language model is trained for it"
+    assert f"{MODEL}/svd-llm" not in experiments.all_runs(merged), "no language model is trained for it"
 
 
 BREAK = {
@@ -333,7 +333,7 @@ def merged():
 
 
 def test_table_3(swept, merged, tmp_path):
-    spec = config.artefact_spec(merged, "tables", "table3")
+    spec = experiments.artefact_spec(merged, "tables", "table3")
     results = swept / "results"
     tables.write(tables.build(spec, results), spec, tmp_path, tables.note_for(spec, results))
     frame = pd.read_csv(tmp_path / "table3.csv")
@@ -388,7 +388,7 @@ def test_the_trade_off_shows_the_perplexities_at_the_achieved_reductions(swept, 
     from masa.report import compression_figures
 
     figure = compression_figures.perplexity_reduction(
-        config.artefact_spec(merged, "figures", "perplexity_reduction"), swept / "results"
+        experiments.artefact_spec(merged, "figures", "perplexity_reduction"), swept / "results"
     )
     lines = {line.get_label(): line for line in figure.axes[0].lines}
     drawn = lines["Matrix PCA"].get_xydata()
@@ -401,7 +401,7 @@ def test_the_trade_off_shows_the_perplexities_at_the_achieved_reductions(swept, 
 
 @pytest.mark.parametrize("name", ["perplexity_reduction", "compression_ranks", "kl_drift"])
 def test_figures_are_drawn_the_same_twice(swept, merged, tmp_path, name):
-    spec = config.artefact_spec(merged, "figures", name)
+    spec = experiments.artefact_spec(merged, "figures", name)
     for folder in ("a", "b"):
         figures.write(spec, swept / "results", tmp_path / folder)
     pictures = [(tmp_path / folder / f"{name}.png").read_bytes() for folder in ("a", "b")]

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 import masa
-from masa import config, run
+from masa import config, experiments, run
 from masa.report import figures, metrics, tables
 
 
@@ -52,7 +52,7 @@ def spec():
     merged = config.load(["config/paper.yaml"])
     merged["grids"]["main"] = {"scales": ["S"], "seeds": [0, 1]}
     merged["tables"]["table1"]["experiments"] = ["vanilla", "masa-qkvo"]
-    return config.artefact_spec(merged, "tables", "table1")
+    return experiments.artefact_spec(merged, "tables", "table1")
 
 
 def test_a_row_has_mean_std_paper_difference_and_verdict(spec, results):
@@ -126,7 +126,7 @@ def test_every_figure_is_drawn_the_same_twice(name, results, tmp_path):
     merged["grids"] |= {key: {"scales": ["S"], "seeds": [0, 1]} for key in ("main", "sweep")}
     known = ["masa-qkvo"] if name == "coefficient_maps" else ["vanilla", "masa-qkvo"]
     merged["figures"][name]["experiments"] = known
-    spec = config.artefact_spec(merged, "figures", name)
+    spec = experiments.artefact_spec(merged, "figures", name)
     pictures = []
     for folder in ("a", "b"):
         figures.write(spec, results, tmp_path / folder)

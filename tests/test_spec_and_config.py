@@ -12,7 +12,7 @@ import yaml
 from conftest import ROOT
 
 import masa
-from masa import accounting, config, fingerprint, models
+from masa import accounting, config, experiments, fingerprint, models
 
 SHAPE = masa.ModelShape(12, 96, 6, 6, dict.fromkeys("qkvo", (96, 96)) | {"u": (384, 96), "d": (96, 384)})
 GROUPED = masa.ModelShape(12, 96, 6, 2, {"q": (96, 96), "k": (32, 96), "v": (32, 96), "o": (96, 96)})
@@ -171,12 +171,12 @@ OVERLAYS = sorted(
 def test_every_run_of_every_configuration_builds_with_the_right_count(overlay):
     merged = config.load([ROOT / "config" / overlay])
     built = set()
-    for run_id in config.all_runs(merged):
-        scale, experiment, seed = config.parse_run(run_id)
+    for run_id in experiments.all_runs(merged):
+        scale, experiment, seed = experiments.parse_run(run_id)
         if (scale, experiment) in built:
             continue
         built.add((scale, experiment))
-        spec = config.run_spec(merged, scale, experiment, seed)
+        spec = experiments.run_spec(merged, scale, experiment, seed)
         with torch.device("meta"):
             model = accounting.build(spec)
         counts = masa.count_parameters(model)
@@ -186,7 +186,7 @@ def test_every_run_of_every_configuration_builds_with_the_right_count(overlay):
             rounding = 0.022 if experiment == "low-rank" else 2e-3  # d/6 rounded down; coefficients count
             assert counts.attention_reduction == pytest.approx(expected, abs=rounding), run_id
             continue
-        vanilla = config.vanilla_parameters(spec["model"], spec["model"]["vocab_size"])
+        vanilla = experiments.vanilla_parameters(spec["model"], spec["model"]["vocab_size"])
         if experiment == "vanilla":
             assert counts.total == vanilla
         fewer_biases = 2 * sum(
@@ -203,7 +203,7 @@ def paper(name):
 
 def reduction(scale, experiment):
     merged = config.load([ROOT / "config" / "paper.yaml"])
-    spec = config.run_spec(merged, scale, experiment, 0)
+    spec = experiments.run_spec(merged, scale, experiment, 0)
     with torch.device("meta"):
         return masa.count_parameters(models.build(spec["model"], spec["sharing"], 1024))
 
@@ -233,15 +233,15 @@ def test_parameter_counts_are_the_papers():
 
 def test_paper_steps_are_those_of_the_recipe():
     merged = config.load([ROOT / "config" / "paper.yaml"])
-    steps = {s: config.run_spec(merged, s, "vanilla", 0)["training"]["steps"] for s in ("S", "M", "L")}
+    steps = {s: experiments.run_spec(merged, s, "vanilla", 0)["training"]["steps"] for s in ("S", "M", "L")}
     assert steps == {"S": 4196, "M": 12779, "L": 27809}
 
 
 def test_tokens_per_parameter_when_tokens_are_not_given():
     merged = config.load()
     merged["scales"]["nano"]["training"].pop("tokens")
-    spec = config.run_spec(merged, "nano", "masa-qkvo", 0)
-    tokens = 20 * config.vanilla_parameters(spec["model"], 2048)
+    spec = experiments.run_spec(merged, "nano", "masa-qkvo", 0)
+    tokens = 20 * experiments.vanilla_parameters(spec["model"], 2048)
     assert spec["training"]["steps"] == tokens // (8 * 128)
 
 

@@ -25,7 +25,7 @@ def build(spec: Mapping[str, Any], results: Path) -> pd.DataFrame:
     """Make one table.
 
     Args:
-        spec: from :func:`masa.config.artefact_spec`.
+        spec: from :func:`masa.experiments.artefact_spec`.
         results: directory with ``evaluations/``.
 
     Returns:

@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(workflow.basedir).parent))
 
 from masa import cli
 from masa import config as settings
+from masa import experiments
 from masa import sources
 from masa.compression import plan
 from masa.errors import MasaError
@@ -26,8 +27,8 @@ DATA = f"{RESULTS}/data"
 PARTS = f"{RESULTS}/parts"
 LOGS = f"{RESULTS}/logs"
 
-TABLES = ["runs", "throughput", "parameters", *settings.active(config, "tables")]
-FIGURES = list(settings.active(config, "figures"))
+TABLES = ["runs", "throughput", "parameters", *experiments.active(config, "tables")]
+FIGURES = list(experiments.active(config, "figures"))
 
 
 # runs of vision are evaluated by a rule of their own
@@ -54,16 +55,18 @@ def meaning(*modules):
 
 
 def run_spec(wildcards):
-    return as_json(settings.run_spec(config, *settings.parse_run(wildcards.run)))
+    return as_json(experiments.run_spec(config, *experiments.parse_run(wildcards.run)))
 
 
 def kind_of(run):
     """What kind of model a run trains, which says what data and which code it needs."""
-    return settings.kind_of(config, run.split("/")[0])
+    return experiments.kind_of(config, run.split("/")[0])
 
 
 def threads_of(run):
-    return settings.run_spec(config, *settings.parse_run(run))["training"]["threads"]
+    return experiments.run_spec(config, *experiments.parse_run(run))["training"][
+        "threads"
+    ]
 
 
 def local_files(*given):
@@ -152,5 +155,5 @@ def evaluations_of(artefact):
         )
     return expand(
         f"{RESULTS}/evaluations/{{run}}/metrics.json",
-        run=settings.artefact_runs(config, artefact),
+        run=experiments.artefact_runs(config, artefact),
     )

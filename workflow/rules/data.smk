@@ -38,7 +38,7 @@ rule tokenize:
         f"{LOGS}/tokenize/{{scale}}.log",
     params:
         spec=as_json(cli.data_spec(config)),
-        tokens=lambda wildcards: settings.tokens_needed(config, wildcards.scale),
+        tokens=lambda wildcards: experiments.tokens_needed(config, wildcards.scale),
         code=meaning("text"),
     message:
         "Packing {params.tokens} tokens for {wildcards.scale}"

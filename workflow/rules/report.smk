@@ -5,7 +5,8 @@
 def table_inputs(wildcards):
     if wildcards.name == "runs":
         return expand(
-            f"{RESULTS}/evaluations/{{run}}/metrics.json", run=settings.all_runs(config)
+            f"{RESULTS}/evaluations/{{run}}/metrics.json",
+            run=experiments.all_runs(config),
         )
     if wildcards.name == "throughput":
         return expand(
@@ -42,7 +43,7 @@ rule figure:
         f"{LOGS}/figures/{{name}}.log",
     params:
         spec=lambda wildcards: as_json(
-            settings.artefact_spec(config, "figures", wildcards.name)
+            experiments.artefact_spec(config, "figures", wildcards.name)
         ),
         code=meaning("report.figures"),
     message:
