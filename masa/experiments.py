@@ -80,13 +80,6 @@ def parse_run(run: str) -> tuple[str, str, int]:
     return parts[0], parts[1], int(parts[2][4:])
 
 
-def model_shape(model: Mapping[str, Any]) -> ModelShape:
-    """Shapes of the paper's standard Transformer, from its sizes alone (the model itself: :mod:`masa.models`)."""
-    d, heads, ffn = model["hidden_size"], model["num_attention_heads"], model["intermediate_size"]
-    shapes = dict.fromkeys("qkvo", (d, d)) | {"u": (ffn, d), "d": (d, ffn)}
-    return ModelShape(model["num_layers"], d, heads, heads, shapes)
-
-
 def vanilla_parameters(model: Mapping[str, Any], vocab_size: int) -> int:
     """Parameters of the vanilla model with biases, LayerNorms and tied embeddings."""
     d, ffn, layers = model["hidden_size"], model["intermediate_size"], model["num_layers"]
@@ -120,7 +113,7 @@ def run_spec(config: Config, scale: str, experiment: str, seed: int) -> dict[str
             f"{where}: num_attention_heads = {heads} must divide hidden_size = {width} into heads of even width (RoPE)."
         )
     try:
-        resolved = SharingSpec.coerce(sharing).resolve(model_shape(model))
+        resolved = SharingSpec.coerce(sharing).resolve(ModelShape.of_sizes(model))
     except MasaError as error:
         raise MasaError(f"{where}: {error}") from error
     return {

@@ -31,6 +31,13 @@ class ModelShape:
     num_key_value_heads: int
     shapes: Mapping[str, tuple[int, int]]
 
+    @classmethod
+    def of_sizes(cls, model: Mapping[str, Any]) -> ModelShape:
+        """The shapes of a standard Transformer (Q, K, V, O and an FFN of two layers), from its sizes alone."""
+        d, heads, ffn = model["hidden_size"], model["num_attention_heads"], model["intermediate_size"]
+        shapes = dict.fromkeys("qkvo", (d, d)) | {"u": (ffn, d), "d": (d, ffn)}
+        return cls(model["num_layers"], d, heads, heads, shapes)
+
 
 @dataclass(frozen=True)
 class Method:

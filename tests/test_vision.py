@@ -12,6 +12,7 @@ from conftest import ROOT
 import masa
 from masa import analysis, checkpoint, kinds
 from masa.projections import FusedLinear, SharedLinear, blocks, decoder, family_of
+from masa.spec import ModelShape
 from masa.vision import timm_vit, vit
 
 SIZES = {
@@ -147,7 +148,7 @@ def test_torch_free_shape_is_the_models():
     model = timm_vit.build(SIZES, {"method": "vanilla"})
     from masa.projections import model_shape
 
-    assert model_shape(model, family_of(model)) == vit.shape(SIZES)
+    assert model_shape(model, family_of(model)) == ModelShape.of_sizes(vit.resolve(SIZES))
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=label)

@@ -15,7 +15,7 @@ from masa.run import read_json
 from masa.vision import pixels
 from masa.vision.boxes import IMAGE
 from masa.vision.coco import BOX
-from masa.vision.pixels import TrainingImages, normalise
+from masa.vision.pixels import TrainingImages, normalise, open_array
 
 Target = dict[str, Tensor]
 """``class_labels`` (n,) int64; ``boxes`` (n, 4) float32: (centre x, centre y, width, height) as parts of the image."""
@@ -38,10 +38,12 @@ class BoxSplit:
             raise unknown(f"{directory}: split", split, manifest["splits"])
         record, size = manifest["splits"][split], manifest["image_size"]
         self.mean, self.std = manifest["mean"], manifest["std"]
-        self.images = _open(directory / f"{split}.bin", np.dtype(np.uint8), (record["images"], size, size, 3))
-        self.records = np.array(_open(directory / f"{split}-images.bin", IMAGE, (record["images"],)))
+        self.images = open_array(
+            directory / f"{split}.bin", np.dtype(np.uint8), (record["images"], size, size, 3), "masa boxes"
+        )
+        self.records = np.array(open_array(directory / f"{split}-images.bin", IMAGE, (record["images"],), "masa boxes"))
         total = int(self.records["boxes"].sum())
-        self._boxes = _open(directory / f"{split}-boxes.bin", BOX, (total,))
+        self._boxes = open_array(directory / f"{split}-boxes.bin", BOX, (total,), "masa boxes")
         self._first = np.concatenate([[0], np.cumsum(self.records["boxes"])])
 
     def __len__(self) -> int:
@@ -84,9 +86,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     manifest = read_json(directory / "manifest.json")
     splits = manifest.get("splits") if isinstance(manifest, dict) else None
     if not isinstance(splits, dict) or not all(isinstance(s, dict) and "most_boxes" in s for s in splits.values()):
-        raise MasaError(
-            f"{directory / 'manifest.json'} is not one of images with boxes; make it with masa.vision.boxes.prepare."
-        )
+        raise MasaError(f"{directory / 'manifest.json'} is not one of images with boxes; make it with `masa boxes`.")
     return manifest
 
 
@@ -104,17 +104,6 @@ def check_fits(manifest: Mapping[str, Any], model: Mapping[str, Any], directory:
                 f"model.num_detection_tokens = {tokens}, but an image of the {split} split in {directory} has {most} "
                 "boxes, and each token finds one. Set it to at least that."
             )
-
-
-def _open(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-    expected = int(np.prod(shape)) * dtype.itemsize
-    actual = path.stat().st_size if path.is_file() else -1
-    if actual != expected:
-        raise MasaError(
-            f"{path} {'is missing' if actual < 0 else f'has {actual} bytes'}, expected {expected}; make the boxes anew "
-            "with masa.vision.boxes.prepare."
-        )
-    return np.memmap(path, dtype=dtype, mode="r", shape=shape) if expected else np.empty(shape, dtype)
 
 
 class TrainingBoxes(TrainingImages):

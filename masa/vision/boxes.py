@@ -25,7 +25,7 @@ from masa.run import write_json
 from masa.vision import coco, shapes
 from masa.vision.box_spec import DATASETS, resolve
 from masa.vision.coco import BOX, Raw, Scene
-from masa.vision.pixels import SPLITS
+from masa.vision.pixels import SPLITS, Moments
 
 IMAGE = np.dtype([("id", "<i8"), ("width", "<i4"), ("height", "<i4"), ("boxes", "<i4")])
 """An image: its number in the data set, its original size, and how many boxes it has."""
@@ -61,7 +61,7 @@ def prepare(spec: Mapping[str, Any], cache: Path, mirror: str | None, out: Path)
             split: stack.enter_context(_Writer(out, split, spec["image_size"], len(raw.classes))) for split in SPLITS
         }
         dropped = _distribute(spec, raw, writers)
-    mean, std = writers["train"].statistics()
+    mean, std = writers["train"].moments.statistics()
     manifest = {
         "dataset": spec["name"],
         "source": spec.get("source", f"drawn from seed {spec.get('seed')}"),
@@ -129,7 +129,7 @@ class _Writer:
         self.images: list[tuple[int, int, int, int]] = []
         self.crowds = self.most = 0
         self.per_class = np.zeros(classes, np.int64)
-        self.sum, self.squares = np.zeros(3, np.int64), np.zeros(3, np.int64)
+        self.moments = Moments(3)
 
     def __enter__(self) -> _Writer:
         self.stack = ExitStack()
@@ -155,16 +155,7 @@ class _Writer:
         self.per_class += np.bincount(single, minlength=self.classes)
         self.crowds += len(scene.boxes) - len(single)
         self.most = max(self.most, len(single))
-        flat = pixels.reshape(-1, 3).astype(np.int64)
-        self.sum += flat.sum(0)
-        self.squares += (flat * flat).sum(0)
-
-    def statistics(self) -> tuple[list[float], list[float]]:
-        """Mean and standard deviation of each channel, of pixels in [0, 1]; from exact sums of integers."""
-        count = len(self.images) * self.image_size**2
-        mean = self.sum / count
-        std = np.sqrt(np.maximum(self.squares / count - mean**2, 1.0))
-        return [round(float(x) / 255, 6) for x in mean], [round(float(x) / 255, 6) for x in std]
+        self.moments.add(pixels)
 
     def record(self) -> dict[str, Any]:
         """Counts and checksums; ``boxes`` and ``per_class`` are without crowds, ``most_boxes`` those of one image."""

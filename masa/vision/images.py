@@ -27,7 +27,7 @@ from masa.errors import MasaError, unknown
 from masa.progress import Progress
 from masa.run import read_json, write_json
 from masa.vision.image_sets import ImageDataset, dataset, resolve
-from masa.vision.pixels import LABELS, SPLITS
+from masa.vision.pixels import LABELS, SPLITS, Moments
 
 Example = tuple[str, np.ndarray, int]
 """Where an image comes from (for messages), its pixels (H, W, C) uint8, its label."""
@@ -95,7 +95,7 @@ def prepare(spec: Mapping[str, Any], cache: Path, mirror: str | None, out: Path)
                     "because they are test images). Check the source and the fractions."
                 )
     progress.close(done)
-    mean, std = writers["train"].statistics()
+    mean, std = writers["train"].moments.statistics()
     manifest = {
         "dataset": spec["name"],
         "source": source,
@@ -138,7 +138,7 @@ class _Writer:
     def __init__(self, out: Path, split: str, entry: ImageDataset) -> None:
         self.out, self.split, self.entry = out, split, entry
         self.labels: list[int] = []
-        self.sum, self.squares = np.zeros(entry.channels, np.int64), np.zeros(entry.channels, np.int64)
+        self.moments = Moments(entry.channels)
 
     def __enter__(self) -> _Writer:
         self.stack = ExitStack()
@@ -155,16 +155,7 @@ class _Writer:
     def add(self, pixels: np.ndarray, label: int) -> None:
         self.file.write(np.ascontiguousarray(pixels).tobytes())
         self.labels.append(label)
-        flat = pixels.reshape(-1, self.entry.channels).astype(np.int64)
-        self.sum += flat.sum(0)
-        self.squares += (flat * flat).sum(0)
-
-    def statistics(self) -> tuple[list[float], list[float]]:
-        """Mean and standard deviation of each channel, of pixels in [0, 1]; from exact sums of integers."""
-        count = len(self.labels) * self.entry.image_size**2
-        mean = self.sum / count
-        std = np.sqrt(np.maximum(self.squares / count - mean**2, 1.0))
-        return [round(float(x) / 255, 6) for x in mean], [round(float(x) / 255, 6) for x in std]
+        self.moments.add(pixels)
 
     def record(self) -> dict[str, Any]:
         counts = np.bincount(self.labels, minlength=self.entry.num_classes)

@@ -41,8 +41,8 @@ class ImageSplit:
             raise MasaError(f"{directory}: the {split} split is empty.")
         self.mean, self.std = manifest["mean"], manifest["std"]
         shape = (count, size, size, channels)
-        self.images = _open(directory / f"{split}.bin", np.dtype(np.uint8), shape)
-        self.labels = np.array(_open(directory / f"{split}-labels.bin", LABELS, (count,)))
+        self.images = open_array(directory / f"{split}.bin", np.dtype(np.uint8), shape)
+        self.labels = np.array(open_array(directory / f"{split}-labels.bin", LABELS, (count,)))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -122,15 +122,41 @@ def normalise(images: np.ndarray, mean: Sequence[float], std: Sequence[float]) -
     return ((x - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)).contiguous()
 
 
-def _open(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+def open_array(path: Path, dtype: np.dtype, shape: tuple[int, ...], made_by: str = "masa images") -> np.ndarray:
+    """A memory-mapped array.
+
+    Raises:
+        MasaError: the file is missing or has another size; the command that makes it anew is named.
+    """
     expected = int(np.prod(shape)) * dtype.itemsize
     actual = path.stat().st_size if path.is_file() else -1
     if actual != expected:
         raise MasaError(
-            f"{path} {'is missing' if actual < 0 else f'has {actual} bytes'}, expected {expected}; make the images "
-            "anew with `masa images`."
+            f"{path} {'is missing' if actual < 0 else f'has {actual} bytes'}, expected {expected}; make it anew with "
+            f"`{made_by}`."
         )
-    return np.memmap(path, dtype=dtype, mode="r", shape=shape)
+    return np.memmap(path, dtype=dtype, mode="r", shape=shape) if expected else np.empty(shape, dtype)
+
+
+class Moments:
+    """Mean and standard deviation of each channel over many images, from exact sums of integers."""
+
+    def __init__(self, channels: int) -> None:
+        self.count = 0
+        self.sum, self.squares = np.zeros(channels, np.int64), np.zeros(channels, np.int64)
+
+    def add(self, pixels: np.ndarray) -> None:
+        """Count one image, (H, W, C) uint8."""
+        flat = pixels.reshape(-1, len(self.sum)).astype(np.int64)
+        self.count += len(flat)
+        self.sum += flat.sum(0)
+        self.squares += (flat * flat).sum(0)
+
+    def statistics(self) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation of each channel, of pixels in [0, 1]."""
+        mean = self.sum / self.count
+        std = np.sqrt(np.maximum(self.squares / self.count - mean**2, 1.0))
+        return [round(float(x) / 255, 6) for x in mean], [round(float(x) / 255, 6) for x in std]
 
 
 class TrainingImages(torch.utils.data.Dataset):

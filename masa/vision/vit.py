@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from masa.errors import MasaError, unknown
@@ -34,15 +34,40 @@ def resolve(model: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         MasaError: a key that is missing or unknown, or sizes that do not fit each other.
     """
+    full = check_sizes("A Vision Transformer's model", model, REQUIRED, OPTIONAL)
+    if full["channels"] not in (1, 3):
+        raise MasaError(f"model.channels = {full['channels']}; images have 1 (grey) or 3 (RGB).")
+    if full["num_classes"] < 2:
+        raise MasaError("model.num_classes must be at least 2.")
+    if full["global_pool"] not in POOLS:
+        raise unknown("model.global_pool: pooling", full["global_pool"], POOLS)
+    check_rates(full, ("drop_rate", "attn_drop_rate", "drop_path_rate"))
+    return full
+
+
+def check_sizes(
+    what: str, model: Mapping[str, Any], required: Sequence[str], optional: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Sizes of a model that cuts images into patches, with every default filled in.
+
+    Args:
+        what: the model, for messages.
+        model: as given.
+        required: keys that must be there, all of them whole numbers.
+        optional: further keys and their defaults.
+
+    Raises:
+        MasaError: a key that is missing or unknown, or sizes that do not fit each other.
+    """
     for key in model:
-        if key not in (*REQUIRED, *OPTIONAL):
-            raise unknown("A Vision Transformer's model: key", key, (*REQUIRED, *OPTIONAL))
-    if missing := [key for key in REQUIRED if key not in model]:
-        raise MasaError(f"A Vision Transformer's model needs {', '.join(missing)}.")
-    for key in REQUIRED:
+        if key not in (*required, *optional):
+            raise unknown(f"{what}: key", key, (*required, *optional))
+    if missing := [key for key in required if key not in model]:
+        raise MasaError(f"{what} needs {', '.join(missing)}.")
+    for key in required:
         if isinstance(model[key], bool) or not isinstance(model[key], int) or model[key] < 1:
             raise MasaError(f"model.{key} must be an integer of at least 1, got {model[key]!r}.")
-    full = OPTIONAL | dict(model)
+    full = {**optional, **model}
     size, patch = full["image_size"], full["patch_size"]
     if size % patch:
         fits = [p for p in range(1, size + 1) if size % p == 0]
@@ -50,24 +75,18 @@ def resolve(model: Mapping[str, Any]) -> dict[str, Any]:
     width, heads = full["hidden_size"], full["num_attention_heads"]
     if width % heads:
         raise MasaError(f"model.num_attention_heads = {heads} does not divide hidden_size = {width}.")
-    if full["channels"] not in (1, 3):
-        raise MasaError(f"model.channels = {full['channels']}; images have 1 (grey) or 3 (RGB).")
-    if full["num_classes"] < 2:
-        raise MasaError("model.num_classes must be at least 2.")
-    if full["global_pool"] not in POOLS:
-        raise unknown("model.global_pool: pooling", full["global_pool"], POOLS)
-    for key in ("drop_rate", "attn_drop_rate", "drop_path_rate"):
-        if isinstance(full[key], bool) or not isinstance(full[key], int | float) or not 0 <= full[key] < 1:
-            raise MasaError(f"model.{key} = {full[key]!r} must be at least 0 and less than 1.")
     return full
 
 
-def shape(model: Mapping[str, Any]) -> ModelShape:
-    """Shapes of its projections, for :meth:`masa.SharingSpec.resolve`."""
-    full = resolve(model)
-    d, heads, ffn = full["hidden_size"], full["num_attention_heads"], full["intermediate_size"]
-    shapes = dict.fromkeys("qkvo", (d, d)) | {"u": (ffn, d), "d": (d, ffn)}
-    return ModelShape(full["num_layers"], d, heads, heads, shapes)
+def check_rates(model: Mapping[str, Any], keys: Sequence[str]) -> None:
+    """See that dropout rates are some.
+
+    Raises:
+        MasaError: one is not.
+    """
+    for key in keys:
+        if isinstance(model[key], bool) or not isinstance(model[key], int | float) or not 0 <= model[key] < 1:
+            raise MasaError(f"model.{key} = {model[key]!r} must be at least 0 and less than 1.")
 
 
 # --------------------------------------------------------------------------------------------------------- recipe
@@ -148,19 +167,30 @@ def resolve_run(spec: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         MasaError: what cannot be built; the message begins with the run.
     """
+    return resolve_with(spec, resolve, recipe, "timm's VisionTransformer, which fuses q, k and v in equal parts")
+
+
+def resolve_with(
+    spec: Mapping[str, Any],
+    resolve: Callable[[Mapping[str, Any]], dict[str, Any]],
+    recipe: Callable[[Mapping[str, Any]], dict[str, Any]],
+    where: str,
+) -> dict[str, Any]:
+    """A run spec of one kind of model, with its ``resolve`` and ``recipe``; heads cannot be grouped in any.
+
+    Args:
+        where: the model, for the message that says so.
+    """
     try:
         wanted = SharingSpec.coerce(spec["sharing"])
         if METHODS[wanted.method].source == "grouped_heads":
-            raise MasaError(
-                "grouped-query attention does not exist in timm's VisionTransformer, which fuses q, k and v in equal "
-                "parts. Choose another method."
-            )
-        sharing = wanted.resolve(shape(spec["model"])).to_dict()
+            raise MasaError(f"grouped-query attention does not exist in {where}. Choose another method.")
+        model = resolve(spec["model"])
         return {
             "run": spec["run"],
             "seed": spec["seed"],
-            "model": resolve(spec["model"]),
-            "sharing": sharing,
+            "model": model,
+            "sharing": wanted.resolve(ModelShape.of_sizes(model)).to_dict(),
             "training": recipe(spec["training"]),
         }
     except KeyError as error:

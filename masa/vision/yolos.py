@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from masa.errors import MasaError, unknown
-from masa.spec import METHODS, ModelShape, SharingSpec
 from masa.vision import vit
 
 FAMILY = "yolos"
@@ -31,24 +30,9 @@ def resolve(model: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         MasaError: a key that is missing or unknown, or sizes that do not fit each other.
     """
-    for key in model:
-        if key not in (*REQUIRED, *OPTIONAL):
-            raise unknown("A detector's model: key", key, (*REQUIRED, *OPTIONAL))
-    if missing := [key for key in REQUIRED if key not in model]:
-        raise MasaError(f"A detector's model needs {', '.join(missing)}.")
-    for key in REQUIRED:
-        if isinstance(model[key], bool) or not isinstance(model[key], int) or model[key] < 1:
-            raise MasaError(f"model.{key} must be an integer of at least 1, got {model[key]!r}.")
-    full = OPTIONAL | dict(model)
+    full = vit.check_sizes("A detector's model", model, REQUIRED, OPTIONAL)
     if full["family"] != FAMILY:
         raise unknown("model.family: family", full["family"], [FAMILY])
-    size, patch = full["image_size"], full["patch_size"]
-    if size % patch:
-        fits = [p for p in range(1, size + 1) if size % p == 0]
-        raise MasaError(f"model.patch_size = {patch} does not divide image_size = {size}. Choose one of {fits}.")
-    width, heads = full["hidden_size"], full["num_attention_heads"]
-    if width % heads:
-        raise MasaError(f"model.num_attention_heads = {heads} does not divide hidden_size = {width}.")
     if full["channels"] != 3:
         raise MasaError(f"model.channels = {full['channels']}; a detector reads RGB images, which have 3.")
     if not isinstance(full["use_mid_position_embeddings"], bool):
@@ -59,18 +43,8 @@ def resolve(model: Mapping[str, Any]) -> dict[str, Any]:
         raise MasaError(f"model.initializer_range must be a number, got {full['initializer_range']!r}.")
     if not 0 < full["initializer_range"] <= 1:
         raise MasaError(f"model.initializer_range = {full['initializer_range']} must be more than 0 and at most 1.")
-    for key in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
-        if isinstance(full[key], bool) or not isinstance(full[key], int | float) or not 0 <= full[key] < 1:
-            raise MasaError(f"model.{key} = {full[key]!r} must be at least 0 and less than 1.")
+    vit.check_rates(full, ("hidden_dropout_prob", "attention_probs_dropout_prob"))
     return full
-
-
-def shape(model: Mapping[str, Any]) -> ModelShape:
-    """Shapes of its projections, for :meth:`masa.SharingSpec.resolve`."""
-    full = resolve(model)
-    d, heads, ffn = full["hidden_size"], full["num_attention_heads"], full["intermediate_size"]
-    shapes = dict.fromkeys("qkvo", (d, d)) | {"u": (ffn, d), "d": (d, ffn)}
-    return ModelShape(full["num_layers"], d, heads, heads, shapes)
 
 
 # --------------------------------------------------------------------------------------------------------- recipe
@@ -117,18 +91,4 @@ def resolve_run(spec: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         MasaError: what cannot be built; the message begins with the run.
     """
-    try:
-        sharing = SharingSpec.coerce(spec["sharing"]).resolve(shape(spec["model"])).to_dict()
-        if METHODS[sharing["method"]].source == "grouped_heads":
-            raise MasaError("grouped-query attention does not exist in transformers' YOLOS. Choose another method.")
-        return {
-            "run": spec["run"],
-            "seed": spec["seed"],
-            "model": resolve(spec["model"]),
-            "sharing": sharing,
-            "training": recipe(spec["training"]),
-        }
-    except KeyError as error:
-        raise MasaError(f"A run spec needs {error}.") from error
-    except MasaError as error:
-        raise MasaError(f"Run {spec.get('run')}: {error}") from error
+    return vit.resolve_with(spec, resolve, recipe, "transformers' YOLOS")
