@@ -207,5 +207,8 @@ def test_paper_configuration_passes_a_dry_run():
     assert found["compress"] == 3 * 14 + 6
 
 
-def test_rules_are_formatted():
+def test_rules_are_formatted_and_the_linter_is_content():
     subprocess.run([f"{BIN}/snakefmt", "--check", "workflow"], cwd=ROOT, check=True, capture_output=True)
+    command = [f"{BIN}/snakemake", "--lint"]
+    result = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr

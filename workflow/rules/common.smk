@@ -27,6 +27,9 @@ DATA = f"{RESULTS}/data"
 PARTS = f"{RESULTS}/parts"
 LOGS = f"{RESULTS}/logs"
 
+# with --sdm conda: the environment that `conda env create -f environment.yml` made; else the one that is active
+ENVIRONMENT = "masa"
+
 TABLES = ["runs", "throughput", "parameters", *experiments.active(config, "tables")]
 FIGURES = list(experiments.active(config, "figures"))
 
@@ -50,7 +53,7 @@ def as_json(data):
 
 
 def meaning(*modules):
-    """Fingerprint of the code that a rule runs: it changes with what the code does, not with a comment."""
+    """Fingerprint of the code of a job; it changes with what the code does, not with a comment."""
     return fingerprint(*(f"masa.{module}" for module in modules))
 
 
@@ -138,6 +141,22 @@ def local_image_files(section, name):
         return local_files(source and f"{source}/**/*.parquet")
     except MasaError as error:
         raise WorkflowError(f"{section}.{name}: {error}") from None
+
+
+def table_inputs(wildcards):
+    """What a table is made from; three tables are not of the configuration's own."""
+    if wildcards.name == "runs":
+        return expand(
+            f"{RESULTS}/evaluations/{{run}}/metrics.json",
+            run=experiments.all_runs(config),
+        )
+    if wildcards.name == "throughput":
+        return expand(
+            f"{RESULTS}/throughput/{{scale}}.json", scale=config["throughput"]["scales"]
+        )
+    if wildcards.name == "parameters":
+        return [f"{RESULTS}/parameters.json"]
+    return made_from(config["tables"][wildcards.name])
 
 
 def made_from(artefact):

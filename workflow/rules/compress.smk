@@ -8,6 +8,8 @@ rule text:
         f"{DATA}/texts/{{name}}.json",
     log:
         f"{LOGS}/texts/{{name}}.log",
+    conda:
+        ENVIRONMENT
     params:
         spec=lambda wildcards: as_json(cli.text_spec(config, wildcards.name)),
         code=meaning("excerpts"),
@@ -24,6 +26,8 @@ rule pretrained:
         f"{RESULTS}/pretrained/{{model}}/manifest.json",
     log:
         f"{LOGS}/pretrained/{{model}}.log",
+    conda:
+        ENVIRONMENT
     params:
         spec=lambda wildcards: as_json(cli.pretrained_spec(config, wildcards.model)),
         code=meaning("pretrained"),
@@ -43,6 +47,8 @@ rule calibrate:
     log:
         f"{LOGS}/calibrate/{{model}}/{{name}}.log",
     priority: 20  # every compression waits for it
+    conda:
+        ENVIRONMENT
     threads: config["compression"]["threads"]
     resources:
         gpu=1,
@@ -77,6 +83,8 @@ rule compress:
     log:
         f"{LOGS}/compress/{{model}}/{{name}}.log",
     priority: 5
+    conda:
+        ENVIRONMENT
     threads: config["compression"]["threads"]
     resources:
         gpu=1,
@@ -88,6 +96,7 @@ rule compress:
             *plan.modules(plan.run_spec(config, wildcards.model, wildcards.name))
         ),
         model=lambda wildcards, input: Path(input.model).parent,
+        benchmarks=lambda wildcards, input: Path(input.benchmarks).parent,
         calibration=lambda wildcards, input: " ".join(
             f"--calibration {Path(file).parent}" for file in input.calibration
         ),
@@ -96,4 +105,4 @@ rule compress:
         "Compressing {wildcards.model} by {wildcards.name}"
     shell:
         "masa sweep {wildcards.model}/{wildcards.name} --spec {params.spec:q} --model {params.model}"
-        " {params.calibration} --texts {input.texts} --benchmarks {DATA}/benchmarks --out {params.out} --log {log}"
+        " {params.calibration} --texts {input.texts} --benchmarks {params.benchmarks} --out {params.out} --log {log}"

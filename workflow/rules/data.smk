@@ -3,13 +3,16 @@ rule benchmarks:
         f"{DATA}/benchmarks/manifest.json",
     log:
         f"{LOGS}/benchmarks.log",
+    conda:
+        ENVIRONMENT
     params:
         spec=as_json(cli.benchmarks_spec(config)),
         code=meaning("benchmarks"),
+        out=lambda wildcards, output: Path(output[0]).parent,
     message:
         "Fetching the benchmark data"
     shell:
-        "masa fetch --spec {params.spec:q} --out {DATA}/benchmarks --log {log}"
+        "masa fetch --spec {params.spec:q} --out {params.out} --log {log}"
 
 
 rule tokenizer:
@@ -19,13 +22,16 @@ rule tokenizer:
         f"{DATA}/tokenizer/manifest.json",
     log:
         f"{LOGS}/tokenizer.log",
+    conda:
+        ENVIRONMENT
     params:
         spec=as_json(cli.data_spec(config)),
         code=meaning("text"),
+        out=lambda wildcards, output: Path(output[0]).parent,
     message:
         "Training or fetching the tokenizer"
     shell:
-        "masa tokenizer --spec {params.spec:q} --out {DATA}/tokenizer --log {log}"
+        "masa tokenizer --spec {params.spec:q} --out {params.out} --log {log}"
 
 
 rule tokenize:
@@ -36,12 +42,16 @@ rule tokenize:
         f"{DATA}/tokens/{{scale}}/manifest.json",
     log:
         f"{LOGS}/tokenize/{{scale}}.log",
+    conda:
+        ENVIRONMENT
     params:
         spec=as_json(cli.data_spec(config)),
         tokens=lambda wildcards: experiments.tokens_needed(config, wildcards.scale),
         code=meaning("text"),
+        tokenizer=lambda wildcards, input: Path(input[0]).parent,
+        out=lambda wildcards, output: Path(output[0]).parent,
     message:
         "Packing {params.tokens} tokens for {wildcards.scale}"
     shell:
-        "masa tokenize --spec {params.spec:q} --tokenizer {DATA}/tokenizer --tokens {params.tokens}"
-        " --out {DATA}/tokens/{wildcards.scale} --log {log}"
+        "masa tokenize --spec {params.spec:q} --tokenizer {params.tokenizer} --tokens {params.tokens}"
+        " --out {params.out} --log {log}"

@@ -10,6 +10,8 @@ rule evaluate:
         f"{RESULTS}/evaluations/{{language_run}}/weights.json",
     log:
         f"{LOGS}/evaluate/{{language_run}}.log",
+    conda:
+        ENVIRONMENT
     threads: lambda wildcards: threads_of(wildcards.language_run)
     resources:
         gpu=1,
@@ -18,12 +20,14 @@ rule evaluate:
         code=meaning("evaluation"),
         run=lambda wildcards, input: Path(input.run).parent,
         tokens=lambda wildcards, input: Path(input.tokens).parent,
+        tokenizer=lambda wildcards, input: Path(input.tokenizer).parent,
+        benchmarks=lambda wildcards, input: Path(input.benchmarks).parent,
         out=lambda wildcards, output: Path(output[0]).parent,
     message:
         "Evaluating {wildcards.language_run}"
     shell:
-        "masa evaluate {params.run} --spec {params.spec:q} --tokens {params.tokens} --tokenizer {DATA}/tokenizer"
-        " --benchmarks {DATA}/benchmarks --out {params.out} --log {log}"
+        "masa evaluate {params.run} --spec {params.spec:q} --tokens {params.tokens} --tokenizer {params.tokenizer}"
+        " --benchmarks {params.benchmarks} --out {params.out} --log {log}"
 
 
 rule time_methods:
@@ -31,6 +35,8 @@ rule time_methods:
         f"{RESULTS}/throughput/{{scale}}.json",
     log:
         f"{LOGS}/throughput/{{scale}}.log",
+    conda:
+        ENVIRONMENT
     threads: workflow.cores  # the machine to itself: what it measures is time
     resources:
         gpu=1,
@@ -48,6 +54,8 @@ rule count_parameters:
         f"{RESULTS}/parameters.json",
     log:
         f"{LOGS}/parameters.log",
+    conda:
+        ENVIRONMENT
     params:
         spec=as_json(cli.parameters_spec(config)),
         code=meaning("accounting"),

@@ -2,21 +2,6 @@
 # them. The short rules at the end (`snakemake table1`) stand for one artefact each.
 
 
-def table_inputs(wildcards):
-    if wildcards.name == "runs":
-        return expand(
-            f"{RESULTS}/evaluations/{{run}}/metrics.json",
-            run=experiments.all_runs(config),
-        )
-    if wildcards.name == "throughput":
-        return expand(
-            f"{RESULTS}/throughput/{{scale}}.json", scale=config["throughput"]["scales"]
-        )
-    if wildcards.name == "parameters":
-        return [f"{RESULTS}/parameters.json"]
-    return made_from(config["tables"][wildcards.name])
-
-
 rule table:
     input:
         table_inputs,
@@ -24,13 +9,17 @@ rule table:
         f"{PARTS}/tables/{{name}}.csv",
     log:
         f"{LOGS}/tables/{{name}}.log",
+    conda:
+        ENVIRONMENT
     params:
         spec=lambda wildcards: as_json(cli.table_spec(config, wildcards.name)),
         code=meaning("report.tables"),
+        results=lambda wildcards: RESULTS,
+        out=lambda wildcards, output: Path(output[0]).parent,
     message:
         "Table {wildcards.name}"
     shell:
-        "masa table {wildcards.name} --spec {params.spec:q} --results {RESULTS} --out {PARTS}/tables --log {log}"
+        "masa table {wildcards.name} --spec {params.spec:q} --results {params.results} --out {params.out} --log {log}"
 
 
 rule figure:
@@ -41,15 +30,19 @@ rule figure:
         f"{PARTS}/figures/{{name}}.pdf",
     log:
         f"{LOGS}/figures/{{name}}.log",
+    conda:
+        ENVIRONMENT
     params:
         spec=lambda wildcards: as_json(
             experiments.artefact_spec(config, "figures", wildcards.name)
         ),
         code=meaning("report.figures"),
+        results=lambda wildcards: RESULTS,
+        out=lambda wildcards, output: Path(output[0]).parent,
     message:
         "Figure {wildcards.name}"
     shell:
-        "masa figure {wildcards.name} --spec {params.spec:q} --results {RESULTS} --out {PARTS}/figures --log {log}"
+        "masa figure {wildcards.name} --spec {params.spec:q} --results {params.results} --out {params.out} --log {log}"
 
 
 rule tables:
@@ -59,12 +52,15 @@ rule tables:
         directory(f"{RESULTS}/tables"),
     log:
         f"{LOGS}/tables.log",
+    conda:
+        ENVIRONMENT
     params:
         names=TABLES,
+        parts=lambda wildcards, input: Path(input[0]).parent,
     message:
         "All tables: {output}"
     shell:
-        "mkdir -p {output} && for name in {params.names}; do cp {PARTS}/tables/$name.* {output}/ ; done 2> {log}"
+        "mkdir -p {output} && for name in {params.names}; do cp {params.parts}/$name.* {output}/ ; done 2> {log}"
 
 
 rule figures:
@@ -74,12 +70,15 @@ rule figures:
         directory(f"{RESULTS}/figures"),
     log:
         f"{LOGS}/figures.log",
+    conda:
+        ENVIRONMENT
     params:
         names=FIGURES,
+        parts=lambda wildcards, input: Path(input[0]).parent,
     message:
         "All figures: {output}"
     shell:
-        "mkdir -p {output} && for name in {params.names}; do cp {PARTS}/figures/$name.* {output}/ ; done 2> {log}"
+        "mkdir -p {output} && for name in {params.names}; do cp {params.parts}/$name.* {output}/ ; done 2> {log}"
 
 
 for artefact in TABLES:
