@@ -14,6 +14,7 @@ import math
 import os
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -39,8 +40,8 @@ from masa.projections import SharedProjections, decoder
 from masa.sharing import ParameterCount, count_parameters
 from masa.sources import sha256_of
 
-COMPLETE = "complete"
-"""Empty file that a checkpoint gets last."""
+COMPLETE = "complete.json"
+"""File that a checkpoint gets last: the sha256 of all others."""
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -151,7 +152,7 @@ def _finish(
 
 
 def _prepare(out: Path, checkpoints: Path, spec: Mapping[str, Any], identity: str) -> None:
-    """Drop what an earlier, different spec or data left in the run directory, and what a kill left half-written."""
+    """Drop what an earlier, different spec or data left in the run directory, and checkpoints that are not whole."""
     (out / "manifest.json").unlink(missing_ok=True)
     marker = checkpoints / "identity"
     if not marker.is_file() or marker.read_text() != identity:
@@ -160,9 +161,22 @@ def _prepare(out: Path, checkpoints: Path, spec: Mapping[str, Any], identity: st
         checkpoints.mkdir(parents=True)
         marker.write_text(identity)
     for folder in checkpoints.glob("checkpoint-*"):
-        if not (folder / COMPLETE).is_file():
+        if damage := _damage(folder):
+            print(f"{spec['run']}: {damage}; the checkpoint is dropped", file=sys.stderr)
             shutil.rmtree(folder)
     run.write_json(out / "spec.json", spec)
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint: cut short by a kill, or a file that changed since it was written."""
+    if not (folder / COMPLETE).is_file():
+        return f"{folder} was not written to its end"
+    for name, expected in run.read_json(folder / COMPLETE).items():
+        if not (folder / name).is_file():
+            return f"{folder / name} is missing"
+        if sha256_of(folder / name) != expected:
+            return f"{folder / name} is corrupt (its sha256 is not the one that it was written with)"
+    return None
 
 
 def last_whole_checkpoint(checkpoints: Path) -> str | None:
@@ -356,7 +370,9 @@ class RunLog(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         PartialState().wait_for_everyone()  # each process writes its own random state
         if state.is_world_process_zero:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            files = sorted(path for path in folder.rglob("*") if path.is_file())
+            run.write_json(folder / COMPLETE, {str(path.relative_to(folder)): sha256_of(path) for path in files})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not state.is_world_process_zero:

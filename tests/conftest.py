@@ -1,6 +1,9 @@
 """Small real models and data for all tests."""
 
 import os
+import random
+import signal
+import time
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -51,6 +54,43 @@ def llama_model(layers=6, width=32, heads=4, key_value_heads=2):
             eos_token_id=None,
         )
     )
+
+
+def kill_again_and_again(work, folder, times, seed=0):
+    """Run ``work`` in forked processes and kill each with SIGKILL at a random moment after its first new step.
+
+    A fork, because starting Python and torch takes longer than the training. Where one comes to its end before it is
+    killed, the next begins anew. Returns how many were killed at work.
+    """
+    moments, killed = random.Random(seed), 0
+    log = folder / "metrics.jsonl"
+
+    def written():
+        return log.stat().st_size if log.is_file() else 0
+
+    for _ in range(5 * times):
+        if killed == times:
+            break
+        before = written()
+        child = os.fork()
+        if not child:
+            with Path(os.devnull).open("w") as silent:
+                os.dup2(silent.fileno(), 2)
+            status = 1
+            try:
+                work()
+                status = 0
+            finally:
+                os._exit(status)
+        while written() == before and os.waitpid(child, os.WNOHANG) == (0, 0):
+            time.sleep(0.002)
+        time.sleep(moments.uniform(0, 0.15))
+        try:
+            os.kill(child, signal.SIGKILL)
+            killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        except (ProcessLookupError, ChildProcessError):
+            pass
+    return killed
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import time
 import pytest
 import timm
 import torch
-from conftest import ROOT
+from conftest import ROOT, kill_again_and_again
 from test_vision import SIZES
 
 import masa
@@ -159,6 +159,15 @@ def test_a_run_stopped_by_a_signal_goes_on_to_the_same_bits(digits, tmp_path):
     assert again["sha256"] == whole["sha256"]
     steps = [r["step"] for r in run.read_jsonl(log) if "loss" in r]
     assert steps == sorted(set(steps)), "no step is logged twice"
+
+
+def test_twenty_kills_at_random_moments_change_no_bit(digits, tmp_path):
+    """SIGKILL with everything that draws or remembers, in a run that saves after every step."""
+    spec = spec_of(steps=150, checkpoint_minutes=1e-5, model={"drop_path_rate": 0.2, "drop_rate": 0.1}, **EVERYTHING)
+    whole = image_training.pretrain(spec, digits, tmp_path / "whole")
+    out = tmp_path / "cut"
+    assert kill_again_and_again(lambda: image_training.pretrain(spec, digits, out), out, 20) == 20
+    assert image_training.pretrain(spec, digits, out)["sha256"] == whole["sha256"]
 
 
 @pytest.mark.parametrize(

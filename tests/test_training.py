@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, language_model
+from conftest import ROOT, kill_again_and_again, language_model
 
 import masa
 from masa import config, run, text, trainer, training
@@ -218,16 +218,53 @@ def test_a_checkpoint_cut_short_by_a_kill_is_passed_over(tokens, tmp_path):
     whole = training.pretrain(spec, tokens, tmp_path / "whole")
     process = subprocess.Popen(command(spec, tokens, tmp_path / "cut"), stderr=subprocess.DEVNULL, cwd=ROOT)
     checkpoints = tmp_path / "cut" / "checkpoints"
-    while len(list(checkpoints.glob("checkpoint-*/complete"))) < 2:
+    while len(list(checkpoints.glob("checkpoint-*/complete.json"))) < 2:
         assert process.poll() is None
         time.sleep(0.01)
     process.kill()
     process.wait()
     newest = max(checkpoints.glob("checkpoint-*"), key=lambda p: int(p.name[11:]))
-    (newest / "complete").unlink(missing_ok=True)  # as if killed while writing it
+    (newest / "complete.json").unlink(missing_ok=True)  # as if killed while writing it
     (newest / "model.safetensors").write_bytes(b"half")
     again = training.pretrain(spec, tokens, tmp_path / "cut")
     assert again["sha256"] == whole["sha256"]
+
+
+@pytest.mark.parametrize("harm", ["flipped", "missing"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(harm, tokens, tmp_path, capfd):
+    spec = spec_of(steps=60, checkpoint_minutes=1e-4)
+    whole = training.pretrain(spec, tokens, tmp_path / "whole")
+    process = subprocess.Popen(command(spec, tokens, tmp_path / "cut"), stderr=subprocess.DEVNULL, cwd=ROOT)
+    checkpoints = tmp_path / "cut" / "checkpoints"
+    while len(list(checkpoints.glob("checkpoint-*/complete.json"))) < 2:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    newest = max(checkpoints.glob("checkpoint-*/complete.json"), key=lambda p: int(p.parent.name[11:])).parent
+    file = newest / "optimizer.pt"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    {
+        "flipped": lambda: file.write_bytes(data),
+        "missing": file.unlink,
+    }[harm]()
+    again = training.pretrain(spec, tokens, tmp_path / "cut")
+    said = capfd.readouterr().err
+    assert f"{file} is {'missing' if harm == 'missing' else 'corrupt'}" in said
+    assert again["sha256"] == whole["sha256"]
+
+
+def test_twenty_kills_at_random_moments_change_no_bit(tokens, tmp_path):
+    """SIGKILL in a process that saves all the time: between steps, in steps, and while checkpoints are written."""
+    spec = spec_of("masa", steps=150, checkpoint_minutes=1e-5)
+    whole = training.pretrain(spec, tokens, tmp_path / "whole")
+    kills = kill_again_and_again(lambda: training.pretrain(spec, tokens, tmp_path / "cut"), tmp_path / "cut", 20)
+    again = training.pretrain(spec, tokens, tmp_path / "cut")
+    assert again["sha256"] == whole["sha256"]
+    assert kills == 20
+    steps = [r["step"] for r in run.read_jsonl(tmp_path / "cut" / "metrics.jsonl") if "loss" in r]
+    assert steps == sorted(set(steps)), "no step is logged twice"
 
 
 def test_a_changed_spec_does_not_resume_the_old_run(tokens, tmp_path):
