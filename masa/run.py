@@ -86,9 +86,22 @@ def provenance(inputs: Mapping[str, str], packages: Sequence[str] = ()) -> dict[
         "packages": {name: metadata.version(name) for name in (*PACKAGES, *packages)},
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu(),
         "revision": _git_revision(),
         "inputs": dict(inputs),
     }
+
+
+def _cpu() -> str:
+    """The processor: another model may round otherwise, and then nothing is equal to the bit."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    facts = dict(line.split(":", 1) for line in lines if ":" in line)
+    facts = {key.strip(): value.strip() for key, value in facts.items()}
+    names = [facts[key] for key in ("model name", "cpu family", "model") if key in facts]
+    return " / ".join(names) or platform.processor() or platform.machine()
 
 
 def _git_revision() -> str | None:
