@@ -199,8 +199,8 @@ def predictions(spec: Mapping[str, Any], results: Path) -> Figure:
             start = example["tile"] * size
             axis.imshow(tiles[:, start : start + size], cmap="gray", interpolation="nearest")
             right = example["label"] == example["prediction"]
-            said = f"{names[example['prediction']]} {100 * example['top'][0][1]:.0f} %"
-            truth = "" if right else f"\n(is {names[example['label']]})"
+            said = f"{names[example['prediction']]} ({100 * example['top'][0][1]:.0f} %)"
+            truth = "" if right else f"\nis {names[example['label']]}"
             axis.set_title(said + truth, fontsize=6, color=COLOURS[3] if right else COLOURS[4], pad=2)
     scales = ", ".join(dict.fromkeys(row["scale"] for row, _, _ in blocks))
     figure.suptitle(f"{spec['title']} ({blocks[0][0]['label']}, {scales})", fontsize=8)

@@ -27,9 +27,6 @@ DATA = f"{RESULTS}/data"
 PARTS = f"{RESULTS}/parts"
 LOGS = f"{RESULTS}/logs"
 
-# with --sdm conda: the environment that `conda env create -f environment.yml` made; else the one that is active
-ENVIRONMENT = "masa"
-
 TABLES = ["runs", "throughput", "parameters", *experiments.active(config, "tables")]
 FIGURES = list(experiments.active(config, "figures"))
 

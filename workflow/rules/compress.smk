@@ -8,8 +8,6 @@ rule text:
         f"{DATA}/texts/{{name}}.json",
     log:
         f"{LOGS}/texts/{{name}}.log",
-    conda:
-        ENVIRONMENT
     params:
         spec=lambda wildcards: as_json(cli.text_spec(config, wildcards.name)),
         code=meaning("excerpts"),
@@ -26,8 +24,6 @@ rule pretrained:
         f"{RESULTS}/pretrained/{{model}}/manifest.json",
     log:
         f"{LOGS}/pretrained/{{model}}.log",
-    conda:
-        ENVIRONMENT
     params:
         spec=lambda wildcards: as_json(cli.pretrained_spec(config, wildcards.model)),
         code=meaning("pretrained"),
@@ -47,8 +43,6 @@ rule calibrate:
     log:
         f"{LOGS}/calibrate/{{model}}/{{name}}.log",
     priority: 20  # every compression waits for it
-    conda:
-        ENVIRONMENT
     threads: config["compression"]["threads"]
     resources:
         gpu=1,
@@ -83,8 +77,6 @@ rule compress:
     log:
         f"{LOGS}/compress/{{model}}/{{name}}.log",
     priority: 5
-    conda:
-        ENVIRONMENT
     threads: config["compression"]["threads"]
     resources:
         gpu=1,

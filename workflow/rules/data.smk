@@ -3,8 +3,6 @@ rule benchmarks:
         f"{DATA}/benchmarks/manifest.json",
     log:
         f"{LOGS}/benchmarks.log",
-    conda:
-        ENVIRONMENT
     params:
         spec=as_json(cli.benchmarks_spec(config)),
         code=meaning("benchmarks"),
@@ -22,8 +20,6 @@ rule tokenizer:
         f"{DATA}/tokenizer/manifest.json",
     log:
         f"{LOGS}/tokenizer.log",
-    conda:
-        ENVIRONMENT
     params:
         spec=as_json(cli.data_spec(config)),
         code=meaning("text"),
@@ -42,8 +38,6 @@ rule tokenize:
         f"{DATA}/tokens/{{scale}}/manifest.json",
     log:
         f"{LOGS}/tokenize/{{scale}}.log",
-    conda:
-        ENVIRONMENT
     params:
         spec=as_json(cli.data_spec(config)),
         tokens=lambda wildcards: experiments.tokens_needed(config, wildcards.scale),

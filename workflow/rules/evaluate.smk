@@ -10,8 +10,6 @@ rule evaluate:
         f"{RESULTS}/evaluations/{{language_run}}/weights.json",
     log:
         f"{LOGS}/evaluate/{{language_run}}.log",
-    conda:
-        ENVIRONMENT
     threads: lambda wildcards: threads_of(wildcards.language_run)
     resources:
         gpu=1,
@@ -35,8 +33,6 @@ rule time_methods:
         f"{RESULTS}/throughput/{{scale}}.json",
     log:
         f"{LOGS}/throughput/{{scale}}.log",
-    conda:
-        ENVIRONMENT
     threads: workflow.cores  # the machine to itself: what it measures is time
     resources:
         gpu=1,
@@ -54,8 +50,6 @@ rule count_parameters:
         f"{RESULTS}/parameters.json",
     log:
         f"{LOGS}/parameters.log",
-    conda:
-        ENVIRONMENT
     params:
         spec=as_json(cli.parameters_spec(config)),
         code=meaning("accounting"),

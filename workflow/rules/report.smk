@@ -9,8 +9,6 @@ rule table:
         f"{PARTS}/tables/{{name}}.csv",
     log:
         f"{LOGS}/tables/{{name}}.log",
-    conda:
-        ENVIRONMENT
     params:
         spec=lambda wildcards: as_json(cli.table_spec(config, wildcards.name)),
         code=meaning("report.tables"),
@@ -30,8 +28,6 @@ rule figure:
         f"{PARTS}/figures/{{name}}.pdf",
     log:
         f"{LOGS}/figures/{{name}}.log",
-    conda:
-        ENVIRONMENT
     params:
         spec=lambda wildcards: as_json(
             experiments.artefact_spec(config, "figures", wildcards.name)
@@ -52,8 +48,6 @@ rule tables:
         directory(f"{RESULTS}/tables"),
     log:
         f"{LOGS}/tables.log",
-    conda:
-        ENVIRONMENT
     params:
         names=TABLES,
         parts=lambda wildcards, input: Path(input[0]).parent,
@@ -70,8 +64,6 @@ rule figures:
         directory(f"{RESULTS}/figures"),
     log:
         f"{LOGS}/figures.log",
-    conda:
-        ENVIRONMENT
     params:
         names=FIGURES,
         parts=lambda wildcards, input: Path(input[0]).parent,

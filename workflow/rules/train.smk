@@ -6,8 +6,6 @@ rule pretrain:
     log:
         f"{LOGS}/pretrain/{{run}}.log",
     priority: 10  # the longest jobs first
-    conda:
-        ENVIRONMENT
     threads: lambda wildcards: threads_of(wildcards.run)
     resources:
         gpu=1,

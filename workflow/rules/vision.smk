@@ -8,8 +8,6 @@ rule images:
         f"{DATA}/images/{{name}}/manifest.json",
     log:
         f"{LOGS}/images/{{name}}.log",
-    conda:
-        ENVIRONMENT
     params:
         spec=lambda wildcards: as_json(
             cli.vision_data_spec(config, "images", wildcards.name)
@@ -29,8 +27,6 @@ rule boxes:
         f"{DATA}/boxes/{{name}}/manifest.json",
     log:
         f"{LOGS}/boxes/{{name}}.log",
-    conda:
-        ENVIRONMENT
     params:
         spec=lambda wildcards: as_json(
             cli.vision_data_spec(config, "boxes", wildcards.name)
@@ -53,8 +49,6 @@ rule evaluate_vision:
         f"{RESULTS}/evaluations/{{vision_run}}/examples.png",
     log:
         f"{LOGS}/evaluate/{{vision_run}}.log",
-    conda:
-        ENVIRONMENT
     threads: lambda wildcards: threads_of(wildcards.vision_run)
     resources:
         gpu=1,
