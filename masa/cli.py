@@ -9,13 +9,14 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
-from masa import __version__, config, experiments, kinds
+from masa import __version__, config, devices, experiments, kinds, launch
 from masa.compression import plan
-from masa.errors import MasaError, unknown
+from masa.errors import Interrupted, MasaError, unknown
 
 EXIT = """\
 exit status: 0 done; 1 a defect of masa (please report it); 2 bad input, the message says what; 75 interrupted by a
@@ -41,14 +42,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars would drown the progress lines of parallel jobs
     parser = _parser()
     given = parser.parse_args(arguments)
+    given.arguments = list(sys.argv[1:] if arguments is None else arguments)
     log = Path(given.log) if getattr(given, "log", None) else None
     try:
         if log:
             log.parent.mkdir(parents=True, exist_ok=True)
             log.write_text("")
-        given.call(given)
+        with devices.leased() if given.gpu and getattr(given, "device", "auto") == "auto" else nullcontext():
+            given.call(given)
     except MasaError as error:
-        return _fail(f"masa: error: {error}", log, 75 if type(error).__name__ == "Interrupted" else 2)
+        return _fail(f"masa: error: {error}", log, 75 if isinstance(error, Interrupted) else 2)
     except KeyboardInterrupt:
         return _fail("masa: interrupted", log, 130)
     except BrokenPipeError:  # the reader of our output has seen enough
@@ -68,6 +71,7 @@ def _fail(message: str, log: Path | None, status: int) -> int:
     print(message, file=sys.stderr)
     if log:
         log.write_text(message + "\n")
+    launch.report_failure(message.removeprefix("masa: error: "), status)
     return status
 
 
@@ -83,7 +87,7 @@ def _parser() -> Parser:
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
 
     def verb(
-        name: str, call: Callable[[argparse.Namespace], None], summary: str, example: str
+        name: str, call: Callable[[argparse.Namespace], None], summary: str, example: str, gpu: bool = False
     ) -> argparse.ArgumentParser:
         sub = verbs.add_parser(
             name,
@@ -92,7 +96,7 @@ def _parser() -> Parser:
             epilog=f"example:\n  {example}\n\n{EXIT}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        sub.set_defaults(call=call)
+        sub.set_defaults(call=call, gpu=gpu)
         sub.add_argument("--configfile", nargs="+", default=[], metavar="YAML", help="overlays over config/*.yaml")
         sub.add_argument("--log", metavar="FILE", help="also write an error here")
         return sub
@@ -144,7 +148,7 @@ def _parser() -> Parser:
         "train one language model, Vision Transformer or detector",
         "masa pretrain --run nano/masa-qkvo/seed0 --tokens results/data/tokens/nano "
         "--out results/runs/nano/masa-qkvo/seed0",
-    )
+    )  # leases its own GPUs: as many as the run has processes
     which = v.add_mutually_exclusive_group(required=True)
     which.add_argument("--run", metavar="SCALE/EXPERIMENT/seedN", help="a run of the configuration")
     which.add_argument("--spec", metavar="JSON", help="a resolved run, as JSON or as a file")
@@ -160,6 +164,7 @@ def _parser() -> Parser:
         "score a finished run",
         "masa evaluate results/runs/nano/masa-qkvo/seed0 --tokens results/data/tokens/nano --tokenizer "
         "results/data/tokenizer --benchmarks results/data/benchmarks --out results/evaluations/nano/masa-qkvo/seed0",
+        gpu=True,
     )
     v.add_argument("directory", metavar="RUN_DIR")
     v.add_argument("--spec", metavar="JSON", help="evaluation settings; default: from the configuration")
@@ -186,7 +191,11 @@ def _parser() -> Parser:
     v.add_argument("--out", required=True, metavar="DIR")
 
     v = verb(
-        "throughput", _throughput, "time training and folded inference", "masa throughput --scale nano --out t.json"
+        "throughput",
+        _throughput,
+        "time training and folded inference",
+        "masa throughput --scale nano --out t.json",
+        gpu=True,
     )
     which = v.add_mutually_exclusive_group(required=True)
     which.add_argument("--scale", help="a scale of the configuration")
@@ -214,6 +223,7 @@ def _parser() -> Parser:
         _calibrate,
         "collect the statistics that compression needs",
         "masa calibrate MODEL --text documents.jsonl --out statistics",
+        gpu=True,
     )
     v.add_argument("model", metavar="MODEL", help="folder, GGUF file, or ORG/NAME on the hub with --revision")
     v.add_argument("--text", required=True, metavar="FILE", help="plain text, or JSON lines with text, content or page")
@@ -233,6 +243,7 @@ def _parser() -> Parser:
         _compress,
         "compress a pretrained Llama-like model without training",
         "masa compress MODEL --method svd-global --reduction 0.2 --text documents.jsonl --output smaller",
+        gpu=True,
     )
     v.add_argument("model", metavar="MODEL", help="folder, GGUF file, or ORG/NAME on the hub with --revision")
     v.add_argument("--method", default="svd-global", help="a key of masa.compression.COMPRESSORS (default svd-global)")
@@ -256,6 +267,7 @@ def _parser() -> Parser:
         "compress a model by one method at several reductions and score each",
         "masa sweep SmolLM2-135M/svd-llm --model results/pretrained/SmolLM2-135M --calibration statistics "
         "--texts held_out.json --benchmarks results/data/benchmarks --out results/compression/SmolLM2-135M/svd-llm",
+        gpu=True,
     )
     v.add_argument("run", metavar="MODEL/NAME", help="a pretrained model and a compression of the configuration")
     v.add_argument("--spec", metavar="JSON", help="the run as data; default: from the configuration")
@@ -412,7 +424,22 @@ def _pretrain(given: argparse.Namespace) -> None:
     spec = _spec(given, lambda c: experiments.run_spec(c, *experiments.parse_run(given.run)))
     kind = kinds.of(spec)
     data = _needed(given, kind.data, spec)
-    import_module(f"masa.{kind.training}").pretrain(spec, data, Path(given.out))
+    with devices.leased(launch.layout(spec)[1]):
+        if launch.is_wanted(spec):
+            launch.launch(spec, _without(given.arguments, "--log"))
+        else:
+            import_module(f"masa.{kind.training}").pretrain(spec, data, Path(given.out))
+
+
+def _without(arguments: Sequence[str], option: str) -> list[str]:
+    """The arguments of the command line but for one option and its value."""
+    left, rest = [], iter(arguments)
+    for argument in rest:
+        if argument == option:
+            next(rest, None)
+        elif not argument.startswith(f"{option}="):
+            left.append(argument)
+    return left
 
 
 def _evaluate(given: argparse.Namespace) -> None:

@@ -13,6 +13,10 @@ class MasaError(Exception):
     """
 
 
+class Interrupted(MasaError):
+    """A signal stopped the run after a checkpoint; the same command goes on from there. Exit status 75."""
+
+
 def unknown(what: str, name: str, options: Iterable[str]) -> MasaError:
     """Build the error for a name that does not exist, with the nearest ones that do."""
     options = sorted(str(option) for option in options)

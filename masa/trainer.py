@@ -4,14 +4,14 @@ A run directory holds ``spec.json`` (everything resolved), ``metrics.jsonl`` (ap
 checkpoint), ``provenance.json``, ``manifest.json`` (written last: its presence means that the run is whole) and, while
 it is running, ``checkpoints/``.
 
-Under torchrun the same call trains on several processes (DDP): each takes its part of every batch, the first writes.
+In several processes (:mod:`masa.launch`) the same call trains one model: each takes its part of every batch, the first
+writes.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import signal
 import sys
@@ -33,8 +33,8 @@ from transformers import (
     set_seed,
 )
 
-from masa import checkpoint, run
-from masa.errors import MasaError
+from masa import checkpoint, launch, run
+from masa.errors import Interrupted, MasaError
 from masa.progress import Progress
 from masa.projections import SharedProjections, decoder
 from masa.sharing import ParameterCount, count_parameters
@@ -42,12 +42,6 @@ from masa.sources import sha256_of
 
 COMPLETE = "complete.json"
 """File that a checkpoint gets last: the sha256 of all others."""
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
-
-class Interrupted(MasaError):
-    """A signal stopped the run after a checkpoint; the same command goes on from there."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +108,7 @@ def train(spec: Mapping[str, Any], task: Task, out: Path) -> dict[str, Any]:
         trainer, log = _trainer(spec, task, model, out, checkpoints)
         with log.catching_signals():
             trainer.train(resume_from_checkpoint=last_whole_checkpoint(checkpoints))
+        processes.wait_for_everyone()  # the first may still be writing its checkpoint
         if log.signal is not None and trainer.state.global_step < recipe["steps"]:
             raise Interrupted(
                 f"{spec['run']} was stopped by {signal.Signals(log.signal).name} at step {trainer.state.global_step} "
@@ -228,7 +223,13 @@ def _trainer(
     steps = recipe["steps"]
     cuda = torch.cuda.is_available()
     bf16 = uses_bfloat16(recipe)
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = PartialState().num_processes
+    nodes, processes = launch.layout(spec)
+    if world != nodes * processes:
+        raise MasaError(
+            f"{spec['run']} asks for {nodes} x {processes} processes (training.nodes, training.processes_per_node), "
+            f"but {world} were started."
+        )
     passes, rest = divmod(recipe["batch_size"], recipe["micro_batch_size"] * world)
     if rest or not passes:
         raise MasaError(
@@ -299,7 +300,7 @@ class RunLog(TrainerCallback):
         def remember(number: int, _: Any) -> None:
             self.signal = number
 
-        previous = {s: signal.signal(s, remember) for s in STOP_SIGNALS}
+        previous = {s: signal.signal(s, remember) for s in launch.STOP_SIGNALS}
         try:
             yield
         finally:
