@@ -27,6 +27,8 @@ DATA = f"{RESULTS}/data"
 PARTS = f"{RESULTS}/parts"
 LOGS = f"{RESULTS}/logs"
 
+ENVIRONMENT = "../envs/masa.yaml"  # only with --sdm conda
+
 TABLES = ["runs", "throughput", "parameters", *experiments.active(config, "tables")]
 FIGURES = list(experiments.active(config, "figures"))
 
@@ -61,6 +63,30 @@ def run_spec(wildcards):
 def kind_of(run):
     """What kind of model a run trains, which says what data and which code it needs."""
     return experiments.kind_of(config, run.split("/")[0])
+
+
+RESOURCES = ("mem_mb", "runtime", "gpu", "nodes", "tasks", "tasks_per_gpu", "mpi")
+
+
+def asks_for(rule):
+    """Resources of a rule's jobs: what the cost model says of each, and GPUs where the configuration plans with them."""
+
+    def one(key):
+        return lambda wildcards, attempt: resources(rule, wildcards, attempt)[key]
+
+    return {key: one(key) for key in RESOURCES}
+
+
+def resources(rule, wildcards, attempt):
+    return {
+        "mem_mb": 2000 * attempt,
+        "runtime": 30,
+        "gpu": 0,
+        "nodes": None,
+        "tasks": None,
+        "tasks_per_gpu": None,
+        "mpi": None,
+    }
 
 
 def threads_of(run):

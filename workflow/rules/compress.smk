@@ -8,6 +8,10 @@ rule text:
         f"{DATA}/texts/{{name}}.json",
     log:
         f"{LOGS}/texts/{{name}}.log",
+    conda:
+        ENVIRONMENT
+    resources:
+        **asks_for("text"),
     params:
         spec=lambda wildcards: as_json(cli.text_spec(config, wildcards.name)),
         code=meaning("excerpts"),
@@ -24,6 +28,10 @@ rule pretrained:
         f"{RESULTS}/pretrained/{{model}}/manifest.json",
     log:
         f"{LOGS}/pretrained/{{model}}.log",
+    conda:
+        ENVIRONMENT
+    resources:
+        **asks_for("pretrained"),
     params:
         spec=lambda wildcards: as_json(cli.pretrained_spec(config, wildcards.model)),
         code=meaning("pretrained"),
@@ -43,9 +51,11 @@ rule calibrate:
     log:
         f"{LOGS}/calibrate/{{model}}/{{name}}.log",
     priority: 20  # every compression waits for it
+    conda:
+        ENVIRONMENT
     threads: config["compression"]["threads"]
     resources:
-        gpu=1,
+        **asks_for("calibrate"),
     params:
         code=meaning("compression.collect"),
         model=lambda wildcards, input: Path(input.model).parent,
@@ -77,9 +87,11 @@ rule compress:
     log:
         f"{LOGS}/compress/{{model}}/{{name}}.log",
     priority: 5
+    conda:
+        ENVIRONMENT
     threads: config["compression"]["threads"]
     resources:
-        gpu=1,
+        **asks_for("compress"),
     params:
         spec=lambda wildcards: as_json(
             plan.run_spec(config, wildcards.model, wildcards.name)

@@ -3,6 +3,10 @@ rule benchmarks:
         f"{DATA}/benchmarks/manifest.json",
     log:
         f"{LOGS}/benchmarks.log",
+    conda:
+        ENVIRONMENT
+    resources:
+        **asks_for("benchmarks"),
     params:
         spec=as_json(cli.benchmarks_spec(config)),
         code=meaning("benchmarks"),
@@ -20,6 +24,10 @@ rule tokenizer:
         f"{DATA}/tokenizer/manifest.json",
     log:
         f"{LOGS}/tokenizer.log",
+    conda:
+        ENVIRONMENT
+    resources:
+        **asks_for("tokenizer"),
     params:
         spec=as_json(cli.data_spec(config)),
         code=meaning("text"),
@@ -38,6 +46,10 @@ rule tokenize:
         f"{DATA}/tokens/{{scale}}/manifest.json",
     log:
         f"{LOGS}/tokenize/{{scale}}.log",
+    conda:
+        ENVIRONMENT
+    resources:
+        **asks_for("tokenize"),
     params:
         spec=as_json(cli.data_spec(config)),
         tokens=lambda wildcards: experiments.tokens_needed(config, wildcards.scale),

@@ -10,9 +10,11 @@ rule evaluate:
         f"{RESULTS}/evaluations/{{language_run}}/weights.json",
     log:
         f"{LOGS}/evaluate/{{language_run}}.log",
+    conda:
+        ENVIRONMENT
     threads: lambda wildcards: threads_of(wildcards.language_run)
     resources:
-        gpu=1,
+        **asks_for("evaluate"),
     params:
         spec=as_json(config["evaluation"]),
         code=meaning("evaluation"),
@@ -33,9 +35,11 @@ rule time_methods:
         f"{RESULTS}/throughput/{{scale}}.json",
     log:
         f"{LOGS}/throughput/{{scale}}.log",
+    conda:
+        ENVIRONMENT
     threads: workflow.cores  # the machine to itself: what it measures is time
     resources:
-        gpu=1,
+        **asks_for("time_methods"),
     params:
         spec=lambda wildcards: as_json(cli.throughput_spec(config, wildcards.scale)),
         code=meaning("throughput"),
@@ -50,6 +54,10 @@ rule count_parameters:
         f"{RESULTS}/parameters.json",
     log:
         f"{LOGS}/parameters.log",
+    conda:
+        ENVIRONMENT
+    resources:
+        **asks_for("count_parameters"),
     params:
         spec=as_json(cli.parameters_spec(config)),
         code=meaning("accounting"),

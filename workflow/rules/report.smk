@@ -9,6 +9,10 @@ rule table:
         f"{PARTS}/tables/{{name}}.csv",
     log:
         f"{LOGS}/tables/{{name}}.log",
+    conda:
+        ENVIRONMENT
+    resources:
+        **asks_for("table"),
     params:
         spec=lambda wildcards: as_json(cli.table_spec(config, wildcards.name)),
         code=meaning("report.tables"),
@@ -28,6 +32,10 @@ rule figure:
         f"{PARTS}/figures/{{name}}.pdf",
     log:
         f"{LOGS}/figures/{{name}}.log",
+    conda:
+        ENVIRONMENT
+    resources:
+        **asks_for("figure"),
     params:
         spec=lambda wildcards: as_json(
             experiments.artefact_spec(config, "figures", wildcards.name)
@@ -45,9 +53,17 @@ rule tables:
     input:
         expand(f"{PARTS}/tables/{{name}}.csv", name=TABLES),
     output:
-        directory(f"{RESULTS}/tables"),
+        report(
+            directory(f"{RESULTS}/tables"),
+            patterns=["{name}.csv"],
+            category="Tables",
+            caption="../report/table.rst",
+            labels={"table": "{name}"},
+        ),
     log:
         f"{LOGS}/tables.log",
+    conda:
+        ENVIRONMENT
     params:
         names=TABLES,
         parts=lambda wildcards, input: Path(input[0]).parent,
@@ -61,9 +77,17 @@ rule figures:
     input:
         expand(f"{PARTS}/figures/{{name}}.png", name=FIGURES),
     output:
-        directory(f"{RESULTS}/figures"),
+        report(
+            directory(f"{RESULTS}/figures"),
+            patterns=["{name}.png"],
+            category="Figures",
+            caption="../report/figure.rst",
+            labels={"figure": "{name}"},
+        ),
     log:
         f"{LOGS}/figures.log",
+    conda:
+        ENVIRONMENT
     params:
         names=FIGURES,
         parts=lambda wildcards, input: Path(input[0]).parent,

@@ -6,9 +6,11 @@ rule pretrain:
     log:
         f"{LOGS}/pretrain/{{run}}.log",
     priority: 10  # the longest jobs first
+    conda:
+        ENVIRONMENT
     threads: lambda wildcards: threads_of(wildcards.run)
     resources:
-        gpu=1,
+        **asks_for("pretrain"),
     params:
         spec=run_spec,
         code=lambda wildcards: meaning(kind_of(wildcards.run).training),

@@ -8,6 +8,10 @@ rule images:
         f"{DATA}/images/{{name}}/manifest.json",
     log:
         f"{LOGS}/images/{{name}}.log",
+    conda:
+        ENVIRONMENT
+    resources:
+        **asks_for("images"),
     params:
         spec=lambda wildcards: as_json(
             cli.vision_data_spec(config, "images", wildcards.name)
@@ -27,6 +31,10 @@ rule boxes:
         f"{DATA}/boxes/{{name}}/manifest.json",
     log:
         f"{LOGS}/boxes/{{name}}.log",
+    conda:
+        ENVIRONMENT
+    resources:
+        **asks_for("boxes"),
     params:
         spec=lambda wildcards: as_json(
             cli.vision_data_spec(config, "boxes", wildcards.name)
@@ -49,9 +57,11 @@ rule evaluate_vision:
         f"{RESULTS}/evaluations/{{vision_run}}/examples.png",
     log:
         f"{LOGS}/evaluate/{{vision_run}}.log",
+    conda:
+        ENVIRONMENT
     threads: lambda wildcards: threads_of(wildcards.vision_run)
     resources:
-        gpu=1,
+        **asks_for("evaluate_vision"),
     params:
         spec=as_json(config["vision_evaluation"]),
         code=lambda wildcards: meaning(kind_of(wildcards.vision_run).evaluation),
