@@ -33,7 +33,7 @@ from transformers import (
     set_seed,
 )
 
-from masa import checkpoint, launch, run
+from masa import checkpoint, launch, parallel, run
 from masa.errors import Interrupted, MasaError
 from masa.progress import Progress
 from masa.projections import SharedProjections, decoder
@@ -114,8 +114,9 @@ def train(spec: Mapping[str, Any], task: Task, out: Path) -> dict[str, Any]:
                 f"{spec['run']} was stopped by {signal.Signals(log.signal).name} at step {trainer.state.global_step} "
                 "and can be resumed with the same command."
             )
+        trained = log.whole(model)
         if processes.is_main_process:
-            _finish(spec, task, log, counts, model, out)
+            _finish(spec, task, log, counts, trained, out)
         processes.wait_for_everyone()
     return run.read_json(out / "manifest.json")
 
@@ -236,13 +237,6 @@ def _trainer(
             f"{spec['run']}: batch_size = {recipe['batch_size']} is not a multiple of micro_batch_size x processes = "
             f"{recipe['micro_batch_size']} x {world}."
         )
-    optimizer = torch.optim.AdamW(parameter_groups(model, recipe), betas=tuple(recipe["adam_betas"]), fused=True)
-    scheduler = get_cosine_with_min_lr_schedule_with_warmup(
-        optimizer,
-        num_warmup_steps=math.ceil(recipe["warmup_fraction"] * steps),
-        num_training_steps=steps,
-        min_lr_rate=recipe["min_learning_rate_ratio"],
-    )
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         max_steps=steps,
@@ -262,7 +256,7 @@ def _trainer(
         dataloader_pin_memory=cuda,
         dataloader_num_workers=recipe.get("workers", 0),
         remove_unused_columns=False,
-        ddp_find_unused_parameters=False,  # none is
+        **parallel.arguments(spec, model),
     )
     log = RunLog(spec, task, model, out / "metrics.jsonl", "bfloat16" if bf16 else "float32")
     trainer = task.trainer(
@@ -270,12 +264,23 @@ def _trainer(
         args=arguments,
         data_collator=task.collate,
         train_dataset=task.data,
-        optimizers=(optimizer, scheduler),
         callbacks=[*task.callbacks, log],
     )
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback).__name__ == "PrinterCallback":  # its raw dictionaries would drown the progress lines
             trainer.remove_callback(callback)
+    fused = cuda or not parallel.is_sharded(spec)
+    parallel.prepare(
+        trainer,
+        spec,
+        lambda m: torch.optim.AdamW(parameter_groups(m, recipe), betas=tuple(recipe["adam_betas"]), fused=fused),
+        lambda optimizer: get_cosine_with_min_lr_schedule_with_warmup(
+            optimizer,
+            num_warmup_steps=math.ceil(recipe["warmup_fraction"] * steps),
+            num_training_steps=steps,
+            min_lr_rate=recipe["min_learning_rate_ratio"],
+        ),
+    )
     return trainer, log
 
 
@@ -307,6 +312,10 @@ class RunLog(TrainerCallback):
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
+    def whole(self, model: nn.Module) -> nn.Module:
+        """The model in one piece, in the first process; all must call this."""
+        return parallel.whole(self.spec, model, self.task.build)
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.saved = self.resumed_at = time.monotonic()
         self.first_step = state.global_step
@@ -326,9 +335,11 @@ class RunLog(TrainerCallback):
         now = time.monotonic()
         self.training_seconds += now - self.step_started
         step = state.global_step
-        if step in self.evaluate_at and state.is_world_process_zero:
-            self.last = self._at(step) | self.task.score(self.model)
-            self._write(self.last | {"training_seconds": self.training_seconds})
+        if step in self.evaluate_at:
+            model = self.whole(self.model)
+            if state.is_world_process_zero:
+                self.last = self._at(step) | self.task.score(model)
+                self._write(self.last | {"training_seconds": self.training_seconds})
         due = now - self.saved > 60 * self.spec["training"]["checkpoint_minutes"] and step < self.steps
         stop, due = self._any_process(self.signal or 0, int(due))
         if stop:

@@ -1,7 +1,8 @@
 """A real Slurm on this machine for the tests: controller, munge and two nodes with two pretend GPUs each.
 
-Everything lives in one temporary directory, with ports of its own; nothing in /etc is read or written. Needs root and
-Debian's packages slurmctld, slurmd, slurm-client and munge.
+Everything lives in one temporary directory, with ports of its own; while it runs, /etc/slurm has links to its
+configuration (Snakemake's jobs find Slurm by no other way). Needs root and Debian's packages slurmctld, slurmd,
+slurm-client and munge, and a machine that is no part of a cluster already.
 """
 
 import os
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol")
+SYSTEM, FILES = Path("/etc/slurm"), ("slurm.conf", "gres.conf", "cgroup.conf")
 
 CONF = """\
 ClusterName=loop
@@ -52,16 +54,16 @@ def missing():
         return "Slurm's daemons need root"
     absent = [name for name in PROGRAMS if not shutil.which(name)]
     if not absent:
-        return None
+        there = [name for name in FILES if (SYSTEM / name).exists()]
+        return f"this machine has a Slurm already ({SYSTEM / there[0]})" if there else None
     return f"Slurm is not installed ({', '.join(absent)}): apt-get install slurmctld slurmd slurm-client munge"
 
 
 class Cluster:
-    """Start with :meth:`start`, stop with :meth:`stop`; ``environment`` leads Slurm's commands to it."""
+    """Start with :meth:`start`, stop with :meth:`stop`."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
-        self.environment = {"SLURM_CONF": str(self.folder / "slurm.conf")}
 
     def start(self):
         for name in ("state", "spool-a", "spool-b"):
@@ -81,12 +83,16 @@ class Cluster:
         # any character device will do; Slurm sets CUDA_VISIBLE_DEVICES from them
         (self.folder / "gres.conf").write_text("NodeName=a,b Name=gpu Flags=nvidia_gpu_env File=/dev/tty[0-1]\n")
         (self.folder / "cgroup.conf").write_text("CgroupAutomount=no\n")
+        SYSTEM.mkdir(exist_ok=True)
+        for name in FILES:
+            (SYSTEM / name).unlink(missing_ok=True)  # a link that leads nowhere
+            (SYSTEM / name).symlink_to(self.folder / name)
         munge = [f"--{name}={self.folder}/munge.{name.split('-')[0]}" for name in ("key-file", "pid-file", "log-file")]
         munge += [f"--socket={self.folder}/munge.sock", f"--seed-file={self.folder}/munge.seed", "--force"]
         self._run("munged", *munge)
-        self._run("slurmctld", "-i", "-f", self.environment["SLURM_CONF"])
+        self._run("slurmctld", "-i", "-f", str(self.folder / "slurm.conf"))
         for node in "ab":
-            self._run("slurmd", "-N", node, "-f", self.environment["SLURM_CONF"])
+            self._run("slurmd", "-N", node, "-f", str(self.folder / "slurm.conf"))
         for _ in range(100):
             if self._run("sinfo", "--noheader", "--format=%t %D", check=False).split() == ["idle", "2"]:
                 return self
@@ -101,6 +107,8 @@ class Cluster:
                 os.kill(int(file.read_text()), 15)
             except (ProcessLookupError, ValueError):
                 continue
+        for name in FILES:
+            (SYSTEM / name).unlink(missing_ok=True)
 
     def jobs(self, states="RUNNING"):
         """Ids of jobs -> their comments, which Snakemake fills with rule and wildcards."""
@@ -115,9 +123,7 @@ class Cluster:
         return self._run("scontrol", "--oneliner", "show", "jobs").splitlines()
 
     def _run(self, *command, check=True):
-        result = subprocess.run(
-            command, env=os.environ | self.environment, capture_output=True, text=True, check=False
-        )
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
         if check and result.returncode:
             raise RuntimeError(f"{' '.join(map(str, command))}: {result.stdout}{result.stderr}")
         return result.stdout

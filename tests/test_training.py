@@ -285,10 +285,13 @@ def losses(out):
     return {r["step"]: r["loss"] for r in run.read_jsonl(out / "metrics.jsonl") if "loss" in r}
 
 
-def test_two_processes_give_the_loss_curve_of_one(tokens, tmp_path):
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_give_the_loss_curve_of_one(parallel, tokens, tmp_path):
     """A batch of 4 in parts of 2: one process takes two passes a step, two processes one each."""
     whole = training.pretrain(spec_of("masa", micro_batch_size=2), tokens, tmp_path / "one")
-    process = start(spec_of("masa", micro_batch_size=2, processes_per_node=2), tokens, tmp_path / "two")
+    process = start(
+        spec_of("masa", micro_batch_size=2, processes_per_node=2, parallel=parallel), tokens, tmp_path / "two"
+    )
     _, said = process.communicate(timeout=120)
     assert process.returncode == 0, said
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
@@ -303,8 +306,9 @@ def test_two_processes_give_the_loss_curve_of_one(tokens, tmp_path):
         assert torch.allclose(a, b, atol=2e-4)
 
 
-def test_two_processes_stop_together_and_go_on_to_the_same_bits(tokens, tmp_path):
-    spec = spec_of("masa", micro_batch_size=2, steps=60, processes_per_node=2)
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_stop_together_and_go_on_to_the_same_bits(parallel, tokens, tmp_path):
+    spec = spec_of("masa", micro_batch_size=2, steps=60, processes_per_node=2, parallel=parallel)
     assert start(spec, tokens, tmp_path / "whole").wait(timeout=120) == 0
     process = start(spec, tokens, tmp_path / "cut")
     log = tmp_path / "cut" / "metrics.jsonl"

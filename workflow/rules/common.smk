@@ -27,6 +27,8 @@ DATA = f"{RESULTS}/data"
 PARTS = f"{RESULTS}/parts"
 LOGS = f"{RESULTS}/logs"
 
+# all cores that Snakemake was given; on a cluster nothing else runs beside a job
+MACHINE = workflow.resource_settings.cores or config["training"]["threads"]
 ENVIRONMENT = "../envs/masa.yaml"  # only with --sdm conda
 
 TABLES = ["runs", "throughput", "parameters", *experiments.active(config, "tables")]

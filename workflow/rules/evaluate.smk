@@ -37,7 +37,7 @@ rule time_methods:
         f"{LOGS}/throughput/{{scale}}.log",
     conda:
         ENVIRONMENT
-    threads: workflow.cores  # the machine to itself: what it measures is time
+    threads: MACHINE  # to itself: what it measures is time
     resources:
         **asks_for("time_methods"),
     params:
