@@ -27,8 +27,9 @@ DATA = f"{RESULTS}/data"
 PARTS = f"{RESULTS}/parts"
 LOGS = f"{RESULTS}/logs"
 
-# all cores that Snakemake was given; on a cluster nothing else runs beside a job
-MACHINE = workflow.resource_settings.cores or config["training"]["threads"]
+# all cores that Snakemake was given; on a cluster, where it was given none, nothing else runs beside a job
+CORES = None if workflow.remote_exec else workflow.resource_settings.cores
+MACHINE = CORES or config["training"]["threads"]
 ENVIRONMENT = "../envs/masa.yaml"  # only with --sdm conda
 
 TABLES = ["runs", "throughput", "parameters", *experiments.active(config, "tables")]
