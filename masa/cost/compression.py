@@ -102,7 +102,7 @@ def calibrate(
     batch = entry["batch_size"] * T
     peak = file + hidden + written / sizes.layers * 4
     if gradient.flops:  # the whole model's activations, and logits in float32 with their softmax and gradients
-        per_token = sizes.layers * (17 * sizes.width + 6 * sizes.ffn) * width + 5 * 4 * sizes.vocabulary
+        per_token = sizes.layers * (8 * sizes.width + 4 * sizes.ffn) * width + 5 * 4 * sizes.vocabulary
         peak += batch * per_token + written / 2
     else:
         peak += batch * 8 * (sizes.width + sizes.ffn) * width

@@ -20,7 +20,7 @@ from masa.cost.transformer import Work, forward, inference_bytes
 DEFAULTS = {"device": "cpu", "margin": 2.0, "max_hours": 24}
 """The section ``plan`` of a configuration."""
 
-PROCESS = {"training": 0.72 * GIB, "evaluation": 0.95 * GIB, "compression": 0.8 * GIB, "data": 0.5 * GIB}
+PROCESS = {"training": 0.85 * GIB, "evaluation": 1.0 * GIB, "compression": 0.85 * GIB, "data": 0.5 * GIB}
 """What a process holds before it has a model: interpreter and imported libraries, measured on Linux."""
 
 CONTEXT = 1.0 * GIB

@@ -89,7 +89,7 @@ def train(spec: Mapping[str, Any], sizes: Sizes, device: Device, images: int | N
         flops=steps * step.flops * world + scoring.flops,
         seconds=seconds,
         world=world,
-        memory=training_bytes(sizes, micro, dtype, device.gpu),
+        memory=training_bytes(sizes, micro, dtype),
         checkpoint=checkpoint,
         model=4.0 * sizes.stored,
     )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from masa.cost.devices import Device
 from masa.cost.sizes import Sizes
 
-NORMS_AND_RESIDUALS = 10
+NORMS_AND_RESIDUALS = 11
 """Elements that a block touches for every number of a token's width d, forward: two norms (a read and a write each, and
 their statistics), two residuals, transposes around attention, biases."""
 
@@ -134,32 +134,32 @@ def optimiser_step(sizes: Sizes, devices: int = 1) -> Work:
 
 # ---------------------------------------------------------------------------------------------------------- memory
 
-OF_ACTIVATIONS = {"language": 17, "llama": 17, "vit": 11, "yolos": 11}
-"""Numbers of a token's width d that a block keeps for backward: inputs of norms, q, k, v before and after rotation,
-attention's output, the residual stream."""
+KEPT = {"float32": (32.5, 8.0), "half": (25.5, 4.5)}
+"""Bytes that a block keeps for backward, for each number of a token's width d and of the FFN's f: counted with torch's
+saved-tensor hooks, with autocast for "half", for all three kinds of models. A gated FFN keeps twice as much."""
+
+OF_LOSS = {"float32": 16, "half": 18}
+"""Bytes a logit at the peak, which is the loss's backward: as computed, in float32, their log-softmax, gradients."""
 
 
-def training_bytes(sizes: Sizes, sequences: int, dtype: str, gpu: bool = False) -> float:
+def training_bytes(sizes: Sizes, sequences: int, dtype: str) -> float:
     """Peak of weights, gradients, AdamW's two moments and the activations of one micro-batch.
 
     Args:
         sequences: of a micro-batch on one device.
-        dtype: of autocast; parameters are float32.
-        gpu: whether attention's scores are never written.
+        dtype: of autocast; parameters are float32. Attention keeps no scores.
     """
-    n, half = sequences * sizes.tokens, dtype != "float32"
-    width = 2 if half else 4
-    kept = OF_ACTIVATIONS[sizes.family] * sizes.width + 3 * sizes.ffn
-    activations = n * sizes.layers * kept * (3 if half else 4)  # autocast keeps norms and residuals in float32
-    logits = n * sizes.vocabulary * (width + 3 * 4)  # as computed, as float32, their log-softmax and its gradient
-    made = sizes.made * 2 * width
-    return 16.0 * sizes.parameters + activations + logits + made
+    n, kind = sequences * sizes.tokens, "float32" if dtype == "float32" else "half"
+    of_width, of_ffn = KEPT[kind]
+    kept = of_width * sizes.width + of_ffn * sizes.ffn * (2 if sizes.family == "llama" else 1)
+    made = sizes.made * (8 if kind == "float32" else 4)  # matrices made once a pass, and their gradients
+    return 16.0 * sizes.parameters + n * sizes.layers * kept + n * sizes.vocabulary * OF_LOSS[kind] + made
 
 
 def inference_bytes(sizes: Sizes, sequences: int, tokens: int, dtype: str) -> float:
     """Weights, one block's activations and the logits with their log-softmax in float32."""
     width = 4 if dtype == "float32" else 2
     n = sequences * tokens
-    dense = sizes.parameters - sizes.stored + sizes.made + sizes.stored
+    dense = sizes.parameters + sizes.made
     block = n * (12 * sizes.width + 3 * sizes.ffn) * width
     return dense * width + block + n * sizes.vocabulary * (width + 8)
