@@ -9,7 +9,8 @@ that the workflow can ask while it is parsed. Only :mod:`masa.cost.measure`, whi
 | ``sizes`` | the numbers of a model, and its parameters, exactly |
 | ``transformer`` | work and memory of one pass over a batch |
 | ``training``, ``evaluation``, ``compression``, ``data`` | seconds, memory and disk of the jobs of each kind |
-| ``jobs``, ``limits`` | all jobs of a configuration; what a cluster is asked for |
+| ``preparation`` | the jobs beside: data, counting, timing, tables and figures |
+| ``jobs``, ``workflow``, ``limits`` | one job; all jobs of a configuration; what a cluster is asked for |
 | ``schedule``, ``report``, ``logs`` | the whole on so many cores; the printed plan; what a finished workflow took |
 """
 

@@ -30,21 +30,26 @@ SHAPES = (
     (8, 16, 2, 32, 64, 16, 1),
 )
 
+PRODUCT = (256, 576, 1536)
+"""Rows, inner and outer width of one matrix product, in float32 and bfloat16."""
+
 LAPACK = (576, 192)
 """Widths of the symmetric matrices that are diagonalised."""
 
 
-def calibrate(threads: int = 1, seconds: float = 10.0) -> Device:
+def calibrate(threads: int = 1, seconds: float = 10.0, processes: int | None = None) -> Device:
     """The device "cpu" with this machine's own numbers.
 
     Args:
         threads: that one job computes with.
         seconds: to spend, about; most of it is the import of the libraries, which is measured, too.
+        processes: that measure at once; by default one for every ``threads`` cores.
 
     Raises:
         MasaError: a measuring process failed.
     """
-    count = max(1, (os.cpu_count() or 1) // threads)
+    cores = os.cpu_count() or 1
+    count = max(1, min(processes or cores, cores) // threads)
     command = [sys.executable, "-m", "masa.cost.measure", str(threads), str(seconds)]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     running = [
@@ -72,17 +77,19 @@ def solve(steps: list[float], measured: dict[str, float], threads: int) -> Devic
         sizes = of_run(_spec(shape))
         work = transformer.training_pass(sizes, shape[-1]) + transformer.optimiser_step(sizes)
         rows.append([work.flops, work.elements + work.scores, work.launches - transformer.STEP_OPERATORS])
-    matrix, target = np.array(rows), np.array(steps)
+    m, k, n = PRODUCT
+    rows.append([2.0 * m * k * n, 0.0, 0.0])  # a product by itself ties the first column down
+    matrix, target = np.array(rows), np.array([*steps, measured["product"]])
     scale = np.array([1e-11, 1e-9, 1e-6])  # seconds of a FLOP, an element, a launch: orders of magnitude
-    found, _ = nnls(matrix * scale / target[:, None], np.ones(len(steps)))  # errors relative to each step
-    flop, element, launch = found * scale
+    found, _ = nnls(matrix * scale / target[:, None], np.ones(len(target)))  # errors relative to each step
+    flop, element, launch = map(float, found * scale)
     default = DEVICES["cpu"]
     rate = 1 / flop if flop > 0 else 4 * default.rate("float32")
     return dataclasses.replace(
         default,
         matmul_flops={"float32": rate, "bfloat16": rate * measured["bfloat16"]},
-        element_seconds=float(element),
-        launch_seconds=float(launch) or 1e-7,
+        element_seconds=element,
+        launch_seconds=launch or 1e-7,
         startup_seconds=measured["startup"],
         lapack_flops=measured["lapack"],
         memory_bytes=float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")),
@@ -126,7 +133,8 @@ def _measure(threads: int, seconds: float) -> dict[str, Any]:
             startup = time.process_time()
         steps.append(_median(step, threads, seconds / 12))
     budget = seconds / 40
-    a, b = torch.randn(256, 576), torch.randn(1536, 576)
+    rows, inner, outer = PRODUCT
+    a, b = torch.randn(rows, inner), torch.randn(outer, inner)
     single = _median(lambda: torch.nn.functional.linear(a, b), threads, budget)
     half, other = a.bfloat16(), b.bfloat16()
     double = _median(lambda: torch.nn.functional.linear(half, other), threads, budget)
@@ -139,6 +147,7 @@ def _measure(threads: int, seconds: float) -> dict[str, Any]:
         "startup": startup,
         "imports": began,
         "steps": steps,
+        "product": single,
         "bfloat16": single / double,
         "lapack": sum(9.0 * n**3 for n in LAPACK) / sum(lapack),
     }
