@@ -16,8 +16,9 @@ NORMS_AND_RESIDUALS = 11
 """Elements that a block touches for every number of a token's width d, forward: two norms (a read and a write each, and
 their statistics), two residuals, transposes around attention, biases."""
 
-ROTARY = 15
-"""More of them in language models: q and k are rotated by six operators each and made contiguous."""
+ROTARY = {"language": 15, "llama": 6}
+"""More of them in language models: q and k are rotated by six operators each and made contiguous. In the wider Llamas,
+whose k has fewer heads, it is less."""
 
 OF_FFN = 3
 """Elements touched a number of the FFN's width: written, activated, read. A gated FFN has two of them."""
@@ -99,7 +100,7 @@ def forward(sizes: Sizes, sequences: float, tokens: int | None = None, logits: b
     n, L, d = sequences * T, sizes.layers, sizes.width
     flops = n * L * (2 * sizes.block_matrices + 4 * T * sizes.attention_width)
     llama = sizes.family == "llama"
-    touched = NORMS_AND_RESIDUALS + (ROTARY if sizes.family in ("language", "llama") else 0)
+    touched = NORMS_AND_RESIDUALS + ROTARY.get(sizes.family, 0)
     elements = n * L * (touched * d + OF_FFN * sizes.ffn * (2 if llama else 1))
     launches = L * OPERATORS[sizes.family] + OUTSIDE_OPERATORS
     if sizes.patch:
