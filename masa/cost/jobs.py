@@ -107,14 +107,10 @@ class Plan:
         spec, sizes = self.spec(run), self.sizes(run)
         section, entry = self.data_of(run)
         if entry is None:
-            held_out = self.validation_tokens / sizes.tokens
+            held_out = self.config["data"]["corpus"]["validation_tokens"] / sizes.tokens
             return train(spec, sizes, self.device, None, held_out)
         images, _ = data.images_of(section, entry)
         return train(spec, sizes, self.device, images, data.validation_images(section, entry))
-
-    @property
-    def validation_tokens(self) -> int:
-        return self.config["data"]["corpus"]["validation_tokens"]
 
     def data_of(self, run: str) -> tuple[str, Mapping[str, Any] | None]:
         """Section and entry of a vision run's data; None for a language model."""
@@ -171,11 +167,10 @@ class Plan:
 
     def _pretrain(self, run: str) -> Job:
         found, sizes, recipe = self.training(run), self.sizes(run), self.spec(run)["training"]
-        seconds = found.seconds
         return self._make(
             "pretrain",
             run,
-            seconds,
+            found.seconds,
             found.memory,
             "training",
             recipe["threads"] * found.world,
@@ -193,7 +188,7 @@ class Plan:
         threads = spec["training"]["threads"]
         tasks = available(settings["tasks"], settings["sources"], self.mirrored)
         asked, work, longest = harness(sizes, tasks, settings, self.device, "float32", threads)
-        corpus = held_out_work(sizes, self.validation_tokens)
+        corpus = held_out_work(sizes, self.config["data"]["corpus"]["validation_tokens"])
         seconds = self.device.startup_seconds + asked + corpus.seconds(self.device, "float32", threads)
         seconds += describe_flops(sizes) / self.device.lapack_flops
         batch = max((settings["batch_size"], longest), (16, sizes.tokens), key=lambda b: b[0] * b[1])
