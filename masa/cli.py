@@ -6,7 +6,9 @@ import argparse
 import difflib
 import json
 import os
+import resource
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -44,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     given.arguments = list(sys.argv[1:] if arguments is None else arguments)
     log = Path(given.log) if getattr(given, "log", None) else None
+    started = time.monotonic()
     try:
         if log:
             log.parent.mkdir(parents=True, exist_ok=True)
@@ -63,8 +66,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception:
         return _fail(f"{traceback.format_exc()}masa: this is a defect; please report it with the lines above.", log, 1)
     if log:
-        log.write_text("done\n")
+        log.write_text(f"done in {time.monotonic() - started:.1f} s, peak memory {_peak_memory():.0f} MiB\n")
     return 0
+
+
+def _peak_memory() -> float:
+    """MiB that this process or the largest of its children held at most (Linux counts in KiB, macOS in bytes)."""
+    largest = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return largest / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def _fail(message: str, log: Path | None, status: int) -> int:
@@ -98,7 +107,7 @@ def _parser() -> Parser:
         )
         sub.set_defaults(call=call, gpu=gpu)
         sub.add_argument("--configfile", nargs="+", default=[], metavar="YAML", help="overlays over config/*.yaml")
-        sub.add_argument("--log", metavar="FILE", help="also write an error here")
+        sub.add_argument("--log", metavar="FILE", help="write an error here, or seconds and peak memory")
         return sub
 
     v = verb("fetch", _fetch, "get the benchmark data", "masa fetch --out results/data/benchmarks")
@@ -276,6 +285,18 @@ def _parser() -> Parser:
     v.add_argument("--texts", nargs="+", required=True, metavar="FILE", help="of `masa text`; held-out text first")
     v.add_argument("--benchmarks", required=True, metavar="DIR", help="what `masa fetch` wrote")
     v.add_argument("--out", required=True, metavar="DIR")
+
+    v = verb(
+        "plan",
+        _plan,
+        "estimate hours, memory and disk of every run before it is started",
+        "masa plan --configfile config/paper.yaml --device h100",
+    )
+    v.add_argument("--device", help="cpu, h100, a100, rtx4090, …; default: plan.device of the configuration")
+    v.add_argument("--cores", type=int, help="CPU cores that share the work (default: all)")
+    v.add_argument("--typical", action="store_true", help="a typical core instead of ten seconds of measuring this one")
+    v.add_argument("--measured", action="store_true", help="beside what the jobs of a finished workflow took")
+    v.add_argument("--json", action="store_true", help="print all numbers as JSON")
 
     v = verb(
         "config", _config, "check the configuration and list its runs", "masa config --configfile config/paper.yaml"
@@ -604,6 +625,29 @@ def _account(summary: dict[str, Any]) -> str:
     lines.append(f"time and memory: {summary['seconds']:.1f} s, peak {summary['peak_rss_bytes'] / 2**30:.2f} GiB")
     lines.append(f"written: {summary['output']} (all of the above and ranks in compression.json)")
     return "\n".join(lines)
+
+
+def _plan(given: argparse.Namespace) -> None:
+    from masa.cost import Plan, device, report
+    from masa.cost.jobs import DEFAULTS
+
+    c = config.load(given.configfile)
+    on = device(given.device or (DEFAULTS | c.get("plan", {}))["device"])
+    cores = given.cores or os.cpu_count() or 1
+    if cores < 1:
+        raise MasaError(f"--cores = {cores} must be at least 1.")
+    if not on.gpu and not given.typical:
+        from masa.cost import measure
+
+        print("measuring this machine …", file=sys.stderr)
+        on = measure.calibrate(processes=cores)
+    plan = Plan(c, on, mirrored=bool(config.mirror(c)))
+    if given.measured:
+        from masa.cost import logs
+
+        print(logs.compare(plan, Path(c["results"]) / "logs", as_json=given.json))
+    else:
+        print(report.as_json(plan, cores) if given.json else report.text(plan, cores))
 
 
 def _config(given: argparse.Namespace) -> None:

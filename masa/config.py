@@ -13,6 +13,7 @@ import yaml
 
 from masa import experiments, kinds
 from masa.compression import plan
+from masa.cost import devices
 from masa.errors import MasaError, unknown
 from masa.fingerprint import ROOT
 from masa.report.metrics import METRIC_NAMES
@@ -100,6 +101,8 @@ def check(config: Config) -> None:
     _check_names(config)
     _check_runs(config)
     plan.check(config)
+    if (name := config.get("plan", {}).get("device")) and name not in devices.DEVICES:
+        raise unknown("plan.device: device", name, devices.DEVICES)
 
 
 def _check_tasks(config: Config) -> None:

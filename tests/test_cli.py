@@ -23,6 +23,7 @@ VERBS = (
     "table",
     "figure",
     "config",
+    "plan",
     "calibrate",
     "compress",
     "text",

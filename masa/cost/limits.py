@@ -1,0 +1,41 @@
+"""What a cluster is asked for, from the same estimates that `masa plan` prints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from masa.cost.devices import GIB
+from masa.cost.jobs import Plan
+
+LEAST_MINUTES = 5
+LEAST_MEMORY = 2 * GIB
+
+_last: list[Plan] = []
+
+
+def resources(config: Mapping[str, Any], rule: str, name: str = "", attempt: int = 1) -> dict[str, int]:
+    """Memory, time and disk to ask for, with the configuration's ``plan.margin``.
+
+    Args:
+        config: checked; the same object for all jobs of a workflow, since what they have in common is kept.
+        rule: of the workflow, e.g. "pretrain".
+        name: the value of its wildcards, e.g. "nano/masa-qkvo/seed0", or "SmolLM2-135M/svd" of a compression.
+        attempt: 1, 2, …: memory grows with it. Time does not: a training goes on from its checkpoint.
+
+    Returns:
+        ``mem_mb`` (of the host; a GPU's own memory is not asked for), ``runtime`` in minutes and ``disk_mb``.
+    """
+    if not _last or _last[0].config is not config:
+        _last[:] = [Plan(config)]
+    plan = _last[0]
+    job, settings = plan.job(rule, name), plan.settings
+    margin, most = settings["margin"], max(LEAST_MINUTES, math.ceil(60 * settings["max_hours"]))
+    minutes = math.ceil(margin * job.seconds / 60) if job.known else most
+    memory = max(LEAST_MEMORY, min(margin, 1.5) * job.host_bytes) * attempt
+    return {
+        "mem_mb": math.ceil((memory if job.known else max(memory, 32 * GIB * attempt)) / 1e6),
+        "runtime": min(most, max(LEAST_MINUTES, minutes)),
+        "disk_mb": math.ceil(margin * job.disk_bytes / 1e6) + 200,
+    }
