@@ -41,6 +41,13 @@ TASKS = ("piqa", "hellaswag", "lambada_openai", "arc_easy", "arc_challenge", "sc
 
 Config = experiments.Config
 
+FORMS_OF_TEXT = {
+    "name": "the form of a name: letters, digits, '.', '_' and '-', beginning with a letter or digit, without '..'",
+    "directory": "the form of a directory: no leading '-', no control characters and none of { } * ?",
+    "source": "the form of a source: no line breaks or other control characters",
+}
+"""What the patterns under the schema's ``$defs`` mean."""
+
 
 def load(overlays: Iterable[str | Path] = (), root: Path = ROOT) -> Config:
     """Read the base files and the overlays, later ones winning key by key, and check the result.
@@ -232,6 +239,11 @@ def _explain(error: Any) -> MasaError:
             return unknown(f"{path}: key", extra, known)
     if error.validator == "enum":
         return unknown(f"{path}: value", error.instance, error.validator_value)
+    if error.validator == "pattern":
+        kind = error.schema.get("pattern")
+        form = next((key for key, known in schema()["$defs"].items() if known.get("pattern") == kind), None)
+        rule = FORMS_OF_TEXT.get(form, f"the pattern {kind}")
+        return MasaError(f"{path}: {error.instance!r} does not match {rule}.")
     return MasaError(f"{path}: {error.message}.")
 
 

@@ -24,8 +24,8 @@ rule evaluate:
     message:
         "Evaluating {wildcards.language_run}"
     shell:
-        "masa evaluate {params.run} --spec {params.spec:q} --tokens {params.tokens} --tokenizer {params.tokenizer}"
-        " --benchmarks {params.benchmarks} --out {params.out} --log {log}"
+        "masa evaluate {params.run:q} --spec {params.spec:q} --tokens {params.tokens:q} --tokenizer {params.tokenizer:q}"
+        " --benchmarks {params.benchmarks:q} --out {params.out:q} --log {log:q}"
 
 
 rule time_methods:
@@ -42,7 +42,7 @@ rule time_methods:
     message:
         "Timing all methods at {wildcards.scale}"
     shell:
-        "masa throughput --spec {params.spec:q} --out {output} --log {log}"
+        "masa throughput --spec {params.spec:q} --out {output:q} --log {log:q}"
 
 
 rule count_parameters:
@@ -56,4 +56,4 @@ rule count_parameters:
     message:
         "Counting parameters"
     shell:
-        "masa parameters --spec {params.spec:q} --out {output} --log {log}"
+        "masa parameters --spec {params.spec:q} --out {output:q} --log {log:q}"
