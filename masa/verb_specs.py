@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from masa import config
+from masa import config, kinds
 from masa.errors import PLAIN, MasaError
 
 _TEXT, _OBJECT = {"type": "string"}, {"type": "object"}
@@ -153,6 +153,8 @@ def check(what: str, spec: Any, where: str = "--spec") -> None:
     """
     import jsonschema
 
+    if what == "run":
+        kinds.of(spec)  # says more of what is no run at all
     form = FORMS[what] | _parts()
     errors = jsonschema.Draft202012Validator(form).iter_errors(spec)
     if first := min(errors, key=lambda e: len(e.absolute_path), default=None):
