@@ -285,11 +285,16 @@ def _spec(given: argparse.Namespace, default: Callable[[config.Config], Any], wh
         return default(config.load(given.configfile))
     inline = given.spec.lstrip()[:1] in ("{", "[")
     try:
-        spec = json.loads(given.spec if inline else Path(given.spec).read_text(encoding="utf-8"))
+        text = given.spec if inline else Path(given.spec).read_text(encoding="utf-8")
+        spec = json.loads(text, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise MasaError(f"--spec is not valid JSON ({error}).") from error
     check_spec(what, spec)
     return spec
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def data_spec(c: config.Config) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from masa import experiments, kinds
+from masa import experiments, kinds, sources
 from masa.compression import plan
 from masa.errors import MasaError, unknown
 from masa.fingerprint import ROOT
@@ -101,12 +101,29 @@ def check(config: Config) -> None:
     )
     if errors:
         raise _explain(errors[0])
+    _check_sources(config)
     _check_tasks(config)
     _check_artefacts(config)
     _check_vision(config)
     _check_names(config)
     _check_runs(config)
     plan.check(config)
+
+
+def _check_sources(config: Config) -> None:
+    """Every source is of a known scheme and pinned where it is downloaded."""
+    data = config["data"]
+    named = {f"data.corpus.{key}": data["corpus"].get(key) for key in ("source", "validation_source")}
+    if data["tokenizer"]["source"] != "train":
+        named["data.tokenizer.source"] = data["tokenizer"]["source"]
+    for section in ("texts", "pretrained", "images", "boxes"):
+        named |= {f"{section}.{name}.source": (entry or {}).get("source") for name, entry in config[section].items()}
+    for where, source in named.items():
+        if source:
+            try:
+                sources.parse(source)
+            except MasaError as error:
+                raise MasaError(f"{where}: {error}") from error
 
 
 def _check_tasks(config: Config) -> None:
