@@ -13,6 +13,7 @@ from masa import checkpoint, run
 from masa.errors import MasaError
 from masa.projections import SharedProjections, blocks, decoder, family_of
 from masa.sharing import count_parameters, fold
+from masa.sources import verify
 from masa.spec import ATTENTION
 from masa.weight_sources import Atoms
 
@@ -59,11 +60,18 @@ def folded_run(run_dir: Path, manifest: Mapping[str, Any], out: Path) -> nn.Modu
         out: of the evaluation.
 
     Raises:
-        MasaError: the checkpoint holds another number of attention parameters than the manifest says.
+        MasaError: a file of the checkpoint is damaged, or it holds another number of attention parameters than the
+            manifest says.
     """
+    again = f"train it again with `masa pretrain` (delete {run_dir / 'manifest.json'} first)"
+    try:
+        expected, sums = manifest["parameters"]["attention"], dict(manifest["sha256"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise MasaError(f"{run_dir / 'manifest.json'} is not one of a finished run; {again}.") from error
+    verify(run_dir / "model", sums, again)
     factored = checkpoint.load(run_dir / "model")
     found = count_parameters(factored).attention
-    if found != manifest["parameters"]["attention"]:
+    if found != expected:
         raise MasaError(f"{run_dir / 'model'} holds {found} attention numbers, its manifest says otherwise.")
     run.write_json(out / "weights.json", describe_weights(factored))
     return fold(factored).to("cuda" if torch.cuda.is_available() else "cpu")

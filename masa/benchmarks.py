@@ -185,9 +185,11 @@ def load_tasks(records: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
         over |= {"dataset_kwargs": {"revision": record["revision"]}} if "revision" in record else {}
         try:
             tasks[task] = manager._factory.build(manager.task_index[task], overrides=over, registry=manager.task_index)
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        except MasaError:
+            raise
+        except Exception as error:  # of the network, of the format, or code in the data set, which is never run
             raise MasaError(
                 f"Task {task}: its data could not be read from {record['path'] or 'the hub'} "
-                f"({type(error).__name__}: {error})."
+                f"({type(error).__name__}: {error}); make it anew with `masa fetch`."
             ) from error
     return tasks, manager

@@ -99,15 +99,21 @@ def load(directory: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
             )
     description = _read_description(directory / DESCRIPTION)
     try:
-        config = AutoConfig.from_pretrained(directory)
-    except (OSError, ValueError) as error:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:  # a strange value may fail anywhere in the configuration's class
         raise MasaError(f"{directory / 'config.json'} cannot be read as a model configuration: {error}") from error
     with init_empty_weights(include_buffers=False):
         vision = (AutoModelForImageClassification, AutoModelForObjectDetection)
         auto = next((kind for kind in vision if type(config) in kind._model_mapping), AutoModelForCausalLM)
-        model = auto.from_config(config)
-        if description["sources"]:
-            install(model, SharedProjections(from_config(source) for source in description["sources"]))
+        try:
+            model = auto.from_config(config, trust_remote_code=False)
+            if description["sources"]:
+                install(model, SharedProjections(from_config(source) for source in description["sources"]))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise MasaError(
+                f"{directory}: no model can be built from config.json and {DESCRIPTION} ({type(error).__name__}: "
+                f"{error}); fetch or train it again."
+            ) from error
     try:
         with safe_open(directory / WEIGHTS, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
@@ -152,7 +158,7 @@ def _read_spec(data: dict[str, Any], path: Path) -> SharingSpec | CompressionSpe
 def _read_description(path: Path) -> dict[str, Any]:
     try:
         description = json.loads(path.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise MasaError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         found = description.get("format") if isinstance(description, dict) else type(description).__name__

@@ -18,7 +18,8 @@ from typing import Any, NoReturn
 
 from masa import __version__, config, devices, experiments, kinds, launch
 from masa.compression import plan
-from masa.errors import Interrupted, MasaError, unknown
+from masa.errors import Interrupted, MasaError, redact, unknown
+from masa.verb_specs import check as check_spec
 
 EXIT = """\
 exit status: 0 done; 1 a defect of masa (please report it); 2 bad input, the message says what; 75 interrupted by a
@@ -77,6 +78,7 @@ def _peak_memory() -> float:
 
 
 def _fail(message: str, log: Path | None, status: int) -> int:
+    message = redact(message)
     print(message, file=sys.stderr)
     if log:
         log.write_text(message + "\n")
@@ -306,15 +308,26 @@ def _parser() -> Parser:
     return parser
 
 
-def _spec(given: argparse.Namespace, default: Callable[[config.Config], Any]) -> Any:
-    """``--spec`` as JSON text or file, else what the configuration says."""
+def _spec(given: argparse.Namespace, default: Callable[[config.Config], Any], what: str) -> Any:
+    """``--spec`` as JSON text or file, else what the configuration says.
+
+    Raises:
+        MasaError: it is not JSON, or not of the form ``what`` (a key of :data:`masa.verb_specs.FORMS`).
+    """
     if given.spec is None:
         return default(config.load(given.configfile))
-    text = given.spec if given.spec.lstrip()[:1] in "{[" else Path(given.spec).read_text(encoding="utf-8")
+    inline = given.spec.lstrip()[:1] in ("{", "[")
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
+        text = given.spec if inline else Path(given.spec).read_text(encoding="utf-8")
+        spec = json.loads(text, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
         raise MasaError(f"--spec is not valid JSON ({error}).") from error
+    check_spec(what, spec)
+    return spec
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def data_spec(c: config.Config) -> dict[str, Any]:
@@ -397,7 +410,7 @@ def table_spec(c: config.Config, name: str) -> Any:
 def _fetch(given: argparse.Namespace) -> None:
     from masa import benchmarks
 
-    spec = _spec(given, benchmarks_spec)
+    spec = _spec(given, benchmarks_spec, "fetch")
     records = benchmarks.prepare(spec["tasks"], spec["sources"], Path(spec["cache"]), spec["mirror"], Path(given.out))
     for task, record in records.items():
         print(f"{task}: {record.get('source') or 'unavailable: ' + record['unavailable']}", file=sys.stderr)
@@ -406,14 +419,14 @@ def _fetch(given: argparse.Namespace) -> None:
 def _tokenizer(given: argparse.Namespace) -> None:
     from masa import text
 
-    spec = _spec(given, data_spec)
+    spec = _spec(given, data_spec, "data")
     text.make_tokenizer(spec["data"], Path(spec["cache"]), spec["mirror"], Path(given.out))
 
 
 def _tokenize(given: argparse.Namespace) -> None:
     from masa import text
 
-    spec = _spec(given, data_spec)
+    spec = _spec(given, data_spec, "data")
     cache, tokenizer = Path(spec["cache"]), Path(given.tokenizer)
     text.tokenize(spec["data"], tokenizer, cache, spec["mirror"], given.tokens, Path(given.out))
 
@@ -429,9 +442,7 @@ def _boxes(given: argparse.Namespace) -> None:
 def _prepare_vision(given: argparse.Namespace, section: str) -> None:
     if (given.name is None) == (given.spec is None):
         raise MasaError(f"masa {section} needs either the name of a data set or --spec.")
-    spec = _spec(given, lambda c: vision_data_spec(c, section, given.name))
-    if missing := {"data", "cache", "mirror"} - set(spec):
-        raise MasaError(f"--spec needs data, cache and mirror; {', '.join(sorted(missing))} is missing.")
+    spec = _spec(given, lambda c: vision_data_spec(c, section, given.name), "vision_data")
     if given.source:
         spec["data"]["source"] = given.source
         spec["mirror"] = config.mirror(config.load(given.configfile))
@@ -442,7 +453,7 @@ def _prepare_vision(given: argparse.Namespace, section: str) -> None:
 def _pretrain(given: argparse.Namespace) -> None:
     if given.run:
         experiments.parse_run(given.run)
-    spec = _spec(given, lambda c: experiments.run_spec(c, *experiments.parse_run(given.run)))
+    spec = _spec(given, lambda c: experiments.run_spec(c, *experiments.parse_run(given.run)), "run")
     kind = kinds.of(spec)
     data = _needed(given, kind.data, spec)
     with devices.leased(launch.layout(spec)[1]):
@@ -468,18 +479,28 @@ def _evaluate(given: argparse.Namespace) -> None:
 
     directory, out = Path(given.directory), Path(given.out)
     run.read_json(directory / "manifest.json")  # written last: without it, the run is not whole
-    spec = run.read_json(directory / "spec.json")
+    spec = run.read_json(directory / "spec.json", "masa pretrain")
+    check_spec("run", spec, str(directory / "spec.json"))
     kind = kinds.of(spec)
     module = import_module(f"masa.{kind.evaluation}")
     if kind is not kinds.LANGUAGE:
-        settings = _spec(given, lambda c: c["vision_evaluation"])
+        settings = _spec(given, lambda c: c["vision_evaluation"], "vision_evaluation")
         module.evaluate(directory, _needed(given, kind.data, spec), settings, out)
         return
-    settings = _spec(given, lambda c: c["evaluation"])
+    settings = _spec(given, lambda c: c["evaluation"], "evaluation")
     tokens, tokenizer, benchmarks = (_needed(given, name, spec) for name in ("tokens", "tokenizer", "benchmarks"))
-    tasks = run.read_json(benchmarks / "manifest.json")
+    tasks = _benchmarks(benchmarks)
     tasks = {task: tasks[task] for task in settings["tasks"] if task in tasks}
     module.evaluate(directory, tokens, tokenizer, tasks, settings, out)
+
+
+def _benchmarks(directory: Path) -> dict[str, Any]:
+    """The manifest of ``masa fetch``."""
+    from masa import run
+
+    tasks = run.read_json(directory / "manifest.json", "masa fetch")
+    check_spec("benchmarks", tasks, str(directory / "manifest.json"))
+    return tasks
 
 
 def _needed(given: argparse.Namespace, name: str, spec: Any) -> Path:
@@ -492,14 +513,14 @@ def _needed(given: argparse.Namespace, name: str, spec: Any) -> Path:
 def _text(given: argparse.Namespace) -> None:
     from masa import excerpts
 
-    spec = _spec(given, lambda c: text_spec(c, given.name))
+    spec = _spec(given, lambda c: text_spec(c, given.name), "text")
     record = excerpts.prepare(given.name, spec["text"], Path(spec["cache"]), spec["mirror"], Path(given.out))
     found = record.get("unavailable") or f"{len(record['documents']):,} documents, {record['words']:,} words"
     print(f"{given.name}: {found}", file=sys.stderr)
 
 
 def _pretrained(given: argparse.Namespace) -> None:
-    spec = _spec(given, lambda c: pretrained_spec(c, given.name))
+    spec = _spec(given, lambda c: pretrained_spec(c, given.name), "pretrained")
     from masa import pretrained
 
     found = pretrained.fetch(given.name, spec["model"], Path(spec["cache"]), spec["mirror"], Path(given.out))
@@ -507,14 +528,14 @@ def _pretrained(given: argparse.Namespace) -> None:
 
 
 def _throughput(given: argparse.Namespace) -> None:
-    spec = _spec(given, lambda c: throughput_spec(c, given.scale))
+    spec = _spec(given, lambda c: throughput_spec(c, given.scale), "throughput")
     from masa import throughput
 
     throughput.measure(spec["runs"], spec["settings"], spec["threads"], Path(given.out))
 
 
 def _parameters(given: argparse.Namespace) -> None:
-    spec = _spec(given, parameters_spec)
+    spec = _spec(given, parameters_spec, "parameters")
     from masa import accounting
 
     accounting.count(spec, Path(given.out))
@@ -523,7 +544,8 @@ def _parameters(given: argparse.Namespace) -> None:
 def _table(given: argparse.Namespace) -> None:
     from masa.report import tables
 
-    spec = _spec(given, lambda c: table_spec(c, given.name))
+    own = given.name if given.name in ("runs", "throughput", "parameters") else None
+    spec = _spec(given, lambda c: table_spec(c, given.name), f"table {own}" if own else "artefact")
     results = Path(given.results or config.load(given.configfile)["results"])
     out, published = Path(given.out), config.ROOT / "config" / "paper" / "other.csv"
     if given.name == "runs":
@@ -540,7 +562,7 @@ def _table(given: argparse.Namespace) -> None:
 def _figure(given: argparse.Namespace) -> None:
     from masa.report import figures
 
-    spec = _spec(given, lambda c: experiments.artefact_spec(c, "figures", given.name))
+    spec = _spec(given, lambda c: experiments.artefact_spec(c, "figures", given.name), "artefact")
     results = Path(given.results or config.load(given.configfile)["results"])
     figures.write(spec, results, Path(given.out))
 
@@ -566,11 +588,10 @@ def _calibrate(given: argparse.Namespace) -> None:
 
 
 def _sweep(given: argparse.Namespace) -> None:
-    spec = _spec(given, lambda c: plan.run_spec(c, *plan.parse_run(given.run)))
-    from masa import run
+    spec = _spec(given, lambda c: plan.run_spec(c, *plan.parse_run(given.run)), "sweep")
     from masa.compression.sweep import sweep
 
-    tasks = run.read_json(Path(given.benchmarks) / "manifest.json")
+    tasks = _benchmarks(Path(given.benchmarks))
     texts = {Path(file).stem: Path(file) for file in given.texts}
     calibration = Path(given.calibration) if given.calibration else None
     sweep(Path(given.model), spec, calibration, texts, tasks, Path(given.out))

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from masa import experiments, kinds
+from masa import experiments, kinds, sources
 from masa.compression import plan
 from masa.cost import devices
 from masa.errors import MasaError, unknown
@@ -41,6 +41,13 @@ TASKS = ("piqa", "hellaswag", "lambada_openai", "arc_easy", "arc_challenge", "sc
 """lm-eval tasks whose data a mirror or pip may have (see :mod:`masa.benchmarks`)."""
 
 Config = experiments.Config
+
+FORMS_OF_TEXT = {
+    "name": "the form of a name: letters, digits, '.', '_' and '-', beginning with a letter or digit, without '..'",
+    "directory": "the form of a directory: no leading '-', no control characters and none of { } * ?",
+    "source": "the form of a source: no line breaks or other control characters",
+}
+"""What the patterns under the schema's ``$defs`` mean."""
 
 
 def load(overlays: Iterable[str | Path] = (), root: Path = ROOT) -> Config:
@@ -95,6 +102,7 @@ def check(config: Config) -> None:
     )
     if errors:
         raise _explain(errors[0])
+    _check_sources(config)
     _check_tasks(config)
     _check_artefacts(config)
     _check_vision(config)
@@ -103,6 +111,22 @@ def check(config: Config) -> None:
     plan.check(config)
     if (name := config.get("plan", {}).get("device")) and name not in devices.DEVICES:
         raise unknown("plan.device: device", name, devices.DEVICES)
+
+
+def _check_sources(config: Config) -> None:
+    """Every source is of a known scheme and pinned where it is downloaded."""
+    data = config["data"]
+    named = {f"data.corpus.{key}": data["corpus"].get(key) for key in ("source", "validation_source")}
+    if data["tokenizer"]["source"] != "train":
+        named["data.tokenizer.source"] = data["tokenizer"]["source"]
+    for section in ("texts", "pretrained", "images", "boxes"):
+        named |= {f"{section}.{name}.source": (entry or {}).get("source") for name, entry in config[section].items()}
+    for where, source in named.items():
+        if source:
+            try:
+                sources.parse(source)
+            except MasaError as error:
+                raise MasaError(f"{where}: {error}") from error
 
 
 def _check_tasks(config: Config) -> None:
@@ -235,6 +259,11 @@ def _explain(error: Any) -> MasaError:
             return unknown(f"{path}: key", extra, known)
     if error.validator == "enum":
         return unknown(f"{path}: value", error.instance, error.validator_value)
+    if error.validator == "pattern":
+        kind = error.schema.get("pattern")
+        form = next((key for key, known in schema()["$defs"].items() if known.get("pattern") == kind), None)
+        rule = FORMS_OF_TEXT.get(form, f"the pattern {kind}")
+        return MasaError(f"{path}: {error.instance!r} does not match {rule}.")
     return MasaError(f"{path}: {error.message}.")
 
 

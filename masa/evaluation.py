@@ -104,6 +104,7 @@ def harness(model: Any, tokenizer: Any, tasks: Mapping[str, Any], settings: Mapp
         )
         for key in ("results", "versions", "n-shot", "configs"):
             merged[key] |= json.loads(json.dumps(output[key], default=str))
+        _without_paths(merged["configs"], tasks)
         for task, counts in output["n-samples"].items():
             merged["examples"][task] = counts["effective"]
         progress.update(sum(task in merged["results"] for task in loaded), ", ".join(chosen))
@@ -111,6 +112,14 @@ def harness(model: Any, tokenizer: Any, tasks: Mapping[str, Any], settings: Mapp
     for task in [t for t in loaded if t not in merged["examples"]]:  # a group: the sum over its members
         merged["examples"][task] = sum(n for name, n in merged["examples"].items() if name.startswith(f"{task}_"))
     return merged
+
+
+def _without_paths(configs: Mapping[str, Any], tasks: Mapping[str, Any]) -> None:
+    """Where the data came from instead of where this machine keeps it: results are shown to others."""
+    known = {record["path"]: record.get("source") for record in tasks.values() if record.get("path")}
+    for config in configs.values():
+        if isinstance(config, dict) and config.get("dataset_path") in known:
+            config["dataset_path"] = known[config["dataset_path"]]
 
 
 def scores(results: Mapping[str, Any]) -> dict[str, float]:

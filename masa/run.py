@@ -26,18 +26,22 @@ def write_json(path: str | Path, data: Any) -> None:
         temporary.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def read_json(path: str | Path) -> Any:
+def read_json(path: str | Path, made_by: str | None = None) -> Any:
     """Read JSON.
+
+    Args:
+        made_by: the command that writes the file, for messages.
 
     Raises:
         MasaError: the file is missing or not JSON.
     """
+    again = f"make it anew with `{made_by}`" if made_by else "run again"
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise MasaError(f"{path} does not exist.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise MasaError(f"{path} is not valid JSON ({error}); delete it and run again.") from error
+        raise MasaError(f"{path} does not exist{f'; {again}' if made_by else ''}.") from error
+    except (ValueError, RecursionError) as error:
+        raise MasaError(f"{path} is not valid JSON ({error}); delete it and {again}.") from error
 
 
 def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:

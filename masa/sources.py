@@ -14,7 +14,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,10 @@ from pathlib import Path
 from masa.errors import MasaError, unknown
 
 SCHEMES = ("pypi", "hub", "file", "mirror")
+
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+VERIFIED = 2**30
+"""Bytes of a directory up to which every file's checksum is verified when it is opened; beyond, sizes alone are."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +53,14 @@ def parse(text: str) -> Source:
     if scheme not in SCHEMES:
         raise unknown(f"Source {text!r}: scheme", scheme, SCHEMES)
     if scheme == "pypi":
-        if not (match := re.fullmatch(r"([A-Za-z0-9._-]+)==([A-Za-z0-9.+!_-]+)", rest)):
+        if not (match := re.fullmatch(rf"({_NAME})==([A-Za-z0-9.+!_-]+)", rest)):
             raise MasaError(f"Source {text!r} must pin a release: pypi:NAME==VERSION.")
         return Source(scheme, match[1], match[2])
     if scheme == "hub":
-        if not (match := re.fullmatch(r"([A-Za-z0-9._-]+/[A-Za-z0-9._-]+)@([0-9a-f]{40})", rest)):
+        if not (match := re.fullmatch(rf"({_NAME}/{_NAME})@([0-9a-f]{{40}})", rest)):
             raise MasaError(f"Source {text!r} must pin a commit of 40 hex digits: hub:ORG/NAME@COMMIT.")
         return Source(scheme, match[1], match[2])
-    if not rest:
+    if not rest or not rest.isprintable():
         raise MasaError(f"Source {text!r} needs a path: {scheme}:PATH.")
     return Source(scheme, rest)
 
@@ -62,6 +68,35 @@ def parse(text: str) -> Source:
 def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verify(directory: Path, sha256: Mapping[str, str | None], mend: str) -> None:
+    """See that files are those that were written: same size and other bytes is damage that nothing else notices.
+
+    Reading a gigabyte takes a second or two; where the files hold more than :data:`VERIFIED` together, this is said
+    and left to the sizes, which whoever opens the files checks.
+
+    Args:
+        sha256: file name -> checksum; None where there is none.
+        mend: what to do, e.g. "make it anew with `masa images`".
+
+    Raises:
+        MasaError: a file has other bytes; it is named.
+    """
+    wanted = {directory / name: expected for name, expected in sha256.items() if expected}
+    total = sum(path.stat().st_size for path in wanted if path.is_file())
+    if total > VERIFIED:
+        print(
+            f"{directory}: {total / 2**30:.1f} GiB are checked by size alone (checksums: up to "
+            f"{VERIFIED / 2**30:g} GiB)",
+            file=sys.stderr,
+        )
+        return
+    for path, expected in wanted.items():
+        if not path.is_file():
+            raise MasaError(f"{path} is missing; {mend}.")
+        if (actual := sha256_of(path)) != expected:
+            raise MasaError(f"{path} is corrupt: sha256 {actual}, expected {expected}; {mend}.")
 
 
 @contextmanager
@@ -93,7 +128,8 @@ def fetch_wheel(source: Source, sha256: str | None, cache: Path) -> Path:
     """Download one wheel with pip unless the cache has it, and check it.
 
     Raises:
-        MasaError: pip could not get it, or its checksum differs; a wrong file is removed, never kept.
+        MasaError: pip could not get it, or its checksum differs, or it is cut short or damaged; a wrong file is
+            removed, never kept.
     """
     folder = cache / "pypi" / f"{source.name}-{source.version}"
     found = sorted(folder.glob("*.whl"))
@@ -105,20 +141,43 @@ def fetch_wheel(source: Source, sha256: str | None, cache: Path) -> Path:
             result = subprocess.run(command, capture_output=True, text=True, check=False)
             wheels = sorted(Path(temporary).glob("*.whl"))
             if result.returncode or not wheels:
-                reason = result.stderr.strip().splitlines()[-1] if result.stderr.strip() else "no wheel came"
-                raise MasaError(f"{source} could not be downloaded with pip: {reason}")
+                raise MasaError(
+                    f"{source} could not be downloaded with pip: {_reason(result.stderr)}. Check the network and pip's "
+                    "index, then run again; nothing was kept."
+                )
             found = [Path(shutil.move(wheels[0], folder / wheels[0].name))]
-    _check_sha256(found[0], sha256, source)
+    _check_wheel(found[0], sha256, source)
     return found[0]
 
 
-def _check_sha256(path: Path, sha256: str | None, source: Source) -> None:
-    actual = sha256_of(path)
-    if sha256 and actual != sha256:
+def _reason(said: str) -> str:
+    """The line in which pip says why."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+    return (errors or lines or ["no wheel came"])[-1].rstrip(".")
+
+
+def _check_wheel(path: Path, sha256: str | None, source: Source) -> None:
+    """Its checksum, or, where none is known, those that every zip file has of its members."""
+    if sha256:
+        if (actual := sha256_of(path)) == sha256:
+            return
+        state = "" if zipfile.is_zipfile(path) else " and is no whole zip file"
         path.unlink()
         raise MasaError(
-            f"{source}: {path.name} has sha256 {actual}, expected {sha256}. The file was removed; run again to "
+            f"{source}: {path} has sha256 {actual}, expected {sha256}{state}. The file was removed; run again to "
             "download it anew, or correct the checksum if the source really changed."
+        )
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        reason = f"{damaged} in it is damaged" if damaged else None
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError) as error:
+        reason = str(error)
+    if reason:
+        path.unlink()
+        raise MasaError(
+            f"{source}: {path} is cut short or corrupt ({reason}). It was removed; run again to download it anew."
         )
 
 
@@ -140,7 +199,10 @@ def local_files(source: Source, mirror: str | None, sha256: str | None = None) -
         digests = [sha256_of(path) for path in paths]
         actual = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
         if actual != sha256:
-            raise MasaError(f"{source}: sha256 is {actual}, expected {sha256} (data.corpus.sha256).")
+            raise MasaError(
+                f"{source}: sha256 is {actual}, expected {sha256} (data.corpus.sha256). Get the "
+                f"file{'s' * (len(paths) > 1)} again ({paths[0]}{', …' * (len(paths) > 1)}), or correct the checksum."
+            )
     return paths
 
 
@@ -158,8 +220,12 @@ def mirror_root(mirror: str | None, wanted_by: str) -> Path:
     return root
 
 
-def snapshot(source: Source, mirror: str | None, patterns: list[str] | None = None) -> Path:
+def snapshot(source: Source, mirror: str | None, patterns: list[str] | None = None, kind: str = "model") -> Path:
     """A local copy of a hub repository at its commit: ``MIRROR/ORG/NAME`` if it exists, else the hub's own cache.
+
+    Args:
+        patterns: files that are needed; by default all.
+        kind: "model" or "dataset"; the hub keeps them apart.
 
     Raises:
         MasaError: the hub cannot be reached or refuses (gated models need ``hf auth login``).
@@ -169,7 +235,7 @@ def snapshot(source: Source, mirror: str | None, patterns: list[str] | None = No
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(source.name, revision=source.version, allow_patterns=patterns))
+        return Path(snapshot_download(source.name, revision=source.version, allow_patterns=patterns, repo_type=kind))
     except Exception as error:
         raise MasaError(
             f"{source} could not be fetched ({type(error).__name__}: {error}). On a machine without network set "

@@ -162,9 +162,12 @@ def _write_train(
     texts: Iterable[str], tokenizer: Any, tokens: int, dtype: np.dtype, out: Path, identity: dict, source: str
 ) -> list[dict[str, Any]]:
     state_file = out / "state.json"
-    state = json.loads(state_file.read_text()) if state_file.is_file() else {}
-    sizes = {s["name"]: s["tokens"] * dtype.itemsize for s in state.get("shards", ())}
-    whole = all((out / n).is_file() and (out / n).stat().st_size == size for n, size in sizes.items())
+    try:
+        state = json.loads(state_file.read_text()) if state_file.is_file() else {}
+        sums = {s["name"]: s["sha256"] for s in state.get("shards", ())}
+        whole = all((out / n).is_file() and sources.sha256_of(out / n) == wanted for n, wanted in sums.items())
+    except (ValueError, KeyError, TypeError, AttributeError):  # damaged: what it says is made anew
+        state, whole = {}, False
     if state.get("identity") != identity or not whole:
         state = {"identity": identity, "documents": 0, "rest": [], "shards": []}
     shards: list[dict[str, Any]] = state["shards"]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from masa import run, sources
 from masa.errors import MasaError
+
+MEND = "masa tokenize"
+"""The command that makes a token directory anew."""
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -24,8 +27,31 @@ def load_tokenizer(directory: Path) -> Any:
         raise MasaError(f"{directory} holds no tokenizer.json; make one with `masa tokenizer --out {directory}`.")
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise MasaError(f"No tokenizer could be read from {directory} ({error}).") from error
+    except Exception as error:  # of a corrupt tokenizer.json the reader raises nothing more particular
+        raise MasaError(
+            f"No tokenizer could be read from {directory / 'tokenizer.json'} ({error}); make it anew with "
+            "`masa tokenizer`."
+        ) from error
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of a token directory.
+
+    Raises:
+        MasaError: it is missing, corrupt or of something else.
+    """
+    path = directory / "manifest.json"
+    manifest = run.read_json(path, MEND)
+    try:
+        records = [*manifest["train"]["shards"], manifest["validation"]]
+        whole = {"vocab_size", "tokenizer", "dtype"} <= set(manifest)
+        whole &= all(isinstance(r["tokens"], int) and Path(r["name"]).name == r["name"] for r in records)
+        np.dtype(manifest["dtype"])
+    except (KeyError, TypeError, ValueError):
+        whole = False
+    if not whole:
+        raise MasaError(f"{path} is not one of tokens; make it anew with `{MEND}`.")
+    return manifest
 
 
 class PackedTokens:
@@ -35,14 +61,15 @@ class PackedTokens:
     ``context``.
 
     Raises:
-        MasaError: a shard is missing or has the wrong size, or there are fewer blocks than asked for.
+        MasaError: a shard is missing, damaged or of the wrong size, or there are fewer blocks than asked for.
     """
 
     def __init__(self, directory: Path, context: int, blocks: int, seed: int) -> None:
         self.context = context
-        manifest = json.loads((directory / "manifest.json").read_text())
+        manifest = read_manifest(directory)
         dtype = np.dtype(manifest["dtype"])
         self.shards = [_open_shard(directory, record, dtype) for record in manifest["train"]["shards"]]
+        _verify(directory, manifest["train"]["shards"])
         self.starts = np.cumsum([0] + [len(s) for s in self.shards])
         available = int(self.starts[-1]) // context
         if blocks > available:
@@ -71,9 +98,15 @@ class PackedTokens:
 
 def validation_tokens(directory: Path) -> tuple[np.ndarray, dict[str, Any]]:
     """The held-out tokens and their record (documents, words, bytes) in the manifest."""
-    manifest = json.loads((directory / "manifest.json").read_text())
+    manifest = read_manifest(directory)
     record = manifest["validation"]
-    return np.array(_open_shard(directory, record, np.dtype(manifest["dtype"])), np.int64), record
+    ids = _open_shard(directory, record, np.dtype(manifest["dtype"]))
+    _verify(directory, [record])
+    return np.array(ids, np.int64), record
+
+
+def _verify(directory: Path, records: list[dict[str, Any]]) -> None:
+    sources.verify(directory, {r["name"]: r.get("sha256") for r in records}, f"make it anew with `{MEND}`")
 
 
 def _open_shard(directory: Path, record: Mapping[str, Any], dtype: np.dtype) -> np.ndarray:
@@ -83,6 +116,6 @@ def _open_shard(directory: Path, record: Mapping[str, Any], dtype: np.dtype) -> 
     if actual != expected:
         raise MasaError(
             f"{path} {'is missing' if actual < 0 else f'has {actual} bytes'}, expected {expected}; delete "
-            f"{directory / 'manifest.json'} and run again to tokenize anew."
+            f"{directory / 'manifest.json'} and make it anew with `{MEND}`."
         )
     return np.memmap(path, dtype=dtype, mode="r")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import shutil
 import signal
 import sys
@@ -24,6 +25,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     Trainer,
@@ -106,8 +108,13 @@ def train(spec: Mapping[str, Any], task: Task, out: Path) -> dict[str, Any]:
         model = task.build()
         counts = count_parameters(model)
         trainer, log = _trainer(spec, task, model, out, checkpoints)
+        resumed = last_whole_checkpoint(checkpoints)
         with log.catching_signals():
-            trainer.train(resume_from_checkpoint=last_whole_checkpoint(checkpoints))
+            try:
+                trainer.train(resume_from_checkpoint=resumed)
+            except Exception as error:
+                _explain(error, resumed)
+                raise
         processes.wait_for_everyone()  # the first may still be writing its checkpoint
         if log.signal is not None and trainer.state.global_step < recipe["steps"]:
             raise Interrupted(
@@ -167,12 +174,37 @@ def _damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint: cut short by a kill, or a file that changed since it was written."""
     if not (folder / COMPLETE).is_file():
         return f"{folder} was not written to its end"
-    for name, expected in run.read_json(folder / COMPLETE).items():
+    try:
+        sums = dict(run.read_json(folder / COMPLETE))
+    except (MasaError, TypeError, ValueError):
+        return f"{folder / COMPLETE} is corrupt"
+    for name, expected in sums.items():
         if not (folder / name).is_file():
             return f"{folder / name} is missing"
         if sha256_of(folder / name) != expected:
             return f"{folder / name} is corrupt (its sha256 is not the one that it was written with)"
     return None
+
+
+def _explain(error: Exception, resumed: str | None) -> None:
+    """Name the file of a checkpoint that cannot be read. Files are only ever read as data, never as pickled code."""
+    from transformers.trainer import safe_globals
+
+    for file in sorted(Path(resumed or "").glob("*")) if resumed and not isinstance(error, MasaError) else ():
+        try:
+            if file.suffix in (".pt", ".pth") or file.name == "pytorch_model.bin":
+                with safe_globals():
+                    torch.load(file, map_location="cpu", weights_only=True)
+            elif file.suffix == ".safetensors":
+                with safe_open(file, framework="pt") as opened:
+                    opened.keys()
+            elif file.suffix == ".json":
+                json.loads(file.read_text(encoding="utf-8"))
+        except (pickle.UnpicklingError, SafetensorError, RuntimeError, ValueError, EOFError, OSError) as reason:
+            raise MasaError(
+                f"{file} is corrupt, or holds something other than numbers, which is never run "
+                f"({str(reason).partition(chr(10))[0]}). Delete {file.parent} and run the same command again."
+            ) from error
 
 
 def last_whole_checkpoint(checkpoints: Path) -> str | None:

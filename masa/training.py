@@ -12,7 +12,7 @@ from masa import models, run, trainer
 from masa.errors import MasaError
 from masa.fingerprint import fingerprint
 from masa.perplexity import held_out_loss
-from masa.tokens import PackedTokens, validation_tokens
+from masa.tokens import PackedTokens, read_manifest, validation_tokens
 
 
 def pretrain(spec: Mapping[str, Any], tokens: Path, out: Path) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def pretrain(spec: Mapping[str, Any], tokens: Path, out: Path) -> dict[str, Any]
     """
     recipe = spec["training"]
     trainer.set_up(spec)
-    manifest = run.read_json(tokens / "manifest.json")
+    manifest = read_manifest(tokens)
     if manifest["vocab_size"] != spec["model"]["vocab_size"]:
         raise MasaError(
             f"{tokens} was made with a vocabulary of {manifest['vocab_size']}, but the model of {spec['run']} has "

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from masa.errors import MasaError, unknown
 from masa.run import write_json
+from masa.sources import sha256_of
 
 FORMAT = 1
 INPUT_OF = {"q": "qkv", "k": "qkv", "v": "qkv", "o": "o", "g": "gu", "u": "gu", "d": "d"}
@@ -35,6 +36,7 @@ class Calibration:
         drift: (L - 1,) ``KL(p_l || p_l+1)`` between consecutive blocks' mean outputs read through the final norm and
             the head.
         gradient_samples: sequences whose gradients were collected (:mod:`masa.compression.gradients`); 0 if none.
+        sha256: layer file -> checksum, as saved; each is verified when the file is first read.
         directory: where the layers' files are; None keeps them in memory.
     """
 
@@ -47,7 +49,9 @@ class Calibration:
     tokens_per_second: float = 0.0
     drift: list[float] = field(default_factory=list)
     gradient_samples: int = 0
+    sha256: dict[str, str] = field(default_factory=dict)
     directory: Path | None = None
+    _verified: set[str] = field(default_factory=set, repr=False)
     _layers: dict[int, dict[str, Tensor]] = field(default_factory=dict, repr=False)
 
     def gram(self, letter: str, layer: int) -> Tensor:
@@ -97,7 +101,9 @@ class Calibration:
         for layer, tensors in self._layers.items():
             for name, part in _parts(layer, tensors).items():
                 save_file(part, target / name)
-        data = {k: v for k, v in asdict(self).items() if k not in ("directory", "_layers")}
+        self.sha256 = {file.name: sha256_of(file) for file in sorted(target.glob("*-[0-9][0-9][0-9].safetensors"))}
+        self._verified.clear()
+        data = {k: v for k, v in asdict(self).items() if k not in ("directory", "_layers", "_verified")}
         write_json(target / "calibration.json", {"format": FORMAT, **data})
         return target
 
@@ -118,11 +124,14 @@ class Calibration:
             if found != FORMAT:
                 raise MasaError(f"{path} has format {found!r}; this version of masa reads format {FORMAT}.")
             calibration = cls(**data, directory=directory)
-        except (json.JSONDecodeError, TypeError, AttributeError) as error:
-            raise MasaError(f"{path} is not a calibration: {error}") from error
+            wrong = type(calibration.num_layers) is not int or not isinstance(calibration.sha256, dict)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise MasaError(f"{path} is not a calibration: {error}; make it anew with `masa calibrate`.") from error
+        if wrong:
+            raise MasaError(f"{path} is not a calibration; make it anew with `masa calibrate`.")
         for layer in range(calibration.num_layers):
             if not (directory / _name(layer)).is_file():
-                raise MasaError(f"{directory / _name(layer)} is missing; calibrate again.")
+                raise MasaError(f"{directory / _name(layer)} is missing; make it anew with `masa calibrate`.")
         return calibration
 
     def digest(self) -> str:
@@ -148,11 +157,20 @@ class Calibration:
         if self.directory is None:
             return self._layers[layer][name]
         path = (self.directory or Path()) / _name(layer, name.startswith("gradient."))
+        expected = self.sha256.get(path.name) if path.name not in self._verified else None
+        if expected and path.is_file() and sha256_of(path) != expected:
+            raise MasaError(
+                f"{path} is corrupt (its sha256 is not the one that it was written with); make it anew with "
+                "`masa calibrate`."
+            )
+        self._verified.add(path.name)
         try:
             with safe_open(path, framework="pt") as file:
                 return file.get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise MasaError(f"{path} is corrupt or lacks {name!r} ({error}); calibrate again.") from error
+            raise MasaError(
+                f"{path} is corrupt or lacks {name!r} ({error}); make it anew with `masa calibrate`."
+            ) from error
 
 
 def _name(layer: int, gradients: bool = False) -> str:

@@ -70,7 +70,13 @@ def save_tokens(tokens: torch.Tensor, directory: str | Path) -> None:
 
 def load_tokens(directory: str | Path) -> torch.Tensor | None:
     """The tokens that :func:`save_tokens` kept, or None."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     path = Path(directory) / "tokens.safetensors"
-    return load_file(path)["tokens"] if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        return load_file(path)["tokens"]
+    except (SafetensorError, OSError, KeyError) as error:
+        raise MasaError(f"{path} is corrupt or truncated ({error}); make it anew with `masa calibrate`.") from error

@@ -79,7 +79,7 @@ def _seeds(spec: Mapping[str, Any]) -> str:
 
 
 def _curve(results: Path, run_id: str, unit: str) -> dict[int, float]:
-    records = run.read_jsonl(results / "runs" / run_id / "metrics.jsonl")
+    records = run.read_jsonl(m.below(results / "runs", run_id) / "metrics.jsonl")
     return {r[unit]: r["validation_loss"] for r in records if "validation_loss" in r}
 
 
@@ -125,7 +125,7 @@ def effective_rank(spec: Mapping[str, Any], results: Path) -> Figure:
     """Effective rank of every attention matrix over depth, one panel a projection."""
     figure, axes = plt.subplots(1, 4, figsize=(6.8, 2.1), sharey=True)
     for index, row in enumerate(spec["rows"]):
-        ranks = run.read_json(results / row["records"][0] / "weights.json")["effective_rank"]
+        ranks = run.read_json(m.below(results, row["records"][0]) / "weights.json", "masa evaluate")["effective_rank"]
         for axis, letter in zip(axes, PROJECTION, strict=True):
             axis.plot(
                 range(1, len(ranks[letter]) + 1),
@@ -146,7 +146,7 @@ def effective_rank(spec: Mapping[str, Any], results: Path) -> Figure:
 def coefficients(spec: Mapping[str, Any], results: Path) -> Figure:
     """C of every projection as a heat map, layers down, atoms across."""
     row = spec["rows"][0]
-    found = run.read_json(results / row["records"][0] / "weights.json")["coefficients"]
+    found = run.read_json(m.below(results, row["records"][0]) / "weights.json", "masa evaluate")["coefficients"]
     figure, axes = plt.subplots(1, len(found), figsize=(1.5 * len(found) + 0.8, 2.6), sharey=True, squeeze=False)
     limit = max(abs(v) for c in found.values() for line in c for v in line)
     for axis, (letter, values) in zip(axes[0], found.items(), strict=True):

@@ -10,6 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from masa import run
+from masa.errors import MasaError, is_plain
+
+MEND = "masa evaluate` or `masa sweep"
+"""The commands that write metrics files."""
 
 AVERAGED = ("piqa", "hellaswag", "lambada_acc", "arc_easy", "arc_challenge", "sciq", "race", "mmlu")
 """The eight accuracies whose plain mean is the paper's average."""
@@ -203,5 +207,29 @@ def every_score(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def load(results: Path, record: str) -> dict[str, Any]:
-    """The metrics file in one directory below ``results``, e.g. ``evaluations/S/vanilla/seed0``."""
-    return run.read_json(results / record / "metrics.json")
+    """The metrics file in one directory below ``results``, e.g. ``evaluations/S/vanilla/seed0``.
+
+    Raises:
+        MasaError: it is missing, corrupt or of something else, or the directory is not below ``results``.
+    """
+    path = below(results, record) / "metrics.json"
+    metrics = run.read_json(path, MEND)
+    try:
+        flatten(metrics)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise MasaError(
+            f"{path} is no metrics file of masa ({type(error).__name__}: {error}); delete it and make it anew with "
+            f"`{MEND}`."
+        ) from error
+    return metrics
+
+
+def below(results: Path, record: str) -> Path:
+    """A directory below ``results``.
+
+    Raises:
+        MasaError: the name leads elsewhere.
+    """
+    if not isinstance(record, str) or not all(map(is_plain, record.split("/"))):
+        raise MasaError(f"{record!r} names no directory of results: plain names with / between them are expected.")
+    return results / record

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from masa.errors import MasaError, unknown
 from masa.run import read_json
+from masa.sources import verify
 from masa.vision import pixels
 from masa.vision.boxes import IMAGE
 from masa.vision.coco import BOX
@@ -29,7 +30,7 @@ class BoxSplit:
         records: (N,) of :data:`masa.vision.boxes.IMAGE`.
 
     Raises:
-        MasaError: a file is missing or has the wrong size.
+        MasaError: a file is missing, damaged or of the wrong size.
     """
 
     def __init__(self, directory: Path, split: str) -> None:
@@ -42,8 +43,11 @@ class BoxSplit:
             directory / f"{split}.bin", np.dtype(np.uint8), (record["images"], size, size, 3), "masa boxes"
         )
         self.records = np.array(open_array(directory / f"{split}-images.bin", IMAGE, (record["images"],), "masa boxes"))
+        verify(directory, {f"{split}-images.bin": record.get("images_sha256")}, "make it anew with `masa boxes`")
         total = int(self.records["boxes"].sum())
         self._boxes = open_array(directory / f"{split}-boxes.bin", BOX, (total,), "masa boxes")
+        files = {f"{split}.bin": record.get("sha256"), f"{split}-boxes.bin": record.get("boxes_sha256")}
+        verify(directory, files, "make it anew with `masa boxes`")
         self._first = np.concatenate([[0], np.cumsum(self.records["boxes"])])
 
     def __len__(self) -> int:
@@ -83,7 +87,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     Raises:
         MasaError: it is missing, or the directory holds something else.
     """
-    manifest = read_json(directory / "manifest.json")
+    manifest = read_json(directory / "manifest.json", "masa boxes")
     splits = manifest.get("splits") if isinstance(manifest, dict) else None
     if not isinstance(splits, dict) or not all(isinstance(s, dict) and "most_boxes" in s for s in splits.values()):
         raise MasaError(f"{directory / 'manifest.json'} is not one of images with boxes; make it with `masa boxes`.")

@@ -11,7 +11,7 @@ import re
 from array import array
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TextIO
 
 import numpy as np
@@ -77,7 +77,7 @@ def read(source: sources.Source, mirror: str | None, empty: str) -> Raw:
             file and annotation are named.
     """
     if source.scheme == "hub":
-        root = sources.snapshot(source, mirror, ["annotations/*", "*2017/*", "*.parquet", "**/*.parquet"])
+        root = sources.snapshot(source, mirror, ["annotations/*", "*2017/*", "*.parquet", "**/*.parquet"], "dataset")
     elif source.scheme == "mirror":
         root = sources.mirror_root(mirror, str(source)) / source.name
     else:
@@ -158,7 +158,10 @@ def read_annotations(path: Path, empty: str) -> Annotations:
             if key == "images":
                 if number in files:
                     raise MasaError(f"{path}: two images have the id {number}.")
-                files[number] = str(item["file_name"]), _integer(item["width"]), _integer(item["height"])
+                file = PurePosixPath(str(item["file_name"]))
+                if file.is_absolute() or ".." in file.parts or "\0" in str(file):
+                    raise MasaError(f"{path}: image {number}: {str(file)!r} is not a file in the folder of images.")
+                files[number] = str(file), _integer(item["width"]), _integer(item["height"])
             elif key == "categories":
                 if number in classes:
                     raise MasaError(f"{path}: two categories have the id {number}.")
@@ -406,7 +409,7 @@ def _rows(paths: list[Path], classes: int, empty: str, raw: Raw) -> Iterator[Sce
                         seen.add(number)
                         yield _scene(name, record, classes, empty, raw)
         except (pyarrow.ArrowException, OSError) as error:
-            raise MasaError(f"{path} is corrupt after row {row} ({error}).") from error
+            raise MasaError(f"{path} is corrupt after row {row} ({error}); fetch it again.") from error
 
 
 def _scene(name: str, record: Mapping[str, Any], classes: int, empty: str, raw: Raw) -> Scene:

@@ -208,7 +208,7 @@ def _member(source: sources.Source, entry: ImageDataset, cache: Path) -> bytes:
 def read_parquet(source: sources.Source, entry: ImageDataset, _: Path, mirror: str | None) -> Raw:
     """Parquet files in the hub's layout: encoded images, integer labels, class names in the schema."""
     if source.scheme == "hub":
-        root = sources.snapshot(source, mirror, ["*.parquet", "**/*.parquet", "class_names.json"])
+        root = sources.snapshot(source, mirror, ["*.parquet", "**/*.parquet", "class_names.json"], "dataset")
     elif source.scheme == "mirror":
         root = sources.mirror_root(mirror, str(source)) / source.name
     else:
@@ -248,7 +248,24 @@ def _title(titles: Any, name: str) -> str:
 
 
 def parquet_files(root: Path, split: str) -> list[Path]:
-    return sorted(p for p in root.rglob("*.parquet") if re.fullmatch(rf"{split}(-\d+-of-\d+.*)?\.parquet", p.name))
+    """The files of a split, sorted.
+
+    Raises:
+        MasaError: one of several is missing, as after a download that was cut short: "train-00001-of-00003.parquet".
+    """
+    form = rf"{split}(-(\d+)-of-(\d+).*)?\.parquet"
+    found = {p: match for p in root.rglob("*.parquet") if (match := re.fullmatch(form, p.name))}
+    parts = {(p.parent, match[3]): set() for p, match in found.items() if match[1]}
+    for p, match in found.items():
+        if match[1]:
+            parts[p.parent, match[3]].add(int(match[2]))
+    for (folder, count), numbers in parts.items():
+        if missing := sorted(set(range(int(count))) - numbers):
+            raise MasaError(
+                f"{folder}: of the {int(count)} files {split}-*-of-{count} number {missing[0]} is missing "
+                f"({len(missing)} in all). Fetch the data set again."
+            )
+    return sorted(found)
 
 
 def open_parquet(path: Path) -> Any:
@@ -256,9 +273,9 @@ def open_parquet(path: Path) -> Any:
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.ParquetFile(path)
+        return pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
     except (pyarrow.ArrowException, OSError) as error:
-        raise MasaError(f"{path} is corrupt or not Parquet ({error}).") from error
+        raise MasaError(f"{path} is corrupt or not Parquet ({error}); fetch it again.") from error
 
 
 def count_rows(path: Path) -> int:
@@ -298,7 +315,7 @@ def _rows(paths: list[Path], entry: ImageDataset) -> Iterator[Example]:
                             raise MasaError(f"{name}: no label.")
                         yield name, decode(image["bytes"], entry.channels, name), label
         except (pyarrow.ArrowException, OSError) as error:
-            raise MasaError(f"{path} is corrupt after row {row} ({error}).") from error
+            raise MasaError(f"{path} is corrupt after row {row} ({error}); fetch it again.") from error
 
 
 def decode(data: bytes, channels: int, name: str) -> np.ndarray:

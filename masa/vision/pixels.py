@@ -16,6 +16,7 @@ from torch import Tensor
 
 from masa.errors import MasaError, unknown
 from masa.run import digest, read_json
+from masa.sources import verify
 
 SPLITS = ("train", "validation", "test")
 LABELS = np.dtype("<i8")
@@ -28,7 +29,7 @@ class ImageSplit:
     """One split: ``images`` (N, H, W, C) uint8, memory-mapped, and ``labels`` (N,) int64.
 
     Raises:
-        MasaError: a file is missing or has the wrong size, or the split is empty.
+        MasaError: a file is missing, damaged or of the wrong size, or the split is empty.
     """
 
     def __init__(self, directory: Path, split: str) -> None:
@@ -43,6 +44,9 @@ class ImageSplit:
         shape = (count, size, size, channels)
         self.images = open_array(directory / f"{split}.bin", np.dtype(np.uint8), shape)
         self.labels = np.array(open_array(directory / f"{split}-labels.bin", LABELS, (count,)))
+        record = manifest["splits"][split]
+        names = {f"{split}.bin": record.get("sha256"), f"{split}-labels.bin": record.get("labels_sha256")}
+        verify(directory, names, "make it anew with `masa images`")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -62,7 +66,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     Raises:
         MasaError: it is missing, or the directory holds something else.
     """
-    manifest = read_json(directory / "manifest.json")
+    manifest = read_json(directory / "manifest.json", "masa images")
     if not isinstance(manifest, dict) or "classes" not in manifest or "splits" not in manifest:
         raise MasaError(f"{directory / 'manifest.json'} is not one of images; make it with `masa images`.")
     return manifest

@@ -11,7 +11,9 @@ sys.path.insert(0, str(Path(workflow.basedir).parent))
 
 from masa import cli
 from masa import config as settings
+from masa import cost
 from masa import experiments
+from masa import launch
 from masa import sources
 from masa.compression import plan
 from masa.errors import MasaError
@@ -69,27 +71,43 @@ def kind_of(run):
 
 
 RESOURCES = ("mem_mb", "runtime", "gpu", "nodes", "tasks", "tasks_per_gpu", "mpi")
+ON_GPU = (
+    "pretrain",
+    "evaluate",
+    "evaluate_vision",
+    "calibrate",
+    "compress",
+    "time_methods",
+)
 
 
 def asks_for(rule):
     """Resources of a rule's jobs: what the cost model says of each, and GPUs where the configuration plans with them."""
 
     def one(key):
-        return lambda wildcards, attempt: resources(rule, wildcards, attempt)[key]
+        return lambda wildcards, attempt: job_resources(
+            rule, "/".join(wildcards), attempt
+        )[key]
 
     return {key: one(key) for key in RESOURCES}
 
 
-def resources(rule, wildcards, attempt):
-    return {
-        "mem_mb": 2000 * attempt,
-        "runtime": 30,
-        "gpu": 0,
-        "nodes": None,
-        "tasks": None,
-        "tasks_per_gpu": None,
-        "mpi": None,
-    }
+def job_resources(rule, name, attempt):
+    """What one job asks for; a resource of None is not asked for."""
+    found = dict.fromkeys(RESOURCES) | cost.resources(config, rule, name, attempt)
+    nodes, processes = 1, 1
+    if rule == "pretrain":
+        nodes, processes = launch.layout(
+            experiments.run_spec(config, *experiments.parse_run(name))
+        )
+    if (
+        nodes > 1
+    ):  # no srun around the job: it starts one itself, with a task on each node
+        found |= {"nodes": nodes, "tasks": nodes, "tasks_per_gpu": 0, "mpi": "srun"}
+    gpus = (
+        nodes * processes if rule in ON_GPU and config["plan"]["device"] != "cpu" else 0
+    )
+    return found | {"gpu": gpus}
 
 
 def threads_of(run):

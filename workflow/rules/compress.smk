@@ -18,7 +18,7 @@ rule text:
     message:
         "Text {wildcards.name}"
     shell:
-        "masa text {wildcards.name} --spec {params.spec:q} --out {output} --log {log}"
+        "masa text {wildcards.name:q} --spec {params.spec:q} --out {output:q} --log {log:q}"
 
 
 rule pretrained:
@@ -39,7 +39,7 @@ rule pretrained:
     message:
         "Fetching {wildcards.model}"
     shell:
-        "masa pretrained {wildcards.model} --spec {params.spec:q} --out {params.out} --log {log}"
+        "masa pretrained {wildcards.model:q} --spec {params.spec:q} --out {params.out:q} --log {log:q}"
 
 
 rule calibrate:
@@ -61,16 +61,16 @@ rule calibrate:
         model=lambda wildcards, input: Path(input.model).parent,
         out=lambda wildcards, output: Path(output[0]).parent,
         threads=config["compression"]["threads"],  # the configuration's, whatever --cores says
-        size=lambda wildcards: " ".join(
-            f"--{key.replace('_', '-')} {value}"
+        size=lambda wildcards: [
+            f"--{key.replace('_', '-')}={value}"
             for key, value in sorted(config["calibrations"][wildcards.name].items())
             if key != "text"
-        ),
+        ],
     message:
         "Calibration {wildcards.name} of {wildcards.model}"
     shell:
-        "masa calibrate {params.model} --text {input.text} {params.size} --threads {params.threads} --out {params.out}"
-        " --log {log} > /dev/null"
+        "masa calibrate {params.model:q} --text {input.text:q} {params.size:q} --threads {params.threads:q} --out {params.out:q}"
+        " --log {log:q} > /dev/null"
 
 
 rule compress:
@@ -101,12 +101,12 @@ rule compress:
         ),
         model=lambda wildcards, input: Path(input.model).parent,
         benchmarks=lambda wildcards, input: Path(input.benchmarks).parent,
-        calibration=lambda wildcards, input: " ".join(
-            f"--calibration {Path(file).parent}" for file in input.calibration
-        ),
+        calibration=lambda wildcards, input: [
+            f"--calibration={Path(file).parent}" for file in input.calibration
+        ],
         out=lambda wildcards, output: Path(output[0]).parent,
     message:
         "Compressing {wildcards.model} by {wildcards.name}"
     shell:
-        "masa sweep {wildcards.model}/{wildcards.name} --spec {params.spec:q} --model {params.model}"
-        " {params.calibration} --texts {input.texts} --benchmarks {params.benchmarks} --out {params.out} --log {log}"
+        "masa sweep {wildcards.model:q}/{wildcards.name:q} --spec {params.spec:q} --model {params.model:q}"
+        " {params.calibration:q} --texts {input.texts:q} --benchmarks {params.benchmarks:q} --out {params.out:q} --log {log:q}"

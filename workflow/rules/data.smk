@@ -14,7 +14,7 @@ rule benchmarks:
     message:
         "Fetching the benchmark data"
     shell:
-        "masa fetch --spec {params.spec:q} --out {params.out} --log {log}"
+        "masa fetch --spec {params.spec:q} --out {params.out:q} --log {log:q}"
 
 
 rule tokenizer:
@@ -35,7 +35,7 @@ rule tokenizer:
     message:
         "Training or fetching the tokenizer"
     shell:
-        "masa tokenizer --spec {params.spec:q} --out {params.out} --log {log}"
+        "masa tokenizer --spec {params.spec:q} --out {params.out:q} --log {log:q}"
 
 
 rule tokenize:
@@ -59,5 +59,5 @@ rule tokenize:
     message:
         "Packing {params.tokens} tokens for {wildcards.scale}"
     shell:
-        "masa tokenize --spec {params.spec:q} --tokenizer {params.tokenizer} --tokens {params.tokens}"
-        " --out {params.out} --log {log}"
+        "masa tokenize --spec {params.spec:q} --tokenizer {params.tokenizer:q} --tokens {params.tokens:q}"
+        " --out {params.out:q} --log {log:q}"

@@ -26,8 +26,8 @@ rule evaluate:
     message:
         "Evaluating {wildcards.language_run}"
     shell:
-        "masa evaluate {params.run} --spec {params.spec:q} --tokens {params.tokens} --tokenizer {params.tokenizer}"
-        " --benchmarks {params.benchmarks} --out {params.out} --log {log}"
+        "masa evaluate {params.run:q} --spec {params.spec:q} --tokens {params.tokens:q} --tokenizer {params.tokenizer:q}"
+        " --benchmarks {params.benchmarks:q} --out {params.out:q} --log {log:q}"
 
 
 rule time_methods:
@@ -46,7 +46,7 @@ rule time_methods:
     message:
         "Timing all methods at {wildcards.scale}"
     shell:
-        "masa throughput --spec {params.spec:q} --out {output} --log {log}"
+        "masa throughput --spec {params.spec:q} --out {output:q} --log {log:q}"
 
 
 rule count_parameters:
@@ -64,4 +64,4 @@ rule count_parameters:
     message:
         "Counting parameters"
     shell:
-        "masa parameters --spec {params.spec:q} --out {output} --log {log}"
+        "masa parameters --spec {params.spec:q} --out {output:q} --log {log:q}"

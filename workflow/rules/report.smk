@@ -21,7 +21,7 @@ rule table:
     message:
         "Table {wildcards.name}"
     shell:
-        "masa table {wildcards.name} --spec {params.spec:q} --results {params.results} --out {params.out} --log {log}"
+        "masa table {wildcards.name:q} --spec {params.spec:q} --results {params.results:q} --out {params.out:q} --log {log:q}"
 
 
 rule figure:
@@ -46,7 +46,7 @@ rule figure:
     message:
         "Figure {wildcards.name}"
     shell:
-        "masa figure {wildcards.name} --spec {params.spec:q} --results {params.results} --out {params.out} --log {log}"
+        "masa figure {wildcards.name:q} --spec {params.spec:q} --results {params.results:q} --out {params.out:q} --log {log:q}"
 
 
 rule tables:
@@ -70,7 +70,7 @@ rule tables:
     message:
         "All tables: {output}"
     shell:
-        "mkdir -p {output} && for name in {params.names}; do cp {params.parts}/$name.* {output}/ ; done 2> {log}"
+        "mkdir -p {output:q} && for name in {params.names:q}; do cp {params.parts:q}/$name.* {output:q}/ ; done 2> {log:q}"
 
 
 rule figures:
@@ -94,7 +94,7 @@ rule figures:
     message:
         "All figures: {output}"
     shell:
-        "mkdir -p {output} && for name in {params.names}; do cp {params.parts}/$name.* {output}/ ; done 2> {log}"
+        "mkdir -p {output:q} && for name in {params.names:q}; do cp {params.parts:q}/$name.* {output:q}/ ; done 2> {log:q}"
 
 
 for artefact in TABLES:

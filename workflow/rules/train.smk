@@ -20,4 +20,4 @@ rule pretrain:
     message:
         "Training {wildcards.run}"
     shell:
-        "masa pretrain --spec {params.spec:q} --{params.kind} {params.data} --out {params.out} --log {log}"
+        "masa pretrain --spec {params.spec:q} --{params.kind:q} {params.data:q} --out {params.out:q} --log {log:q}"

@@ -21,7 +21,7 @@ rule images:
     message:
         "Images of {wildcards.name}"
     shell:
-        "masa images --spec {params.spec:q} --out {params.out} --log {log}"
+        "masa images --spec {params.spec:q} --out {params.out:q} --log {log:q}"
 
 
 rule boxes:
@@ -44,7 +44,7 @@ rule boxes:
     message:
         "Boxes of {wildcards.name}"
     shell:
-        "masa boxes --spec {params.spec:q} --out {params.out} --log {log}"
+        "masa boxes --spec {params.spec:q} --out {params.out:q} --log {log:q}"
 
 
 rule evaluate_vision:
@@ -72,4 +72,4 @@ rule evaluate_vision:
     message:
         "Evaluating {wildcards.vision_run}"
     shell:
-        "masa evaluate {params.run} --spec {params.spec:q} --{params.kind} {params.data} --out {params.out} --log {log}"
+        "masa evaluate {params.run:q} --spec {params.spec:q} --{params.kind:q} {params.data:q} --out {params.out:q} --log {log:q}"
