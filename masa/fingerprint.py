@@ -31,11 +31,6 @@ def _module_path(name: str) -> Path:
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
-@functools.cache
-def _tree(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"))
-
-
 def _reachable(modules: Iterable[str]) -> set[str]:
     found: set[str] = set()
     queue = list(modules)
@@ -46,12 +41,14 @@ def _reachable(modules: Iterable[str]) -> set[str]:
         if not _module_path(name).is_file():
             raise MasaError(f"Module {name} does not exist; a rule asks for its fingerprint.")
         found.add(name)
-        queue += _imports(_tree(_module_path(name)))
+        queue += _imports(_module_path(name))
     return found
 
 
-def _imports(tree: ast.Module) -> list[str]:
+@functools.cache
+def _imports(path: Path) -> list[str]:
     """masa's modules that a module imports when it runs, anywhere in it."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     for_types = {
         id(inner)
         for node in ast.walk(tree)

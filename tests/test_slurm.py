@@ -1,6 +1,5 @@
 """The workflow on a real Slurm: two pretend nodes with two pretend GPUs each, on this machine."""
 
-import os
 import re
 import shutil
 import subprocess

@@ -308,7 +308,7 @@ def test_fingerprint_follows_meaning(tmp_path, monkeypatch):
 
     def now(text):
         source.write_text(text)
-        for cached in (fingerprint.fingerprint, fingerprint._tree, fingerprint._meaning):
+        for cached in (fingerprint.fingerprint, fingerprint._imports, fingerprint._meaning):
             cached.cache_clear()
         return fingerprint.fingerprint("masa.a")
 
@@ -325,5 +325,5 @@ def test_fingerprint_follows_meaning(tmp_path, monkeypatch):
     (package / "b.py").write_text("def g(x):\n    return x + 3\n")
     assert now(types_only) == unused
     monkeypatch.undo()
-    for cached in (fingerprint.fingerprint, fingerprint._tree, fingerprint._meaning):
+    for cached in (fingerprint.fingerprint, fingerprint._imports, fingerprint._meaning):
         cached.cache_clear()

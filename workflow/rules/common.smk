@@ -1,5 +1,6 @@
 # Helpers of all rules. Everything here is cheap: no torch, no file is written.
 
+import functools
 import json
 import re
 import sys
@@ -61,8 +62,13 @@ def meaning(*modules):
     return fingerprint(*(f"masa.{module}" for module in modules))
 
 
+@functools.cache
+def spec_of(run):
+    return experiments.run_spec(config, *experiments.parse_run(run))
+
+
 def run_spec(wildcards):
-    return as_json(experiments.run_spec(config, *experiments.parse_run(wildcards.run)))
+    return as_json(spec_of(wildcards.run))
 
 
 def kind_of(run):
@@ -81,39 +87,33 @@ ON_GPU = (
 )
 
 
-def asks_for(rule):
+def asks_for(kind):
     """Resources of a rule's jobs: what the cost model says of each, and GPUs where the configuration plans with them."""
 
     def one(key):
         return lambda wildcards, attempt: job_resources(
-            rule, "/".join(wildcards), attempt
+            kind, "/".join(wildcards), attempt
         )[key]
 
     return {key: one(key) for key in RESOURCES}
 
 
-def job_resources(rule, name, attempt):
+@functools.cache
+def job_resources(kind, name, attempt):
     """What one job asks for; a resource of None is not asked for."""
-    found = dict.fromkeys(RESOURCES) | cost.resources(config, rule, name, attempt)
-    nodes, processes = 1, 1
-    if rule == "pretrain":
-        nodes, processes = launch.layout(
-            experiments.run_spec(config, *experiments.parse_run(name))
-        )
-    if (
-        nodes > 1
-    ):  # no srun around the job: it starts one itself, with a task on each node
+    found = dict.fromkeys(RESOURCES) | cost.resources(config, kind, name, attempt)
+    nodes, processes = launch.layout(spec_of(name)) if kind == "pretrain" else (1, 1)
+    if nodes > 1:
+        # no srun around the job: it starts one itself, with a task on each node
         found |= {"nodes": nodes, "tasks": nodes, "tasks_per_gpu": 0, "mpi": "srun"}
-    gpus = (
-        nodes * processes if rule in ON_GPU and config["plan"]["device"] != "cpu" else 0
-    )
+    gpus = nodes * processes
+    if kind not in ON_GPU or config["plan"]["device"] == "cpu":
+        gpus = 0
     return found | {"gpu": gpus}
 
 
 def threads_of(run):
-    return experiments.run_spec(config, *experiments.parse_run(run))["training"][
-        "threads"
-    ]
+    return spec_of(run)["training"]["threads"]
 
 
 def local_files(*given):
