@@ -13,9 +13,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
-from masa import __version__, config, experiments, kinds
+from masa import __version__, config, experiments, faults, kinds, memory
 from masa.compression import plan
-from masa.errors import MasaError, unknown
+from masa.errors import Interrupted, MasaError, unknown
 
 EXIT = """\
 exit status: 0 done; 1 a defect of masa (please report it); 2 bad input, the message says what; 75 interrupted by a
@@ -47,28 +47,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
             log.parent.mkdir(parents=True, exist_ok=True)
             log.write_text("")
         given.call(given)
+    except Interrupted as error:
+        return _fail(f"masa: {error}", log, 75)
     except MasaError as error:
-        return _fail(f"masa: error: {error}", log, 75 if type(error).__name__ == "Interrupted" else 2)
+        return _fail(f"masa: error: {error}", log, 2)
     except KeyboardInterrupt:
         return _fail("masa: interrupted", log, 130)
     except BrokenPipeError:  # the reader of our output has seen enough
         sys.stderr.close()
         return 0
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        return _fail(f"masa: error: {where}{error.strerror or error}", log, 2)
-    except Exception:
+    except Exception as error:
+        if memory.is_exhausted(error):
+            message = (
+                f"out of memory ({error or 'no more is given'}). The peak was {memory.peak()}. Run fewer jobs at once"
+            )
+            return _fail(f"masa: error: {message}, or give it more memory, and run the same command again.", log, 2)
+        if isinstance(error, OSError):
+            where = f"{error.filename}: " if error.filename else ""
+            mend = (
+                f"; {faults.MENDS[error.errno]} and run the same command again" if error.errno in faults.MENDS else ""
+            )
+            return _fail(f"masa: error: {where}{error.strerror or error}{mend}", log, 2)
         return _fail(f"{traceback.format_exc()}masa: this is a defect; please report it with the lines above.", log, 1)
     if log:
-        log.write_text("done\n")
+        _note("done", log)
     return 0
 
 
 def _fail(message: str, log: Path | None, status: int) -> int:
     print(message, file=sys.stderr)
     if log:
-        log.write_text(message + "\n")
+        _note(message, log)
     return status
+
+
+def _note(message: str, log: Path) -> None:
+    """Write the log file; where that cannot be done either, the message has reached stderr at least."""
+    try:
+        log.write_text(message + "\n")
+    except OSError as error:
+        print(f"masa: the log {log} could not be written ({error.strerror})", file=sys.stderr)
 
 
 def _parser() -> Parser:
@@ -153,6 +171,9 @@ def _parser() -> Parser:
     data.add_argument("--images", metavar="DIR", help="of a Vision Transformer")
     data.add_argument("--boxes", metavar="DIR", help="of a detector")
     v.add_argument("--out", required=True, metavar="DIR")
+    v.add_argument(
+        "--no-wait", action="store_true", help="stop where another process trains in DIR, which is else waited for"
+    )
 
     v = verb(
         "evaluate",
@@ -412,7 +433,7 @@ def _pretrain(given: argparse.Namespace) -> None:
     spec = _spec(given, lambda c: experiments.run_spec(c, *experiments.parse_run(given.run)))
     kind = kinds.of(spec)
     data = _needed(given, kind.data, spec)
-    import_module(f"masa.{kind.training}").pretrain(spec, data, Path(given.out))
+    import_module(f"masa.{kind.training}").pretrain(spec, data, Path(given.out), wait=not given.no_wait)
 
 
 def _evaluate(given: argparse.Namespace) -> None:

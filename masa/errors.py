@@ -13,6 +13,10 @@ class MasaError(Exception):
     """
 
 
+class Interrupted(MasaError):
+    """A signal stopped the work where it can go on; the command line exits with status 75."""
+
+
 def unknown(what: str, name: str, options: Iterable[str]) -> MasaError:
     """Build the error for a name that does not exist, with the nearest ones that do."""
     options = sorted(str(option) for option in options)

@@ -41,8 +41,8 @@ def make_tokenizer(data: Mapping[str, Any], cache: Path, mirror: str | None, out
         )
     if tokenizer.eos_token_id is None:
         raise MasaError(f"The tokenizer {spec['source']!r} has no end-of-sequence token, which separates documents.")
-    out.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(out)
+    with sources.whole_files(out) as folder:
+        tokenizer.save_pretrained(folder)
     manifest = {
         "source": spec["source"],
         "vocab_size": len(tokenizer),
@@ -106,7 +106,6 @@ def tokenize(
     corpus = data["corpus"]
     tokenizer = load_tokenizer(tokenizer_dir)
     dtype = np.dtype("<u2") if len(tokenizer) <= 2**16 else np.dtype("<u4")
-    out.mkdir(parents=True, exist_ok=True)
     identity = {
         "corpus": dict(corpus),
         "tokenizer": sources.sha256_of(tokenizer_dir / "tokenizer.json"),
@@ -162,7 +161,7 @@ def _write_train(
     texts: Iterable[str], tokenizer: Any, tokens: int, dtype: np.dtype, out: Path, identity: dict, source: str
 ) -> list[dict[str, Any]]:
     state_file = out / "state.json"
-    state = json.loads(state_file.read_text()) if state_file.is_file() else {}
+    state = _read_state(state_file)
     sizes = {s["name"]: s["tokens"] * dtype.itemsize for s in state.get("shards", ())}
     whole = all((out / n).is_file() and (out / n).stat().st_size == size for n, size in sizes.items())
     if state.get("identity") != identity or not whole:
@@ -190,6 +189,15 @@ def _write_train(
             "scale's training.tokens or use a larger corpus."
         )
     return shards
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """What an interrupted call has done; nothing where the file was damaged."""
+    try:
+        state = json.loads(path.read_bytes()) if path.is_file() else {}
+    except ValueError:
+        return {}
+    return state if isinstance(state, dict) else {}
 
 
 def _write_shard(path: Path, ids: np.ndarray) -> dict[str, Any]:
