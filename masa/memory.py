@@ -53,5 +53,5 @@ def exhausted(spec: Mapping[str, Any], stage: str, then: str) -> MasaError:
     lower = lower or "training.micro_batch_size is 1 already, so lower the size of the model or of its inputs"
     return MasaError(
         f"{spec['run']} ran out of memory while {stage}. Its peak was {peak()}{expected}. {lower}, run fewer jobs at "
-        f"once, or give it more memory. The same command {then}."
+        f"once, or give it more memory. The same command will {then}."
     )

@@ -68,9 +68,9 @@ def drop_unfinished(checkpoints: Path) -> None:
 
 
 def then(checkpoints: Path) -> str:
-    """What the same command will do, for messages."""
+    """What the same command will do, for messages: "go on from step 12"."""
     last = newest(checkpoints)
-    return f"to go on from step {_step(last):,}" if last else "to begin anew (there is no checkpoint yet)"
+    return f"go on from step {_step(last):,}" if last else "begin anew (there is no checkpoint yet)"
 
 
 def finished(out: Path, identity: str) -> dict[str, Any] | None:

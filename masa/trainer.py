@@ -142,7 +142,7 @@ def _explained(spec: Mapping[str, Any], checkpoints: Path, stage: list) -> Itera
             resuming.drop_unfinished(checkpoints)
         then = resuming.then(checkpoints)
         if fault is not None:
-            raise MasaError(f"{spec['run']}: {fault} {then}.") from error
+            raise MasaError(f"{spec['run']}: {fault} to {then}.") from error
         if memory.is_exhausted(error):
             doing = getattr(stage[-1], "stage", stage[-1])
             raise memory.exhausted(spec, doing, then) from error
@@ -150,7 +150,7 @@ def _explained(spec: Mapping[str, Any], checkpoints: Path, stage: list) -> Itera
             raise MasaError(
                 f"{spec['run']}: a data loader's worker ({killed}) while {stage[-1].stage}; most likely the machine's "
                 "memory ran out. Lower training.workers or training.micro_batch_size, or run fewer jobs at once, and "
-                f"run the same command again {then}."
+                f"run the same command again to {then}."
             ) from error
         raise
 

@@ -1,5 +1,6 @@
 """Faults of disks and numbers, provoked for real: what is said, what is kept, and that the same command mends it."""
 
+import contextlib
 import ctypes
 import errno
 import json
@@ -30,7 +31,7 @@ def disk(tmp_path):
     if done.returncode:
         pytest.skip(f"mounting a file system is not allowed here: {done.stderr.strip()}")
     yield folder
-    subprocess.run(["umount", folder], check=True)
+    subprocess.run(["umount", "-l", folder], check=True)
 
 
 def remount(folder, option):
@@ -235,8 +236,9 @@ def without_privilege():
     """Arguments of subprocess for a process that permission bits bind: another user, or root without its exemption."""
     if os.getuid():
         return {}
-    if not subprocess.run([sys.executable, "-c", "import torch"], user=65534, capture_output=True).returncode:
-        return {"user": 65534, "group": 65534}
+    with contextlib.suppress(PermissionError):  # where Python itself is closed to others
+        if not subprocess.run([sys.executable, "-c", "import torch"], user=65534, capture_output=True).returncode:
+            return {"user": 65534, "group": 65534}
     return {"preexec_fn": lambda: [ctypes.CDLL(None).prctl(24, number, 0, 0, 0) for number in (1, 2)]}
 
 
