@@ -72,23 +72,23 @@ def limited(work, more):
 def test_out_of_memory_in_training(tokens, tmp_path):
     """A batch whose logits do not fit below a limit of the address space; a smaller micro-batch does."""
     out = tmp_path / "run"
-    spec = spec_of(context=256, batch_size=32, micro_batch_size=32, steps=2)
-    spec["model"] |= {"intermediate_size": 4096}
-    process = Forked(limited(lambda: cli.main(command(spec, tokens, out)), 300 * 2**20), tmp_path / "said.txt")
+    spec = spec_of(context=256, batch_size=32, micro_batch_size=32, steps=1)
+    spec["model"] |= {"intermediate_size": 1024}
+    process = Forked(limited(lambda: cli.main(command(spec, tokens, out)), 100 * 2**20), tmp_path / "said.txt")
     assert process.wait() == 2, process.said
     assert "test/masa/seed0 ran out of memory while training (step 1). Its peak was 0." in process.said
     assert "Lower training.micro_batch_size (now 32;" in process.said
     assert "Traceback" not in process.said
     assert not (out / "manifest.json").exists()
-    spec["training"]["micro_batch_size"] = 1
-    process = Forked(limited(lambda: cli.main(command(spec, tokens, out)), 300 * 2**20), tmp_path / "again.txt")
+    spec["training"]["micro_batch_size"] = 2
+    process = Forked(limited(lambda: cli.main(command(spec, tokens, out)), 100 * 2**20), tmp_path / "again.txt")
     assert process.wait() == 0, process.said
 
 
 def test_out_of_memory_after_a_checkpoint_is_gone_on_from(tokens, tmp_path):
     """The limit comes in mid-training, as when another process takes the memory."""
     spec = spec_of(batch_size=16, micro_batch_size=16, steps=30, checkpoint_minutes=1e-6)
-    spec["model"] |= {"intermediate_size": 4096}
+    spec["model"] |= {"intermediate_size": 1024}
     whole = training.pretrain(spec, tokens, tmp_path / "whole")
     out = tmp_path / "cut"
     process = Forked(lambda: cli.main(command(spec, tokens, out)), tmp_path / "said.txt")
