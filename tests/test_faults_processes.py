@@ -26,7 +26,7 @@ def command(spec, data, out, option="tokens", *more):
     return ["pretrain", "--spec", json.dumps(spec), f"--{option}", str(data), "--out", str(out), *more]
 
 
-def long_run(steps=300, **recipe):
+def long_run(steps=150, **recipe):
     """Of a language model, and as long as there are tokens."""
     return spec_of(steps=steps, batch_size=2, micro_batch_size=2, **recipe)
 
@@ -87,8 +87,8 @@ def test_out_of_memory_in_training(tokens, tmp_path):
 
 def test_out_of_memory_after_a_checkpoint_is_gone_on_from(tokens, tmp_path):
     """The limit comes in mid-training, as when another process takes the memory."""
-    spec = spec_of(batch_size=16, micro_batch_size=16, steps=30, checkpoint_minutes=1e-6)
-    spec["model"] |= {"intermediate_size": 1024}
+    spec = spec_of(context=256, batch_size=32, micro_batch_size=32, steps=2, checkpoint_minutes=1e-6)
+    spec["model"] |= {"intermediate_size": 1088}  # activations of 36 MB, more than malloc ever keeps for later
     whole = training.pretrain(spec, tokens, tmp_path / "whole")
     out = tmp_path / "cut"
     process = Forked(lambda: cli.main(command(spec, tokens, out)), tmp_path / "said.txt")
@@ -146,11 +146,11 @@ def test_a_clock_that_jumps_by_days(fake_clock, tokens, tmp_path):
     assert process.returncode == 0, said
     manifest = run.read_json(out / "manifest.json")
     assert manifest["sha256"] == whole["sha256"]
-    assert len(seen) > 2 and max(seen) > 90, "checkpoints go on being written"
+    assert len(seen) > 2 and max(seen) > 60, "checkpoints go on being written"
     assert 0 < manifest["training"]["training_seconds"] < took
     seconds = [r["training_seconds"] for r in run.read_jsonl(out / "metrics.jsonl")]
     assert seconds == sorted(seconds)
-    shown = [line for line in said.splitlines() if "/300 steps" in line]
+    shown = [line for line in said.splitlines() if "/150 steps" in line]
     assert len(shown) > 3
     assert not re.search(r"-\d[\d.,]* (steps|tokens)/s|(ETA|took) -", said)
     assert not re.search(r"(ETA|took) \d+:\d\d:\d\d", said), "no estimate of hours"
@@ -196,7 +196,7 @@ def orphan(spec, tokens, out, folder):
 
 
 def test_an_orphan_is_waited_for_and_its_run_taken_over_whole(tokens, tmp_path):
-    spec, out = long_run(steps=300), tmp_path / "run"
+    spec, out = long_run(steps=150), tmp_path / "run"
     left = orphan(spec, tokens, out, tmp_path)
     stopped = Forked(lambda: cli.main(command(spec, tokens, out, "tokens", "--no-wait")), tmp_path / "no_wait.txt")
     second = Forked(lambda: cli.main(command(spec, tokens, out)), tmp_path / "second.txt")
@@ -206,22 +206,22 @@ def test_an_orphan_is_waited_for_and_its_run_taken_over_whole(tokens, tmp_path):
     assert f"is being written by process {left.pid} on {os.uname().nodename} since 20" in second.said
     assert "waiting for it (0 s so far)" in second.said
     assert "the process that was waited for has finished this run" in second.said
-    assert "300/300 steps" not in second.said, "nothing was trained again"
-    assert "300/300 steps" in (tmp_path / "orphan.txt").read_text()
-    assert list(losses(out)) == list(range(3, 301, 3))
+    assert "150/150 steps" not in second.said, "nothing was trained again"
+    assert "150/150 steps" in (tmp_path / "orphan.txt").read_text()
+    assert list(losses(out)) == list(range(1, 151))
     whole = training.pretrain(spec, tokens, tmp_path / "whole")
     assert run.read_json(out / "manifest.json")["sha256"] == whole["sha256"]
 
 
 def test_an_orphan_that_dies_while_it_is_waited_for_is_taken_over_from(tokens, tmp_path):
-    spec, out = long_run(steps=300, checkpoint_minutes=1e-4), tmp_path / "run"
+    spec, out = long_run(steps=150, checkpoint_minutes=1e-4), tmp_path / "run"
     left = orphan(spec, tokens, out, tmp_path)
     second = Forked(lambda: cli.main(command(spec, tokens, out)), tmp_path / "second.txt")
     until(lambda: "waiting for it" in second.said and whole_checkpoints(out), process=second)
     left.send_signal(signal.SIGKILL)
     assert second.wait() == 0, second.said
-    assert "300/300 steps" in second.said
-    assert list(losses(out)) == list(range(3, 301, 3))
+    assert "150/150 steps" in second.said
+    assert list(losses(out)) == list(range(1, 151))
     whole = training.pretrain(spec, tokens, tmp_path / "whole")
     assert run.read_json(out / "manifest.json")["sha256"] == whole["sha256"]
 
@@ -336,7 +336,7 @@ def test_a_kill_before_the_first_checkpoint_logs_no_step_twice(tokens, tmp_path)
     process.wait()
     training.pretrain(spec, tokens, out)
     steps = [r["step"] for r in run.read_jsonl(out / "metrics.jsonl") if "loss" in r]
-    assert steps == list(range(3, 301, 3))
+    assert steps == list(range(1, 151))
 
 
 def test_a_second_process_is_still_told_by_the_library(tokens, tmp_path):
