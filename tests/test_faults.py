@@ -131,7 +131,9 @@ def test_a_disk_that_is_full_at_the_end(disk, tokens, tmp_path, capfd):
 
 def test_token_files_on_a_full_disk(disk, tmp_path, capfd):
     source = tmp_path / "text.jsonl"
-    words = np.random.default_rng(0).choice(["alpha", "beta", "gamma", "delta", "zeta", "eta", "theta"], (4000, 40))
+    generator = np.random.default_rng(0)
+    known = ["".join(generator.choice(list("abcdefghij"), 5)) for _ in range(500)]
+    words = generator.choice(known, (4000, 40))
     source.write_text("".join(json.dumps({"text": " ".join(line)}) + "\n" for line in words))
     corpus = {"source": f"file:{source}", "reader": "json", "column": "text", "sha256": None}
     corpus |= {"validation_fraction": 0.1, "validation_tokens": 1000, "shuffle_buffer": 100}

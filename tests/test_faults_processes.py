@@ -163,7 +163,7 @@ def test_checkpoints_are_newest_by_their_step_after_the_clock_went_back(tokens, 
     out = tmp_path / "cut"
     kill_after_checkpoints(lambda: training.pretrain(spec, tokens, out), out)
     old = whole_checkpoints(out)
-    for days, step in zip((20, 10), old, strict=True):  # the older one seems to be the newest
+    for days, step in zip((20, 10), old[-2:], strict=True):  # the older one seems to be the newest
         when = time.time() + days * 86400
         for path in (out / "checkpoints" / f"checkpoint-{step}", *(out / "checkpoints").glob(f"checkpoint-{step}/*")):
             os.utime(path, (when, when))
