@@ -316,7 +316,7 @@ HARMS = (cut_short, bytes_that_are_no_text, stray_files, spec_corrupt, manifest_
 
 @pytest.mark.parametrize("harm", [*HARMS, complete_corrupt, identity_corrupt], ids=lambda harm: harm.__name__)
 def test_the_next_call_mends_damaged_files(harm, tokens, tmp_path):
-    spec, out = spec_of(steps=100, checkpoint_minutes=1e-4), tmp_path / "cut"
+    spec, out = spec_of(steps=40, checkpoint_minutes=1e-4), tmp_path / "cut"
     whole = training.pretrain(spec, tokens, tmp_path / "whole")
     kill_after_checkpoints(lambda: training.pretrain(spec, tokens, out), out)
     harm(out)
@@ -324,7 +324,7 @@ def test_the_next_call_mends_damaged_files(harm, tokens, tmp_path):
     assert run.read_json(out / "manifest.json")["sha256"] == whole["sha256"]
     assert run.read_json(out / "spec.json") == run.read_json(tmp_path / "whole" / "spec.json")
     steps = [json.loads(line).get("step") for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert steps == sorted(steps) and max(steps) == 100
+    assert steps == sorted(steps) and max(steps) == 40
     assert {p.name for p in out.glob(".*")} == {".lock"}
 
 
