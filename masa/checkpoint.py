@@ -46,7 +46,6 @@ def save(model: nn.Module, directory: str | Path) -> Path:
             "store masa.fold(model).state_dict()."
         )
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     sharing = getattr(model, "sharing", None)
     shared = getattr(decoder(model), "shared", None)
     tensors = _unique_tensors(model)
@@ -64,7 +63,8 @@ def save(model: nn.Module, directory: str | Path) -> Path:
         "dense_attention": sharing.dense_attention if sharing else None,
         "sources": sources,
     }
-    model.config.save_pretrained(directory)
+    with whole_file(directory / "config.json") as path:
+        model.config.save_pretrained(path.parent)
     with whole_file(directory / WEIGHTS) as path:
         save_file({k: t.contiguous() for k, t in tensors.items()}, path)
     with whole_file(directory / DESCRIPTION) as path:

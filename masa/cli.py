@@ -16,7 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
-from masa import __version__, config, devices, experiments, kinds, launch
+from masa import __version__, config, devices, experiments, faults, kinds, launch, memory
 from masa.compression import plan
 from masa.errors import Interrupted, MasaError, redact, unknown
 from masa.verb_specs import check as check_spec
@@ -54,20 +54,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
             log.write_text("")
         with devices.leased() if given.gpu and getattr(given, "device", "auto") == "auto" else nullcontext():
             given.call(given)
+    except Interrupted as error:
+        return _fail(f"masa: {error}", log, 75)
     except MasaError as error:
-        return _fail(f"masa: error: {error}", log, 75 if isinstance(error, Interrupted) else 2)
+        return _fail(f"masa: error: {error}", log, 2)
     except KeyboardInterrupt:
         return _fail("masa: interrupted", log, 130)
     except BrokenPipeError:  # the reader of our output has seen enough
         sys.stderr.close()
         return 0
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        return _fail(f"masa: error: {where}{error.strerror or error}", log, 2)
-    except Exception:
+    except Exception as error:
+        if memory.is_exhausted(error):
+            message = (
+                f"out of memory ({error or 'no more is given'}). The peak was {memory.peak()}. Run fewer jobs at once"
+            )
+            return _fail(f"masa: error: {message}, or give it more memory, and run the same command again.", log, 2)
+        if isinstance(error, OSError):
+            where = f"{error.filename}: " if error.filename else ""
+            mend = (
+                f"; {faults.MENDS[error.errno]} and run the same command again" if error.errno in faults.MENDS else ""
+            )
+            return _fail(f"masa: error: {where}{error.strerror or error}{mend}", log, 2)
         return _fail(f"{traceback.format_exc()}masa: this is a defect; please report it with the lines above.", log, 1)
     if log:
-        log.write_text(f"done in {time.monotonic() - started:.1f} s, peak memory {_peak_memory():.0f} MiB\n")
+        _note(f"done in {time.monotonic() - started:.1f} s, peak memory {_peak_memory():.0f} MiB", log)
     return 0
 
 
@@ -81,9 +91,17 @@ def _fail(message: str, log: Path | None, status: int) -> int:
     message = redact(message)
     print(message, file=sys.stderr)
     if log:
-        log.write_text(message + "\n")
-    launch.report_failure(message.removeprefix("masa: error: "), status)
+        _note(message, log)
+    launch.report_failure(message.removeprefix("masa: ").removeprefix("error: "), status)
     return status
+
+
+def _note(message: str, log: Path) -> None:
+    """Write the log file; where that cannot be done either, the message has reached stderr at least."""
+    try:
+        log.write_text(message + "\n")
+    except OSError as error:
+        print(f"masa: the log {log} could not be written ({error.strerror})", file=sys.stderr)
 
 
 def _parser() -> Parser:
@@ -168,6 +186,9 @@ def _parser() -> Parser:
     data.add_argument("--images", metavar="DIR", help="of a Vision Transformer")
     data.add_argument("--boxes", metavar="DIR", help="of a detector")
     v.add_argument("--out", required=True, metavar="DIR")
+    v.add_argument(
+        "--no-wait", action="store_true", help="stop where another process trains in DIR, which is else waited for"
+    )
 
     v = verb(
         "evaluate",
@@ -460,7 +481,8 @@ def _pretrain(given: argparse.Namespace) -> None:
         if launch.is_wanted(spec):
             launch.launch(spec, _without(given.arguments, "--log"))
         else:
-            import_module(f"masa.{kind.training}").pretrain(spec, data, Path(given.out))
+            train = import_module(f"masa.{kind.training}").pretrain
+            train(spec, data, Path(given.out), wait=not given.no_wait)
 
 
 def _without(arguments: Sequence[str], option: str) -> list[str]:

@@ -40,7 +40,7 @@ class MasaError(Exception):
 
 
 class Interrupted(MasaError):
-    """A signal stopped the run after a checkpoint; the same command goes on from there. Exit status 75."""
+    """A signal stopped the work where it can go on; the command line exits with status 75."""
 
 
 def unknown(what: str, name: str, options: Iterable[str]) -> MasaError:

@@ -21,14 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from masa.errors import Interrupted, MasaError
+from masa.hold import STOP_SIGNALS
 
 RENDEZVOUS = "MASA_RENDEZVOUS"
 """HOST:PORT where the nodes of a training meet; set by srun's caller, or by hand where there is no Slurm."""
 
 ERRORS = "MASA_ERRORS"
 """Directory where a process that fails leaves its message for the launcher."""
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def layout(spec: Mapping[str, Any]) -> tuple[int, int]:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 import platform
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from masa.errors import MasaError
+from masa.hold import exclusive as exclusive
 from masa.sources import whole_file
 
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "lm-eval", "numpy", "safetensors", "accelerate")
@@ -45,34 +43,14 @@ def read_json(path: str | Path, made_by: str | None = None) -> Any:
 
 
 def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
-    """Records of a metrics log; a last line cut short by a kill is passed over."""
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
+    """Records of a metrics log; a line cut short by a kill or a full disk is passed over."""
+    for line in Path(path).read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
-            yield json.loads(line)
+            record = json.loads(line)
         except json.JSONDecodeError:
             continue
-
-
-@contextmanager
-def exclusive(out: Path) -> Iterator[None]:
-    """Hold the run directory; a second process is told who has it.
-
-    Raises:
-        MasaError: another live process holds it.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise MasaError(
-                f"{out} is being written by {lock.read().strip() or 'another process'}; wait for it."
-            ) from None
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {os.uname().nodename}")
-        lock.flush()
-        yield
+        if isinstance(record, dict):
+            yield record
 
 
 def digest(data: Any) -> str:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from masa.errors import MasaError, unknown
+from masa.faults import writing
 
 SCHEMES = ("pypi", "hub", "file", "mirror")
 
@@ -101,25 +102,45 @@ def verify(directory: Path, sha256: Mapping[str, str | None], mend: str) -> None
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Write to the yielded path; the file appears under its own name only when the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        temporary = Path(folder) / path.name
-        yield temporary
-        temporary.replace(path)
+    """Write to the yielded path; the file appears under its own name only when the block ends without an error.
+
+    Raises:
+        CannotWrite: the disk is full or read-only, or this user may not write there.
+    """
+    with whole_files(path.parent, path) as folder:
+        yield folder / path.name
+
+
+@contextmanager
+def whole_files(directory: Path, named: Path | None = None) -> Iterator[Path]:
+    """:func:`whole_file` for several: every file that is put into the yielded folder appears in ``directory``.
+
+    Args:
+        named: what an error names instead of ``directory``.
+    """
+    named = named or directory
+    with writing(named, below=directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(dir=directory, prefix=f".{named.name}.")
+    with folder, writing(named, below=Path(folder.name)):
+        yield Path(folder.name)
+        for file in sorted(Path(folder.name).iterdir()):
+            file.replace(directory / file.name)
 
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """:func:`whole_file` for a folder: what is yielded takes the place of ``path`` if the block ends without error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    with writing(path, below=path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        yield temporary
-        temporary.chmod(0o755)
-        if path.exists():
-            shutil.rmtree(path)
-        temporary.replace(path)
+        with writing(path, below=temporary):
+            yield temporary
+            temporary.chmod(0o755)
+            if path.exists():
+                shutil.rmtree(path)
+            temporary.replace(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

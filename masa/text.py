@@ -41,8 +41,8 @@ def make_tokenizer(data: Mapping[str, Any], cache: Path, mirror: str | None, out
         )
     if tokenizer.eos_token_id is None:
         raise MasaError(f"The tokenizer {spec['source']!r} has no end-of-sequence token, which separates documents.")
-    out.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(out)
+    with sources.whole_files(out) as folder:
+        tokenizer.save_pretrained(folder)
     manifest = {
         "source": spec["source"],
         "vocab_size": len(tokenizer),
@@ -106,7 +106,6 @@ def tokenize(
     corpus = data["corpus"]
     tokenizer = load_tokenizer(tokenizer_dir)
     dtype = np.dtype("<u2") if len(tokenizer) <= 2**16 else np.dtype("<u4")
-    out.mkdir(parents=True, exist_ok=True)
     identity = {
         "corpus": dict(corpus),
         "tokenizer": sources.sha256_of(tokenizer_dir / "tokenizer.json"),

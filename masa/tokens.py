@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,12 @@ from masa.errors import MasaError
 
 MEND = "masa tokenize"
 """The command that makes a token directory anew."""
+
+
+def some(items: range, place: Callable[[int], str], unit: str, most: int = 8) -> str:
+    """Name the first few of a range of items, for messages: ``items 0 to 3: blocks 7, 2, 0, 5``."""
+    named = ", ".join(place(item) for item in items[:most])
+    return f"items {items.start} to {items.stop - 1}: {unit} {named}{', …' * (len(items) > most)}"
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -85,6 +91,17 @@ class PackedTokens:
         start = int(self.order[index]) * self.context
         block = torch.from_numpy(self._read(start, start + self.context).astype(np.int64))
         return {"input_ids": block, "labels": block}
+
+    def where(self, items: range) -> str:
+        """Which blocks, shards and positions a range of items are, for messages."""
+        return some(items, self._place, "blocks")
+
+    def _place(self, item: int) -> str:
+        block = int(self.order[item])
+        start = block * self.context
+        shard = int(np.searchsorted(self.starts, start, side="right")) - 1
+        first = start - int(self.starts[shard])
+        return f"{block} (train-{shard:05d}.bin, tokens {first} to {first + self.context - 1})"
 
     def _read(self, start: int, stop: int) -> np.ndarray:
         shard = int(np.searchsorted(self.starts, start, side="right")) - 1

@@ -10,13 +10,10 @@ writes.
 
 from __future__ import annotations
 
-import json
 import math
-import pickle
 import shutil
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -25,25 +22,16 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import (
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    get_cosine_with_min_lr_schedule_with_warmup,
-    set_seed,
-)
+from transformers import TrainerCallback, TrainingArguments, get_cosine_with_min_lr_schedule_with_warmup, set_seed
 
-from masa import checkpoint, launch, parallel, run
+from masa import checkpoint, faults, launch, memory, parallel, resuming, run
 from masa.errors import Interrupted, MasaError
-from masa.progress import Progress
 from masa.projections import SharedProjections, decoder
+from masa.run_log import RunLog
 from masa.sharing import ParameterCount, count_parameters
 from masa.sources import sha256_of
-
-COMPLETE = "complete.json"
-"""File that a checkpoint gets last: the sha256 of all others."""
+from masa.watch import Trainer, Watch
 
 
 @dataclass(frozen=True)
@@ -52,7 +40,8 @@ class Task:
 
     Attributes:
         build: the model, newly initialised from torch's global generator.
-        data: the items of all steps in their order; item i may depend on i and the seed alone.
+        data: the items of all steps in their order; item i may depend on i and the seed alone. ``where(items)``, if it
+            has that, says in words which data a range of items are.
         score: held-out numbers of a model; their names begin with "validation_" and one is ``validation_loss``.
         unit, units_per_step: what speed is counted in, "tokens" or "images".
         inputs: sha256 of what it was trained on.
@@ -83,49 +72,93 @@ def set_up(spec: Mapping[str, Any]) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def train(spec: Mapping[str, Any], task: Task, out: Path) -> dict[str, Any]:
+def train(spec: Mapping[str, Any], task: Task, out: Path, wait: bool = False) -> dict[str, Any]:
     """Train one model, or go on with a run that was interrupted.
 
     Args:
         spec: ``run``, ``seed`` and ``training``, everything resolved.
         task: model, data and scores.
         out: run directory.
+        wait: for another process that trains in the same directory; if that one finishes this very run, nothing is
+            left to do. Not where a run has several processes, which would lose each other meanwhile.
 
     Returns:
         The manifest.
 
     Raises:
-        MasaError: a loss that is not finite (the step is named), or another process that trains in the same directory.
+        MasaError: numbers that are not finite (step and batch are named), a disk that cannot be written, no memory, a
+            killed worker, or another process that trains in the same directory.
     """
-    recipe = spec["training"]
     processes = PartialState(cpu=not torch.cuda.is_available())
-    with run.exclusive(out) if processes.is_main_process else nullcontext():
+    alone = processes.num_processes == 1
+    with run.exclusive(out, wait and alone) if processes.is_main_process else nullcontext() as waited:
+        if waited and (manifest := resuming.finished(out, task.identity)):
+            print(f"{spec['run']}: the process that was waited for has finished this run", file=sys.stderr)
+            return manifest
         checkpoints = out / "checkpoints"
-        if processes.is_main_process:
-            _prepare(out, checkpoints, spec, task.identity)
-        processes.wait_for_everyone()
-        set_seed(spec["seed"])
-        model = task.build()
-        counts = count_parameters(model)
-        trainer, log = _trainer(spec, task, model, out, checkpoints)
-        resumed = last_whole_checkpoint(checkpoints)
-        with log.catching_signals():
-            try:
-                trainer.train(resume_from_checkpoint=resumed)
-            except Exception as error:
-                _explain(error, resumed)
-                raise
-        processes.wait_for_everyone()  # the first may still be writing its checkpoint
-        if log.signal is not None and trainer.state.global_step < recipe["steps"]:
-            raise Interrupted(
-                f"{spec['run']} was stopped by {signal.Signals(log.signal).name} at step {trainer.state.global_step} "
-                "and can be resumed with the same command."
-            )
-        trained = log.whole(model)
-        if processes.is_main_process:
-            _finish(spec, task, log, counts, trained, out)
+        stage: list[Any] = ["preparing the run directory"]
+        with _explained(spec, checkpoints, stage):
+            if processes.is_main_process:
+                resuming.prepare(out, checkpoints, spec, task.identity)
+            processes.wait_for_everyone()
+            stage.append("building the model")
+            _train(spec, task, out, checkpoints, stage)
         processes.wait_for_everyone()
     return run.read_json(out / "manifest.json")
+
+
+def _train(spec: Mapping[str, Any], task: Task, out: Path, checkpoints: Path, stage: list) -> None:
+    set_seed(spec["seed"])
+    model = task.build()
+    counts = count_parameters(model)
+    trainer, log = _trainer(spec, task, model, out, checkpoints)
+    stage.append(log)
+    last = resuming.newest(checkpoints)
+    with log.catching_signals():
+        try:
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
+        except Exception as error:
+            resuming.explain(error, last)
+            raise
+    PartialState().wait_for_everyone()  # the first may still be writing its checkpoint
+    if log.signal is not None and trainer.state.global_step < spec["training"]["steps"]:
+        raise Interrupted(
+            f"{spec['run']} was stopped by {signal.Signals(log.signal).name} at step {trainer.state.global_step} "
+            "and can be resumed with the same command."
+        )
+    log.stage = "storing the model"
+    whole = parallel.whole(spec, model, task.build)
+    if PartialState().is_main_process:
+        _finish(spec, task, log, counts, whole, out)
+
+
+@contextmanager
+def _explained(spec: Mapping[str, Any], checkpoints: Path, stage: list) -> Iterator[None]:
+    """Turn faults of the machine into messages, and drop a checkpoint that they left half-written.
+
+    Args:
+        stage: what is being done, or at its end the log, which knows.
+    """
+    try:
+        yield
+    except Exception as error:
+        fault = None if isinstance(error, MasaError) else faults.cannot_write(error, checkpoints, checkpoints)
+        fault = error if isinstance(error, faults.CannotWrite) else fault
+        if PartialState().is_main_process:
+            resuming.drop_unfinished(checkpoints)
+        then = resuming.then(checkpoints)
+        if fault is not None:
+            raise MasaError(f"{spec['run']}: {fault} to {then}.") from error
+        if memory.is_exhausted(error):
+            doing = getattr(stage[-1], "stage", stage[-1])
+            raise memory.exhausted(spec, doing, then) from error
+        if killed := faults.killed_worker(error):
+            raise MasaError(
+                f"{spec['run']}: a data loader's worker ({killed}) while {stage[-1].stage}; most likely the machine's "
+                "memory ran out. Lower training.workers or training.micro_batch_size, or run fewer jobs at once, and "
+                f"run the same command again to {then}."
+            ) from error
+        raise
 
 
 def _finish(
@@ -152,65 +185,6 @@ def _finish(
     }
     run.write_json(out / "manifest.json", result)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
-
-
-def _prepare(out: Path, checkpoints: Path, spec: Mapping[str, Any], identity: str) -> None:
-    """Drop what an earlier, different spec or data left in the run directory, and checkpoints that are not whole."""
-    (out / "manifest.json").unlink(missing_ok=True)
-    marker = checkpoints / "identity"
-    if not marker.is_file() or marker.read_text() != identity:
-        shutil.rmtree(checkpoints, ignore_errors=True)
-        (out / "metrics.jsonl").unlink(missing_ok=True)
-        checkpoints.mkdir(parents=True)
-        marker.write_text(identity)
-    for folder in checkpoints.glob("checkpoint-*"):
-        if damage := _damage(folder):
-            print(f"{spec['run']}: {damage}; the checkpoint is dropped", file=sys.stderr)
-            shutil.rmtree(folder)
-    run.write_json(out / "spec.json", spec)
-
-
-def _damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint: cut short by a kill, or a file that changed since it was written."""
-    if not (folder / COMPLETE).is_file():
-        return f"{folder} was not written to its end"
-    try:
-        sums = dict(run.read_json(folder / COMPLETE))
-    except (MasaError, TypeError, ValueError):
-        return f"{folder / COMPLETE} is corrupt"
-    for name, expected in sums.items():
-        if not (folder / name).is_file():
-            return f"{folder / name} is missing"
-        if sha256_of(folder / name) != expected:
-            return f"{folder / name} is corrupt (its sha256 is not the one that it was written with)"
-    return None
-
-
-def _explain(error: Exception, resumed: str | None) -> None:
-    """Name the file of a checkpoint that cannot be read. Files are only ever read as data, never as pickled code."""
-    from transformers.trainer import safe_globals
-
-    for file in sorted(Path(resumed or "").glob("*")) if resumed and not isinstance(error, MasaError) else ():
-        try:
-            if file.suffix in (".pt", ".pth") or file.name == "pytorch_model.bin":
-                with safe_globals():
-                    torch.load(file, map_location="cpu", weights_only=True)
-            elif file.suffix == ".safetensors":
-                with safe_open(file, framework="pt") as opened:
-                    opened.keys()
-            elif file.suffix == ".json":
-                json.loads(file.read_text(encoding="utf-8"))
-        except (pickle.UnpicklingError, SafetensorError, RuntimeError, ValueError, EOFError, OSError) as reason:
-            raise MasaError(
-                f"{file} is corrupt, or holds something other than numbers, which is never run "
-                f"({str(reason).partition(chr(10))[0]}). Delete {file.parent} and run the same command again."
-            ) from error
-
-
-def last_whole_checkpoint(checkpoints: Path) -> str | None:
-    """The newest checkpoint that was written to its end."""
-    whole = [folder for folder in checkpoints.glob("checkpoint-*") if (folder / COMPLETE).is_file()]
-    return str(max(whole, key=lambda folder: int(folder.name.rpartition("-")[2]))) if whole else None
 
 
 def uses_bfloat16(recipe: Mapping[str, Any]) -> bool:
@@ -280,7 +254,6 @@ def _trainer(
         seed=spec["seed"],
         train_sampling_strategy="sequential",
         save_strategy="no",
-        save_total_limit=2,
         logging_steps=max(1, steps // 100),
         logging_nan_inf_filter=False,
         disable_tqdm=True,
@@ -290,7 +263,14 @@ def _trainer(
         remove_unused_columns=False,
         **parallel.arguments(spec, model),
     )
-    log = RunLog(spec, task, model, out / "metrics.jsonl", "bfloat16" if bf16 else "float32")
+    size, where = recipe["batch_size"], getattr(task.data, "where", None)
+
+    def batch(step: int) -> str:
+        items = range((step - 1) * size, step * size)
+        return f"whose batch is {where(items) if where else f'items {items.start:,} to {items.stop - 1:,}'}"
+
+    watch = Watch(spec["run"], batch, next(model.parameters()).device if not cuda else torch.device("cuda"))
+    log = RunLog(spec, task, model, out / "metrics.jsonl", "bfloat16" if bf16 else "float32", watch)
     trainer = task.trainer(
         model=model,
         args=arguments,
@@ -298,6 +278,7 @@ def _trainer(
         train_dataset=task.data,
         callbacks=[*task.callbacks, log],
     )
+    trainer.watch = watch
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback).__name__ == "PrinterCallback":  # its raw dictionaries would drown the progress lines
             trainer.remove_callback(callback)
@@ -314,133 +295,3 @@ def _trainer(
         ),
     )
     return trainer, log
-
-
-class RunLog(TrainerCallback):
-    """Held-out scores, metrics file, progress line, checkpoints by the clock, and an orderly end on a signal."""
-
-    def __init__(self, spec: Mapping[str, Any], task: Task, model: nn.Module, path: Path, dtype: str) -> None:
-        self.spec, self.task, self.model, self.path, self.dtype = spec, task, model, path, dtype
-        recipe = spec["training"]
-        self.steps = recipe["steps"]
-        count = min(recipe["evaluations"], self.steps)
-        self.evaluate_at = {round(self.steps * (i + 1) / count) for i in range(count)}
-        self.signal: int | None = None
-        self.last: dict[str, Any] = {}
-        self.training_seconds = 0.0
-        self.progress = Progress(spec["run"], self.steps, "steps")
-
-    @contextmanager
-    def catching_signals(self) -> Iterator[None]:
-        """Turn the first stop signal into a flag that is looked at after the running step."""
-
-        def remember(number: int, _: Any) -> None:
-            self.signal = number
-
-        previous = {s: signal.signal(s, remember) for s in launch.STOP_SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
-    def whole(self, model: nn.Module) -> nn.Module:
-        """The model in one piece, in the first process; all must call this."""
-        return parallel.whole(self.spec, model, self.task.build)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.saved = self.resumed_at = time.monotonic()
-        self.first_step = state.global_step
-        if state.global_step and state.is_world_process_zero:
-            # drop what a killed process logged after its last checkpoint
-            kept = (
-                [r for r in run.read_jsonl(self.path) if r["step"] <= state.global_step] if self.path.is_file() else []
-            )
-            self.path.write_text("".join(json.dumps(r) + "\n" for r in kept))
-            self.last = next((r for r in reversed(kept) if "validation_loss" in r), {})
-            self.training_seconds = kept[-1]["training_seconds"] if kept else 0.0
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.step_started = time.monotonic()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        now = time.monotonic()
-        self.training_seconds += now - self.step_started
-        step = state.global_step
-        if step in self.evaluate_at:
-            model = self.whole(self.model)
-            if state.is_world_process_zero:
-                self.last = self._at(step) | self.task.score(model)
-                self._write(self.last | {"training_seconds": self.training_seconds})
-        due = now - self.saved > 60 * self.spec["training"]["checkpoint_minutes"] and step < self.steps
-        stop, due = self._any_process(self.signal or 0, int(due))
-        if stop:
-            self.signal = stop
-            control.should_save = control.should_training_stop = True
-        elif due:
-            control.should_save = True
-            self.saved = now
-
-    def _any_process(self, *numbers: int) -> list[int]:
-        """The largest of every number over all processes: they stop and save at the same step."""
-        if PartialState().num_processes == 1:
-            return list(numbers)
-        largest = torch.tensor(numbers, device=next(self.model.parameters()).device)
-        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
-        return largest.tolist()
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        if not logs or "loss" not in logs or not state.is_world_process_zero:
-            return
-        step, loss = state.global_step, logs["loss"]
-        if not math.isfinite(loss):
-            raise MasaError(
-                f"{self.spec['run']}: the loss is {loss} at step {step}. Lower training.learning_rate; the last "
-                "checkpoint before it, if there is one, is kept."
-            )
-        self._write(
-            self._at(step)
-            | {
-                "loss": loss,
-                "learning_rate": logs.get("learning_rate"),
-                "grad_norm": logs.get("grad_norm"),
-                "training_seconds": self.training_seconds,
-            }
-        )
-        done = (step - self.first_step) * self.task.units_per_step
-        speed = done / max(time.monotonic() - self.resumed_at, 1e-9)
-        self.progress.update(step, f"loss {loss:.3f}  {speed:,.0f} {self.task.unit}/s")
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        PartialState().wait_for_everyone()  # each process writes its own random state
-        if state.is_world_process_zero:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            files = sorted(path for path in folder.rglob("*") if path.is_file())
-            run.write_json(folder / COMPLETE, {str(path.relative_to(folder)): sha256_of(path) for path in files})
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if not state.is_world_process_zero:
-            return
-        scores = "  ".join(f"{name} {value:.4f}" for name, value in self._scores().items())
-        self.progress.close(state.global_step, f"held-out {scores.replace('validation_', '')}")
-
-    def _at(self, step: int) -> dict[str, Any]:
-        return {"step": step, self.task.unit: step * self.task.units_per_step}
-
-    def _scores(self) -> dict[str, float]:
-        return {name: value for name, value in self.last.items() if name.startswith("validation_")}
-
-    def _write(self, record: Mapping[str, Any]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-
-    def summary(self) -> dict[str, Any]:
-        """What the manifest says of the training; seconds are of the steps alone."""
-        done = self.steps * self.task.units_per_step
-        return {
-            "steps": self.steps,
-            self.task.unit: done,
-            **self._scores(),
-            "training_seconds": round(self.training_seconds, 3),
-            f"{self.task.unit}_per_second": round(done / max(self.training_seconds, 1e-9), 1),
-        }

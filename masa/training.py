@@ -15,13 +15,14 @@ from masa.perplexity import held_out_loss
 from masa.tokens import PackedTokens, read_manifest, validation_tokens
 
 
-def pretrain(spec: Mapping[str, Any], tokens: Path, out: Path) -> dict[str, Any]:
+def pretrain(spec: Mapping[str, Any], tokens: Path, out: Path, wait: bool = False) -> dict[str, Any]:
     """Train one language model, or go on with a run that was interrupted.
 
     Args:
         spec: from :func:`masa.experiments.run_spec`.
         tokens: token directory (:func:`masa.text.tokenize`).
         out: run directory.
+        wait: for another process that trains in the same directory.
 
     Returns:
         The manifest.
@@ -51,4 +52,4 @@ def pretrain(spec: Mapping[str, Any], tokens: Path, out: Path) -> dict[str, Any]
         inputs={"tokens": run.digest(manifest["train"]), "tokenizer": manifest["tokenizer"]},
         identity=run.digest([spec, manifest["train"], manifest["tokenizer"], fingerprint("masa.training")]),
     )
-    return trainer.train(spec, task, out)
+    return trainer.train(spec, task, out, wait)

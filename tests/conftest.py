@@ -1,14 +1,19 @@
 """Small real models and data for all tests."""
 
+import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
+import traceback
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import numpy as np
 import pytest
 import torch
 
@@ -93,6 +98,97 @@ def kill_again_and_again(work, folder, times, seed=0):
     return killed
 
 
+class Forked:
+    """``work`` in a process of its own, without the seconds that starting Python and torch take.
+
+    Args:
+        work: returns an exit status or None; an exception is status 1.
+        said: file for what it prints.
+    """
+
+    def __init__(self, work, said):
+        self.file, self.status = said, None
+        self.pid = os.fork()
+        if not self.pid:
+            status = 1
+            try:
+                with said.open("wb", buffering=0) as file:
+                    os.dup2(file.fileno(), 1)
+                    os.dup2(file.fileno(), 2)
+                # pytest's capture replaces both
+                sys.stdout, sys.stderr = (os.fdopen(os.dup(n), "w", buffering=1) for n in (1, 2))
+                status = work()
+                status = status if isinstance(status, int) else 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(status)
+
+    def poll(self):
+        """The exit status (negative: the signal that killed it), or None while it works."""
+        if self.status is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.status = os.waitstatus_to_exitcode(status) if pid else None
+        return self.status
+
+    def wait(self, seconds=120):
+        """The exit status at its end."""
+        until(lambda: self.poll() is not None, seconds)
+        return self.status
+
+    def send(self, number):
+        os.kill(self.pid, number)
+
+    @property
+    def said(self):
+        return self.file.read_text() if self.file.is_file() else ""
+
+
+def until(true, seconds=120, process=None):
+    """Wait until something is true, and fail if it is not in time, or if the process ends before."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert process is None or process.poll() is None, process.said
+        assert time.monotonic() < end, "not in time"
+        time.sleep(0.005)
+
+
+def whole_checkpoints(out):
+    """The steps of a run directory's checkpoints that were written to their end."""
+    return sorted(int(p.parent.name[11:]) for p in out.glob("checkpoints/checkpoint-*/complete.json"))
+
+
+def kill_after_checkpoints(work, out, count=2):
+    """Run ``work`` in a process and kill it with SIGKILL as soon as it has written ``count`` whole checkpoints."""
+    process = Forked(work, out.parent / "killed.txt")
+    until(lambda: len(whole_checkpoints(out)) >= count, process=process)
+    process.send(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+
+def stop_and_resume(pretrain, spec, option, data, folder, lines):
+    """Stop ``masa pretrain`` by SIGTERM after some lines of its log; see that it goes on to an unstopped run's bits."""
+    from masa import run
+
+    whole = pretrain(spec, data, folder / "whole")
+    out = folder / "cut"
+    command = [sys.executable, "-m", "masa.cli", "pretrain", "--spec", json.dumps(spec)]
+    command += [f"--{option}", str(data), "--out", str(out)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    log = out / "metrics.jsonl"
+    while not (log.is_file() and log.read_text().count("\n") > lines):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 75, said
+    assert "stopped by SIGTERM at step" in said
+    assert not (out / "manifest.json").exists()
+    assert pretrain(spec, data, out)["sha256"] == whole["sha256"]
+    steps = [r["step"] for r in run.read_jsonl(log) if "loss" in r]
+    assert steps == sorted(set(steps)), "no step is logged twice"
+
+
 @pytest.fixture
 def ids():
     """Token ids (2, 16) of a vocabulary of 64."""
@@ -128,4 +224,31 @@ def digits(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("images") / "digits"
     images.prepare({"name": "digits"}, folder.parent / "cache", None, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokens(tmp_path_factory):
+    """A token directory with a little structure to learn: vocabulary 64, 20,000 training tokens."""
+    from masa import run, text
+
+    folder = tmp_path_factory.mktemp("tokens")
+    generator = np.random.default_rng(0)
+
+    def stream(n):
+        ids = np.cumsum(generator.integers(1, 3, n)) % 64
+        return ids.astype("<u2")
+
+    train = text._write_shard(folder / "train-00000.bin", stream(20_000))
+    held_out = text._write_shard(folder / "validation.bin", stream(600))
+    run.write_json(
+        folder / "manifest.json",
+        {
+            "dtype": "<u2",
+            "vocab_size": 64,
+            "tokenizer": "none",
+            "train": {"tokens": 20_000, "shards": [train]},
+            "validation": held_out | {"documents": 2, "words": 300, "bytes": 1500, "document_ends": [300, 600]},
+        },
+    )
     return folder

@@ -1,15 +1,13 @@
 """Detectors trained for real on drawn shapes: shared, folded, resumed to the same bits, and scored by hand."""
 
 import json
-import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import stop_and_resume
 from PIL import Image
 
 import masa
@@ -314,27 +312,7 @@ def test_epochs_are_steps(drawn, tmp_path):
 def test_a_run_stopped_by_a_signal_goes_on_to_the_same_bits(drawn, tmp_path):
     """With dropout and mirroring, which draw; and in a process that is killed for real."""
     spec = spec_of(steps=60, model={"hidden_dropout_prob": 0.1}, micro_batch_size=4)
-    whole = detection_training.pretrain(spec, drawn, tmp_path / "whole")
-    code = (
-        "import json, sys; from pathlib import Path\n"
-        "from masa import trainer; from masa.vision import detection_training\n"
-        "try: detection_training.pretrain(json.loads(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))\n"
-        "except trainer.Interrupted as error: sys.exit(str(error))"
-    )
-    command = [sys.executable, "-c", code, json.dumps(spec), str(drawn), str(tmp_path / "cut")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    log = tmp_path / "cut" / "metrics.jsonl"
-    while not (log.is_file() and log.read_text().count("\n") > 10):
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 1, said
-    assert "stopped by SIGTERM at step" in said
-    again = detection_training.pretrain(spec, drawn, tmp_path / "cut")
-    assert again["sha256"] == whole["sha256"]
-    steps = [r["step"] for r in run.read_jsonl(log) if "loss" in r]
-    assert steps == sorted(set(steps)), "no step is logged twice"
+    stop_and_resume(detection_training.pretrain, spec, "boxes", drawn, tmp_path, lines=10)
 
 
 @pytest.mark.parametrize(

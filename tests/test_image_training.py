@@ -1,15 +1,9 @@
 """Vision Transformers trained for real on digits: the same images, the same bits again, and what can go wrong."""
 
-import json
-import signal
-import subprocess
-import sys
-import time
-
 import pytest
 import timm
 import torch
-from conftest import ROOT, kill_again_and_again
+from conftest import kill_again_and_again, stop_and_resume
 from test_vision import SIZES
 
 import masa
@@ -143,22 +137,7 @@ def test_the_average_is_what_is_scored_and_stored(digits, tmp_path):
 def test_a_run_stopped_by_a_signal_goes_on_to_the_same_bits(digits, tmp_path):
     """With dropout of whole blocks, augmentation, mixup and an average: everything that draws or remembers."""
     spec = spec_of(steps=60, model={"drop_path_rate": 0.2, "drop_rate": 0.1}, **EVERYTHING)
-    whole = image_training.pretrain(spec, digits, tmp_path / "whole")
-    command = [sys.executable, "-m", "masa.cli", "pretrain", "--spec", json.dumps(spec)]
-    command += ["--images", str(digits), "--out", str(tmp_path / "cut")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    log = tmp_path / "cut" / "metrics.jsonl"
-    while not (log.is_file() and log.read_text().count("\n") > 15):
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 75, said
-    assert "stopped by SIGTERM at step" in said
-    again = image_training.pretrain(spec, digits, tmp_path / "cut")
-    assert again["sha256"] == whole["sha256"]
-    steps = [r["step"] for r in run.read_jsonl(log) if "loss" in r]
-    assert steps == sorted(set(steps)), "no step is logged twice"
+    stop_and_resume(image_training.pretrain, spec, "images", digits, tmp_path, lines=15)
 
 
 def test_twenty_kills_at_random_moments_change_no_bit(digits, tmp_path):

@@ -10,37 +10,12 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, kill_again_and_again, language_model
+from conftest import ROOT, kill_after_checkpoints, kill_again_and_again, language_model, stop_and_resume
 
 import masa
-from masa import config, run, text, trainer, training
+from masa import config, run, trainer, training
 from masa import tokens as token_files
 from masa.perplexity import held_out_loss
-
-
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory):
-    """A token directory with a little structure to learn: vocabulary 64, 20,000 training tokens."""
-    folder = tmp_path_factory.mktemp("tokens")
-    generator = np.random.default_rng(0)
-
-    def stream(n):
-        ids = np.cumsum(generator.integers(1, 3, n)) % 64
-        return ids.astype("<u2")
-
-    train = text._write_shard(folder / "train-00000.bin", stream(20_000))
-    held_out = text._write_shard(folder / "validation.bin", stream(600))
-    run.write_json(
-        folder / "manifest.json",
-        {
-            "dtype": "<u2",
-            "vocab_size": 64,
-            "tokenizer": "none",
-            "train": {"tokens": 20_000, "shards": [train]},
-            "validation": held_out | {"documents": 2, "words": 300, "bytes": 1500, "document_ends": [300, 600]},
-        },
-    )
-    return folder
 
 
 def spec_of(method="masa", seed=0, **recipe):
@@ -200,33 +175,14 @@ def start(spec, tokens, out):
 @pytest.mark.parametrize("method", ["masa", {"method": "masa", "coefficients": "mlp"}])
 def test_a_run_stopped_by_a_signal_goes_on_to_the_same_bits(method, tokens, tmp_path):
     spec = spec_of(method, steps=120)
-    whole = training.pretrain(spec, tokens, tmp_path / "whole")
-    process = subprocess.Popen(command(spec, tokens, tmp_path / "cut"), stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    log = tmp_path / "cut" / "metrics.jsonl"
-    while not (log.is_file() and log.read_text().count("\n") > 20):
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 75, said
-    assert "stopped by SIGTERM at step" in said
-    assert not (tmp_path / "cut" / "manifest.json").exists()
-    again = training.pretrain(spec, tokens, tmp_path / "cut")
-    assert again["sha256"] == whole["sha256"]
-    steps = [r["step"] for r in run.read_jsonl(log) if "loss" in r]
-    assert steps == sorted(set(steps)), "no step is logged twice"
+    stop_and_resume(training.pretrain, spec, "tokens", tokens, tmp_path, lines=20)
 
 
 def test_a_checkpoint_cut_short_by_a_kill_is_passed_over(tokens, tmp_path):
     spec = spec_of(steps=120, checkpoint_minutes=1e-4)
     whole = training.pretrain(spec, tokens, tmp_path / "whole")
-    process = subprocess.Popen(command(spec, tokens, tmp_path / "cut"), stderr=subprocess.DEVNULL, cwd=ROOT)
+    kill_after_checkpoints(lambda: training.pretrain(spec, tokens, tmp_path / "cut"), tmp_path / "cut")
     checkpoints = tmp_path / "cut" / "checkpoints"
-    while len(list(checkpoints.glob("checkpoint-*/complete.json"))) < 2:
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
     newest = max(checkpoints.glob("checkpoint-*"), key=lambda p: int(p.name[11:]))
     (newest / "complete.json").unlink(missing_ok=True)  # as if killed while writing it
     (newest / "model.safetensors").write_bytes(b"half")
@@ -238,13 +194,8 @@ def test_a_checkpoint_cut_short_by_a_kill_is_passed_over(tokens, tmp_path):
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(harm, tokens, tmp_path, capfd):
     spec = spec_of(steps=60, checkpoint_minutes=1e-4)
     whole = training.pretrain(spec, tokens, tmp_path / "whole")
-    process = subprocess.Popen(command(spec, tokens, tmp_path / "cut"), stderr=subprocess.DEVNULL, cwd=ROOT)
+    kill_after_checkpoints(lambda: training.pretrain(spec, tokens, tmp_path / "cut"), tmp_path / "cut")
     checkpoints = tmp_path / "cut" / "checkpoints"
-    while len(list(checkpoints.glob("checkpoint-*/complete.json"))) < 2:
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
     newest = max(checkpoints.glob("checkpoint-*/complete.json"), key=lambda p: int(p.parent.name[11:])).parent
     file = newest / "optimizer.pt"
     data = bytearray(file.read_bytes())

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
 
 from masa import run, trainer
 from masa.fingerprint import fingerprint
@@ -16,15 +15,17 @@ from masa.vision import detector, yolos
 from masa.vision.boxed_images import BoxSplit, TrainingBoxes, check_fits, collate, read_manifest
 from masa.vision.detections import detect
 from masa.vision.pixels import data_digest, with_steps
+from masa.watch import Trainer
 
 
-def pretrain(spec: Mapping[str, Any], boxes: Path, out: Path) -> dict[str, Any]:
+def pretrain(spec: Mapping[str, Any], boxes: Path, out: Path, wait: bool = False) -> dict[str, Any]:
     """Train one detector from scratch, or go on with a run that was interrupted.
 
     Args:
         spec: see :func:`masa.vision.yolos.resolve_run`.
         boxes: box directory (:func:`masa.vision.boxes.prepare`).
         out: run directory.
+        wait: for another process that trains in the same directory.
 
     Returns:
         The manifest.
@@ -62,7 +63,7 @@ def pretrain(spec: Mapping[str, Any], boxes: Path, out: Path) -> dict[str, Any]:
         collate=collate,
         packages=detector.PACKAGES,
     )
-    return trainer.train(spec, task, out)
+    return trainer.train(spec, task, out, wait)
 
 
 class DetectionTrainer(Trainer):

@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from masa import run, trainer
 from masa.fingerprint import fingerprint
@@ -24,15 +24,17 @@ from masa.vision.pixels import (
     read_manifest,
     with_steps,
 )
+from masa.watch import Trainer
 
 
-def pretrain(spec: Mapping[str, Any], images: Path, out: Path) -> dict[str, Any]:
+def pretrain(spec: Mapping[str, Any], images: Path, out: Path, wait: bool = False) -> dict[str, Any]:
     """Train one Vision Transformer, or go on with a run that was interrupted.
 
     Args:
         spec: see :func:`masa.vision.vit.resolve_run`.
         images: image directory (:func:`masa.vision.images.prepare`).
         out: run directory.
+        wait: for another process that trains in the same directory.
 
     Returns:
         The manifest.
@@ -74,7 +76,7 @@ def pretrain(spec: Mapping[str, Any], images: Path, out: Path) -> dict[str, Any]
         callbacks=[average] if average is not None else [],
         final=final,
     )
-    return trainer.train(spec, task, out)
+    return trainer.train(spec, task, out, wait)
 
 
 class ImageTrainer(Trainer):

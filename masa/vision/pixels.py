@@ -17,6 +17,7 @@ from torch import Tensor
 from masa.errors import MasaError, unknown
 from masa.run import digest, read_json
 from masa.sources import verify
+from masa.tokens import some
 
 SPLITS = ("train", "validation", "test")
 LABELS = np.dtype("<i8")
@@ -195,6 +196,10 @@ class TrainingImages(torch.utils.data.Dataset):
             with drawn_from(self.seed, item):
                 x = self.transform(Image.fromarray(np.array(image if image.shape[2] == 3 else image[:, :, 0])))
         return {"item": item, "pixel_values": x, "labels": int(self.split.labels[index])}
+
+    def where(self, items: range) -> str:
+        """Which training images a range of items are (numbers in train.bin, from 0), for messages."""
+        return some(items, lambda item: str(self.index(item)), "training images", most=32)
 
     def index(self, item: int) -> int:
         """Which training image item i is."""

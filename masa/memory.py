@@ -1,0 +1,68 @@
+"""Running out of memory, as a message: where, how much was used, and what to lower."""
+
+from __future__ import annotations
+
+import errno
+import resource
+import sys
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
+from masa.errors import MasaError
+
+WORDS = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "Cannot allocate memory")
+
+
+def is_exhausted(error: BaseException) -> bool:
+    """Whether an exception says that there is no memory left, on the CPU or on a GPU."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    if any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
+        return True
+    return isinstance(error, RuntimeError | OSError) and any(words in str(error) for words in WORDS)
+
+
+def estimated_need(spec: Mapping[str, Any]) -> str | None:
+    """What the training of a run is expected to need on this device, e.g. "3.1 GiB"; None of a spec without sizes."""
+    # not an import statement: what a run costs does not decide its bits, so no change there may retrain anything
+    jobs, sizes, transformer = (import_module(f"masa.cost.{name}") for name in ("jobs", "sizes", "transformer"))
+    recipe = spec["training"]
+    torch = sys.modules.get("torch")
+    gpu = torch is not None and torch.cuda.is_available()
+    dtype = "bfloat16" if recipe["dtype"] == "bfloat16" or (recipe["dtype"] == "auto" and gpu) else "float32"
+    try:
+        need = transformer.training_bytes(sizes.of_run(spec), recipe["micro_batch_size"], dtype)
+    except (KeyError, TypeError):
+        return None
+    return f"{(need + (jobs.CONTEXT if gpu else jobs.PROCESS['training'])) / 2**30:.1f} GiB (`masa plan`)"
+
+
+def peak() -> str:
+    """This process's largest memory so far, and the GPU's where one was used."""
+    used = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB"
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        used += f", {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB on the GPU"
+    return used
+
+
+def exhausted(spec: Mapping[str, Any], stage: str, then: str) -> MasaError:
+    """The message of a run that ran out of memory.
+
+    Args:
+        spec: of the run.
+        stage: what it was doing.
+        then: what running the same command again will do.
+    """
+    recipe, need = spec["training"], estimated_need(spec)
+    expected = f"; it is estimated to need {need}" if need else ""
+    size = recipe["micro_batch_size"]
+    lower = (
+        f"Lower training.micro_batch_size (now {size}; the batch and its result stay what they are)" if size > 1 else ""
+    )
+    lower = lower or "training.micro_batch_size is 1 already, so lower the size of the model or of its inputs"
+    return MasaError(
+        f"{spec['run']} ran out of memory while {stage}. Its peak was {peak()}{expected}. {lower}, run fewer jobs at "
+        f"once, or give it more memory. The same command will {then}."
+    )
