@@ -31,8 +31,8 @@ class Task:
 
 
 TASKS = {
-    # examples: lm-eval's own test splits. Tokens: means with SmolLM2's tokenizer over every hundredth example (hellaswag,
-    # whose first ones are half as long), three a subject (mmlu) or the first hundred; race and wikitext by their cards
+    # examples: lm-eval's own test splits. Tokens: means with SmolLM2's tokenizer, over every hundredth example of
+    # hellaswag (its first ones are half as long), three a subject of mmlu, or the first hundred; race, wikitext: rough
     "piqa": Task(1838, 2, 37, 140),
     "hellaswag": Task(10042, 4, 77, 140),
     "lambada_openai": Task(5153, 1, 79, 120),

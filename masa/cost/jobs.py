@@ -20,9 +20,11 @@ from masa.cost.transformer import Work, forward, inference_bytes
 DEFAULTS = {"device": "cpu", "margin": 2.0, "max_hours": 24}
 """The section ``plan`` of a configuration."""
 
-PROCESS = {"training": 0.85 * GIB, "evaluation": 1.0 * GIB, "compression": 0.85 * GIB, "data": 0.5 * GIB}
-"""What a process holds before it has a model: interpreter and imported libraries: 840 MiB for a
-training, 860 with lm-eval, on Linux."""
+PROCESS = {"training": 0.85 * GIB, "vision": 0.95 * GIB, "evaluation": 0.9 * GIB, "compression": 0.85 * GIB}
+"""What a process holds before it has a model: interpreter and imported libraries, from logs of a workflow on Linux."""
+
+LIGHT = {"tokenize": 0.6 * GIB, "images": 0.5 * GIB, "boxes": 0.5 * GIB, "count_parameters": 0.8 * GIB}
+"""The same of jobs without a model; 0.25 GiB of those that are not here, which import no torch."""
 
 CONTEXT = 1.0 * GIB
 """A CUDA context with its libraries' workspaces, on the GPU; and GPU_HOST beside it in the host's memory."""
@@ -153,7 +155,7 @@ class Plan:
         if rule == "time_methods":
             return self._throughput(name)
         seconds, disk = preparation.cost(self, rule, name)
-        memory = PROCESS["data"] + (min(disk, 2 * GIB) if rule in ("images", "boxes", "pretrained") else 0)
+        memory = LIGHT.get(rule, 0.25 * GIB) + (min(disk, 2 * GIB) if rule in ("images", "boxes", "pretrained") else 0)
         return Job(rule, name, seconds, memory, memory, disk, disk)
 
     def _make(self, rule: str, name: str, seconds: float, model: float, process: str, cores: int, **more: Any) -> Job:
@@ -173,7 +175,7 @@ class Plan:
             run,
             found.seconds,
             found.memory,
-            "training",
+            "vision" if sizes.patch else "training",
             recipe["threads"] * found.world,
             devices=found.world,
             disk_bytes=found.model + 2 * found.checkpoint,
