@@ -31,9 +31,6 @@ CONTEXT = 1.0 * GIB
 
 GPU_HOST = 4.0 * GIB
 
-EVALUATE_VISION = 1.05
-"""Start-up of an evaluation of images, in start-ups of a training."""
-
 Name = tuple[str, str]
 
 
@@ -192,7 +189,7 @@ class Plan:
         tasks = available(settings["tasks"], settings["sources"], self.mirrored)
         asked, work, longest = harness(sizes, tasks, settings, self.device, "float32", threads)
         corpus = held_out_work(sizes, self.config["data"]["corpus"]["validation_tokens"])
-        seconds = self.device.startup_seconds + asked + corpus.seconds(self.device, "float32", threads)
+        seconds = 1.2 * self.device.startup_seconds + asked + corpus.seconds(self.device, "float32", threads)
         seconds += describe_flops(sizes) / self.device.lapack_flops
         batch = max((settings["batch_size"], longest), (16, sizes.tokens), key=lambda b: b[0] * b[1])
         memory = inference_bytes(sizes, *batch, "float32")
@@ -206,7 +203,7 @@ class Plan:
         images, threads = min(test, settings["limit"] or test), spec["training"]["threads"]
         one, batches = forward(sizes, 1), images / settings["batch_size"]
         work = Work(one.flops * images, one.elements * images, one.scores * images, one.launches * max(1.0, batches))
-        seconds = EVALUATE_VISION * self.device.startup_seconds + work.seconds(self.device, "float32", threads)
+        seconds = 1.3 * self.device.startup_seconds + work.seconds(self.device, "float32", threads)
         seconds += describe_flops(sizes) / self.device.lapack_flops
         memory = inference_bytes(sizes, settings["batch_size"], sizes.tokens, "float32")
         return self._make(
