@@ -26,10 +26,8 @@ PROCESS = {"training": 0.85 * GIB, "vision": 0.95 * GIB, "evaluation": 0.9 * GIB
 LIGHT = {"tokenize": 0.6 * GIB, "images": 0.5 * GIB, "boxes": 0.5 * GIB, "count_parameters": 0.8 * GIB}
 """The same of jobs without a model; 0.25 GiB of those that are not here, which import no torch."""
 
-CONTEXT = 1.0 * GIB
-"""A CUDA context with its libraries' workspaces, on the GPU; and GPU_HOST beside it in the host's memory."""
-
-GPU_HOST = 4.0 * GIB
+CONTEXT, GPU_HOST = 1.0 * GIB, 4.0 * GIB
+"""A CUDA context with its libraries' workspaces, on the GPU; and what stands beside it in the host's memory."""
 
 Name = tuple[str, str]
 

@@ -23,8 +23,8 @@ ITEM_SECONDS = 2.5e-4
 """Seconds of one core to fetch one image, whatever its size: a run of digits spent 6 s beside its steps on 24,128."""
 
 BESIDE = {"tokens": 1.4, "images": 1.6}
-"""What a training takes beside its steps, in start-ups: that itself, the Trainer, held-out data, saving and hashing; timm
-and torchvision for images."""
+"""What a training takes beside its steps, in start-ups: that itself, the Trainer, held-out data, saving and hashing,
+and for images timm and torchvision."""
 
 MATCHING_SECONDS = 2.5e-4
 """Seconds of one core to match one image's boxes with a detector's predictions (Hungarian method in SciPy); rough."""
