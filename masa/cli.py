@@ -682,7 +682,9 @@ def _plan(given: argparse.Namespace) -> None:
     if not on.gpu and not given.typical:
         from masa.cost import measure
 
-        print("measuring this machine …", file=sys.stderr)
+        busy = os.getloadavg()[0]
+        warning = f" (busy with a load of {busy:.1f}: jobs take longer while it is)" if busy > 0.5 * cores else ""
+        print(f"measuring this machine{warning} …", file=sys.stderr)
         on = measure.calibrate(processes=cores)
     plan = Plan(c, on, mirrored=bool(config.mirror(c)))
     if given.measured:

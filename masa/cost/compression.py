@@ -91,7 +91,7 @@ def calibrate(
     gram = grams(sizes, letters, N * T)
     gradient = gradient_work(sizes, letters, entry["gradient_samples"], T) if entry["gradient_samples"] else Work()
     seconds = work.seconds(device, stored, threads) + gram.seconds(device, "float32", threads)
-    seconds += gradient.seconds(device, stored, threads) + 1.3 * device.startup_seconds
+    seconds += gradient.seconds(device, stored, threads) + 1.5 * device.startup_seconds
     written = sizes.layers * 8.0 * (2 * sizes.width**2 + (sizes.ffn**2 if "d" in letters else 0))
     if gradient.flops:
         written += sizes.layers * 8.0 * (2 * sizes.width**2 + 2 * sizes.kv_width**2)
@@ -133,7 +133,7 @@ def compress(
     lapack = decompositions(sizes, spec["projections"])
     once = PREPARE.get(method.removesuffix("-update"), 1.0)
     work_flops, peak = 0.0, 0.0
-    seconds = 1.2 * device.startup_seconds + lapack * once / device.lapack_flops
+    seconds = 1.4 * device.startup_seconds + lapack * once / device.lapack_flops
     if calibration and calibration["gradient_samples"] and once:
         seconds += 2 * sizes.layers * 16.0 * sizes.width**2 / READ  # statistics are read
     perplexity = forward(sizes, text_tokens / settings["window"], settings["window"])

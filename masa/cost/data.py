@@ -8,7 +8,7 @@ from typing import Any
 NETWORK = 3e7
 """Bytes a second of downloads."""
 
-REFERENCE_STARTUP = 7.0
+REFERENCE_STARTUP = 5.5
 """Start-up in seconds of the machine that the rates below were taken on; others are scaled by theirs."""
 
 WHEEL = 8.6e7

@@ -94,7 +94,7 @@ DEVICES = {
         _gpu("t4", 8.1, None, 320, 16),
         # one core of a laptop with AVX-512 or two AVX2 units: 3 GHz x 32 FLOP = 96 GFLOP/s at most; `masa plan`
         # replaces all of this by what it measures
-        Device("cpu", {"float32": 6e10, "bfloat16": 6e10}, 0.8e-9, 2e-6, 8 * GIB, 7.0, 8e9, gpu=False),
+        Device("cpu", {"float32": 6e10, "bfloat16": 6e10}, 0.8e-9, 2e-6, 8 * GIB, 5.5, 1.5e10, gpu=False),
     )
 }
 

@@ -20,16 +20,14 @@ from masa.cost.transformer import Work, forward, inference_bytes
 DEFAULTS = {"device": "cpu", "margin": 2.0, "max_hours": 24}
 """The section ``plan`` of a configuration."""
 
-PROCESS = {"training": 0.85 * GIB, "evaluation": 1.0 * GIB, "compression": 0.85 * GIB, "data": 0.5 * GIB}
-"""What a process holds before it has a model: interpreter and imported libraries, measured on Linux."""
+PROCESS = {"training": 0.85 * GIB, "vision": 0.95 * GIB, "evaluation": 0.9 * GIB, "compression": 0.85 * GIB}
+"""What a process holds before it has a model: interpreter and imported libraries, from logs of a workflow on Linux."""
 
-CONTEXT = 1.0 * GIB
-"""A CUDA context with its libraries' workspaces, on the GPU; and GPU_HOST beside it in the host's memory."""
+LIGHT = {"tokenize": 0.6 * GIB, "images": 0.5 * GIB, "boxes": 0.5 * GIB, "count_parameters": 0.8 * GIB}
+"""The same of jobs without a model; 0.25 GiB of those that are not here, which import no torch."""
 
-GPU_HOST = 4.0 * GIB
-
-EVALUATE_VISION = 1.05
-"""Start-up of an evaluation of images, in start-ups of a training."""
+CONTEXT, GPU_HOST = 1.0 * GIB, 4.0 * GIB
+"""A CUDA context with its libraries' workspaces, on the GPU; and what stands beside it in the host's memory."""
 
 Name = tuple[str, str]
 
@@ -152,7 +150,7 @@ class Plan:
         if rule == "time_methods":
             return self._throughput(name)
         seconds, disk = preparation.cost(self, rule, name)
-        memory = PROCESS["data"] + (min(disk, 2 * GIB) if rule in ("images", "boxes", "pretrained") else 0)
+        memory = LIGHT.get(rule, 0.25 * GIB) + (min(disk, 2 * GIB) if rule in ("images", "boxes", "pretrained") else 0)
         return Job(rule, name, seconds, memory, memory, disk, disk)
 
     def _make(self, rule: str, name: str, seconds: float, model: float, process: str, cores: int, **more: Any) -> Job:
@@ -172,7 +170,7 @@ class Plan:
             run,
             found.seconds,
             found.memory,
-            "training",
+            "vision" if sizes.patch else "training",
             recipe["threads"] * found.world,
             devices=found.world,
             disk_bytes=found.model + 2 * found.checkpoint,
@@ -189,7 +187,7 @@ class Plan:
         tasks = available(settings["tasks"], settings["sources"], self.mirrored)
         asked, work, longest = harness(sizes, tasks, settings, self.device, "float32", threads)
         corpus = held_out_work(sizes, self.config["data"]["corpus"]["validation_tokens"])
-        seconds = self.device.startup_seconds + asked + corpus.seconds(self.device, "float32", threads)
+        seconds = 1.2 * self.device.startup_seconds + asked + corpus.seconds(self.device, "float32", threads)
         seconds += describe_flops(sizes) / self.device.lapack_flops
         batch = max((settings["batch_size"], longest), (16, sizes.tokens), key=lambda b: b[0] * b[1])
         memory = inference_bytes(sizes, *batch, "float32")
@@ -203,7 +201,7 @@ class Plan:
         images, threads = min(test, settings["limit"] or test), spec["training"]["threads"]
         one, batches = forward(sizes, 1), images / settings["batch_size"]
         work = Work(one.flops * images, one.elements * images, one.scores * images, one.launches * max(1.0, batches))
-        seconds = EVALUATE_VISION * self.device.startup_seconds + work.seconds(self.device, "float32", threads)
+        seconds = 1.3 * self.device.startup_seconds + work.seconds(self.device, "float32", threads)
         seconds += describe_flops(sizes) / self.device.lapack_flops
         memory = inference_bytes(sizes, settings["batch_size"], sizes.tokens, "float32")
         return self._make(

@@ -15,12 +15,19 @@ PARALLEL = 0.9
 """Efficiency of several processes on one node (DDP overlaps the sum of gradients with backward), and, squared, of
 several nodes."""
 
-IMAGE_SECONDS = 4e-6
+IMAGE_SECONDS = 4e-7
 """Seconds of one core to read, crop and flip one pixel of an image with a mild augmentation; three times that with an
-automatic one. Measured on 32 x 32 pictures."""
+automatic one. A rough figure, for pictures of 32 x 32 and 64 x 64."""
+
+ITEM_SECONDS = 2.5e-4
+"""Seconds of one core to fetch one image, whatever its size: a run of digits spent 6 s beside its steps on 24,128."""
+
+BESIDE = {"tokens": 1.4, "images": 1.6}
+"""What a training takes beside its steps, in start-ups: that itself, the Trainer, held-out data, saving and hashing,
+and for images timm and torchvision."""
 
 MATCHING_SECONDS = 2.5e-4
-"""Seconds of one core to match one image's boxes with a detector's predictions (Hungarian method in SciPy)."""
+"""Seconds of one core to match one image's boxes with a detector's predictions (Hungarian method in SciPy); rough."""
 
 
 @dataclass(frozen=True)
@@ -77,11 +84,12 @@ def train(spec: Mapping[str, Any], sizes: Sizes, device: Device, images: int | N
     efficiency = 1.0 if world == 1 else PARALLEL if (recipe.get("nodes") or 1) == 1 else PARALLEL**2
     seconds = steps * step.seconds(device, dtype, threads) / efficiency
     seconds += scoring.seconds(device, "float32" if not device.gpu else dtype, threads)
-    seconds += steps * batch / world * _reading(spec, device) + device.startup_seconds
+    seconds += steps * batch / world * _reading(spec, device)
+    unit = "images" if sizes.patch else "tokens"
+    seconds += BESIDE[unit] * device.startup_seconds
     saves = seconds / 60 / recipe["checkpoint_minutes"]
     checkpoint = 12.0 * sizes.parameters
     seconds += math.floor(saves) * checkpoint / 3e8  # written and hashed
-    unit = "images" if sizes.patch else "tokens"
     return Training(
         steps=steps,
         amount=steps * batch * (1 if sizes.patch else sizes.tokens),
@@ -102,9 +110,9 @@ def _reading(spec: Mapping[str, Any], device: Device) -> float:
         return 0.0
     pixels = model["image_size"] ** 2
     augmentation = recipe.get("augmentation")
-    seconds = 2e-5
+    seconds = ITEM_SECONDS
     if augmentation:
-        seconds += IMAGE_SECONDS / 10 * pixels * (3 if augmentation.get("auto_augment") else 1)
+        seconds += IMAGE_SECONDS * pixels * (3 if augmentation.get("auto_augment") else 1)
     if model["family"] == "yolos":
         seconds += 1e-8 * pixels * 3
     workers = recipe.get("workers") or 0
