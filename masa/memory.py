@@ -26,14 +26,14 @@ def is_exhausted(error: BaseException) -> bool:
 def estimated_need(spec: Mapping[str, Any]) -> str | None:
     """What the training of a run is expected to need on this device, e.g. "3.1 GiB"; None of a spec without sizes."""
     # not an import statement: what a run costs does not decide its bits, so no change there may retrain anything
-    jobs, sizes, transformer = (import_module(f"masa.cost.{name}") for name in ("jobs", "sizes", "transformer"))
     recipe = spec["training"]
     torch = sys.modules.get("torch")
     gpu = torch is not None and torch.cuda.is_available()
     dtype = "bfloat16" if recipe["dtype"] == "bfloat16" or (recipe["dtype"] == "auto" and gpu) else "float32"
-    try:
+    try:  # with no memory left, even this may fail
+        jobs, sizes, transformer = (import_module(f"masa.cost.{name}") for name in ("jobs", "sizes", "transformer"))
         need = transformer.training_bytes(sizes.of_run(spec), recipe["micro_batch_size"], dtype)
-    except (KeyError, TypeError):
+    except (MasaError, LookupError, TypeError, ValueError, MemoryError, OSError, ImportError):
         return None
     return f"{(need + (jobs.CONTEXT if gpu else jobs.PROCESS['training'])) / 2**30:.1f} GiB (`masa plan`)"
 

@@ -142,6 +142,7 @@ def _explained(spec: Mapping[str, Any], checkpoints: Path, stage: list) -> Itera
     try:
         yield
     except Exception as error:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or a data loader's dead worker raises again, in here
         fault = None if isinstance(error, MasaError) else faults.cannot_write(error, checkpoints, checkpoints)
         fault = error if isinstance(error, faults.CannotWrite) else fault
         if PartialState().is_main_process:

@@ -161,8 +161,10 @@ def test_several_devices_share_a_run():
     c = merged("paper.yaml")
     plan = Plan(c)
     alone = plan.training("S/vanilla/seed0")
+    one = Plan(c)
+    one.spec("L/vanilla/seed0")["training"] |= {"nodes": 1, "processes_per_node": 1}
     plan.spec("L/vanilla/seed0")["training"] |= {"nodes": 2, "processes_per_node": 4, "micro_batch_size": 16}
-    other = Plan(c).training("L/vanilla/seed0")
+    other = one.training("L/vanilla/seed0")
     shared = plan.training("L/vanilla/seed0")
     assert (alone.world, shared.world) == (1, 8)
     assert other.seconds / 8 < shared.seconds < other.seconds / 5
@@ -181,7 +183,7 @@ def test_resources_have_margins_and_caps():
     assert second["runtime"] == first["runtime"] == limits.LEAST_MINUTES
     assert resources(c, "table", "table1")["runtime"] == limits.LEAST_MINUTES
     paper = merged("paper.yaml")
-    assert resources(paper, "pretrain", "S-65B/vanilla/seed0")["runtime"] == 24 * 60
+    assert resources(paper, "pretrain", "M/vanilla/seed0")["runtime"] == 24 * 60
     hours = resources(paper, "pretrain", "S/vanilla/seed0")["runtime"] / 60
     assert hours == pytest.approx(2 * Plan(paper).job("pretrain", "S/vanilla/seed0").seconds / 3600, abs=0.02)
     assert resources(paper, "pretrain", "S/vanilla/seed0")["mem_mb"] < 16_000  # of the host, not of the GPU

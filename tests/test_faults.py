@@ -108,7 +108,7 @@ def test_a_disk_that_is_full_when_only_the_log_is_written(disk, tokens, tmp_path
     assert all(isinstance(json.loads(line), dict) for line in lines.splitlines())
     filler.unlink()
     assert pretrain(spec, tokens, out, "tokens", "--log", log) == 0
-    assert log.read_text() == "done\n"
+    assert log.read_text().startswith("done in ")
     assert run.read_json(out / "manifest.json")["sha256"] == whole["sha256"]
     steps = [r["step"] for r in run.read_jsonl(out / "metrics.jsonl") if "loss" in r]
     assert steps == list(range(1, 101))
@@ -370,8 +370,3 @@ def test_a_step_that_was_bad_long_ago_is_named_by_a_watch_that_looks_late():
     watch = Watch("r", lambda step: f"batch {step}", torch.device("cpu"))
     with pytest.raises(masa.MasaError, match="r: the gradient norm is inf at step 3, batch 3"):
         watch.look(3, torch.tensor(1.0), float("inf"))
-
-
-def test_a_state_file_that_was_damaged_begins_anew(tmp_path):
-    (tmp_path / "state.json").write_bytes(b'{"identity": \xff')
-    assert text._read_state(tmp_path / "state.json") == {}

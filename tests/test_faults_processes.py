@@ -74,9 +74,11 @@ def test_out_of_memory_in_training(tokens, tmp_path):
     out = tmp_path / "run"
     spec = spec_of(context=256, batch_size=32, micro_batch_size=32, steps=1)
     spec["model"] |= {"intermediate_size": 1024}
+    spec["sharing"]["atoms"] = 2
     process = Forked(limited(lambda: cli.main(command(spec, tokens, out)), 100 * 2**20), tmp_path / "said.txt")
     assert process.wait() == 2, process.said
     assert "test/masa/seed0 ran out of memory while training (step 1). Its peak was 0." in process.said
+    assert re.search(r"estimated to need 0\.\d GiB|estimated to need 1\.\d GiB", process.said)
     assert "Lower training.micro_batch_size (now 32;" in process.said
     assert "Traceback" not in process.said
     assert not (out / "manifest.json").exists()

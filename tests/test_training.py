@@ -269,7 +269,7 @@ def test_two_processes_stop_together_and_go_on_to_the_same_bits(parallel, tokens
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 75
-    assert "masa: error: test/masa/seed0 was stopped by SIGUSR1 at step" in said
+    assert "masa: test/masa/seed0 was stopped by SIGUSR1 at step" in said
     assert "Traceback" not in said
     assert not (tmp_path / "cut" / "manifest.json").exists()
     assert start(spec, tokens, tmp_path / "cut").wait(timeout=120) == 0
