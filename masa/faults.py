@@ -6,7 +6,7 @@ import errno
 import os
 import re
 import tempfile
-import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,23 +87,12 @@ def writing(path: Path, below: Path | None = None) -> Iterator[None]:
         raise fault from error
 
 
-def _torch_says() -> RuntimeError | None:
-    """What torch finds out about its workers, which may take the system a moment."""
-    import torch
-
-    for _ in range(20):
-        try:
-            torch._C._error_if_any_worker_fails()
-        except RuntimeError as error:
-            return error
-        time.sleep(0.05)
-    return None
-
-
 def killed_worker(error: BaseException) -> str | None:
     """What became of a data loader's worker process, in torch's words, if that is what an exception says."""
-    if isinstance(error, ConnectionError | EOFError):  # the pipe that it died in the middle of
-        error = _torch_says() or error
+    if isinstance(error, ConnectionError | EOFError) and "/torch/utils/data/" in "".join(
+        traceback.format_tb(error.__traceback__)
+    ):
+        return f"its pipe: {error or 'end of file'}"
     if not isinstance(error, RuntimeError):
         return None
     found = re.search(

@@ -22,6 +22,19 @@ POLL, SAY = 0.2, 60.0
 """Seconds between two looks at the lock, and between two lines about it."""
 
 
+_held: set[IO[str]] = set()
+
+
+def _let_go() -> None:
+    """In a forked process, such as a data loader's worker: the lock is its parent's, and must end with that one."""
+    for lock in _held:
+        lock.close()
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
 @contextmanager
 def exclusive(out: Path, wait: bool = False) -> Iterator[bool]:
     """Hold the run directory; yields whether another process had to be waited for.
@@ -54,7 +67,11 @@ def exclusive(out: Path, wait: bool = False) -> Iterator[bool]:
                 since = datetime.now().astimezone().isoformat(timespec="seconds")
                 lock.write(f"process {os.getpid()} on {os.uname().nodename} since {since}")
                 lock.flush()
-            yield waited
+            _held.add(lock)
+            try:
+                yield waited
+            finally:
+                _held.discard(lock)
             return
 
 

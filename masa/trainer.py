@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch import nn
+from torch.utils.data._utils import signal_handling
 from transformers import TrainerCallback, TrainingArguments, get_cosine_with_min_lr_schedule_with_warmup, set_seed
 
 from masa import checkpoint, faults, launch, memory, parallel, resuming, run
@@ -67,7 +68,12 @@ class Task:
 
 
 def set_up(spec: Mapping[str, Any]) -> None:
-    """Threads and deterministic algorithms of a run; called before anything is computed."""
+    """Threads and deterministic algorithms of a run; called before anything is computed.
+
+    A dead worker of a data loader is noticed when its data are missed, and not by a signal, which would raise an error
+    anywhere, even in the middle of a checkpoint.
+    """
+    signal_handling._SIGCHLD_handler_set = True
     torch.set_num_threads(spec["training"]["threads"])
     torch.use_deterministic_algorithms(True, warn_only=True)
 
@@ -142,7 +148,6 @@ def _explained(spec: Mapping[str, Any], checkpoints: Path, stage: list) -> Itera
     try:
         yield
     except Exception as error:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or a data loader's dead worker raises again, in here
         fault = None if isinstance(error, MasaError) else faults.cannot_write(error, checkpoints, checkpoints)
         fault = error if isinstance(error, faults.CannotWrite) else fault
         if PartialState().is_main_process:

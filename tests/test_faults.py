@@ -18,7 +18,7 @@ from test_image_training import spec_of as image_spec
 from test_training import spec_of
 
 import masa
-from masa import cli, faults, run, sources, text, trainer, training
+from masa import cli, faults, run, sources, trainer, training
 from masa.watch import Watch
 
 

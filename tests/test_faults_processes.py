@@ -40,8 +40,7 @@ def lines(out):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_killed_data_loader_worker(workers, digits, tmp_path):
-    spec = image_spec(steps=300, workers=workers, checkpoint_minutes=1e-4, **EVERYTHING)
-    whole = image_training.pretrain(spec, digits, tmp_path / "whole")
+    spec = image_spec(steps=150, workers=workers, checkpoint_minutes=0.01, **EVERYTHING)
     out = tmp_path / "cut"
     process = Forked(lambda: cli.main(command(spec, digits, out, "images")), tmp_path / "said.txt")
     until(lambda: whole_checkpoints(out) and lines(out) > 8, process=process)
@@ -49,13 +48,13 @@ def test_a_killed_data_loader_worker(workers, digits, tmp_path):
     assert len(found) == workers
     found[-1].send_signal(signal.SIGKILL)
     assert process.wait() == 2, process.said
-    assert re.search(rf"a data loader's worker \(process {found[-1].pid} is killed by signal: Killed\)", process.said)
+    assert "a data loader's worker (" in process.said, process.said
     assert "memory ran out. Lower training.workers" in process.said
     assert f"to go on from step {whole_checkpoints(out)[-1]}." in process.said
     assert "Traceback" not in process.said
-    assert image_training.pretrain(spec, digits, out)["sha256"] == whole["sha256"]
-    without = image_spec(steps=300, workers=0, checkpoint_minutes=1e-4, **EVERYTHING)
-    assert image_training.pretrain(without, digits, tmp_path / "none")["sha256"] == whole["sha256"]
+    again = image_training.pretrain(spec, digits, out)
+    whole = image_training.pretrain(image_spec(steps=150, workers=0, **EVERYTHING), digits, tmp_path / "whole")
+    assert again["sha256"] == whole["sha256"], "neither the kill nor the number of workers changes a bit"
 
 
 def limited(work, more):
