@@ -179,7 +179,8 @@ def test_resources_have_margins_and_caps():
     assert set(first) == {"mem_mb", "runtime", "disk_mb"}
     assert all(isinstance(value, int) and value > 0 for value in first.values())
     second = resources(c, "pretrain", "nano/masa-qkvo/seed0", attempt=2)
-    assert second["mem_mb"] == pytest.approx(2 * first["mem_mb"], rel=0.01)
+    assert second["mem_mb"] == pytest.approx(1.5 * first["mem_mb"], rel=0.01)
+    assert resources(c, "pretrain", "nano/masa-qkvo/seed0", attempt=9)["mem_mb"] <= 2 * first["mem_mb"] + 1
     assert second["runtime"] == first["runtime"] == limits.LEAST_MINUTES
     assert resources(c, "table", "table1")["runtime"] == limits.LEAST_MINUTES
     paper = merged("paper.yaml")

@@ -101,7 +101,7 @@ def test_the_whole_workflow(cluster, project):
     records = cluster.records()
     assert sum("JobState=COMPLETED" in r for r in records) >= 30
     assert not [r for r in records if "JobState=FAILED" in r]
-    jobs = [r for r in records if "Comment=rule_pretrain" in r]
+    jobs = [r for r in records if "Comment=rule_pretrain_" in r]
     assert len(jobs) == 10
     asked = {re.search(r"MinMemoryNode=(\S+)", r)[1] + re.search(r"TimeLimit=(\S+)", r)[1] for r in jobs}
     assert asked, "memory and time limits come from the cost model"
@@ -110,7 +110,7 @@ def test_the_whole_workflow(cluster, project):
 LONG = """\
 results: results/smoke
 plan: { device: h100 }
-scales: { smoke: { training: { tokens: 1000000, checkpoint_minutes: 0.1 } } }
+scales: { smoke: { training: { tokens: 716800, checkpoint_minutes: 0.1 } } }
 """
 
 

@@ -22,7 +22,7 @@ def resources(config: Mapping[str, Any], rule: str, name: str = "", attempt: int
         config: checked; the same object for all jobs of a workflow, since what they have in common is kept.
         rule: of the workflow, e.g. "pretrain".
         name: the value of its wildcards, e.g. "nano/masa-qkvo/seed0", or "SmolLM2-135M/svd" of a compression.
-        attempt: 1, 2, …: memory grows with it. Time does not: a training goes on from its checkpoint.
+        attempt: 1, 2, …: memory grows with it, up to twice. Time does not: a training goes on from its checkpoint.
 
     Returns:
         ``mem_mb`` (of the host; a GPU's own memory is not asked for), ``runtime`` in minutes and ``disk_mb``.
@@ -33,9 +33,10 @@ def resources(config: Mapping[str, Any], rule: str, name: str = "", attempt: int
     job, settings = plan.job(rule, name), plan.settings
     margin, most = settings["margin"], max(LEAST_MINUTES, math.ceil(60 * settings["max_hours"]))
     minutes = math.ceil(margin * job.seconds / 60) if job.known else most
-    memory = max(LEAST_MEMORY, min(margin, 1.5) * job.host_bytes) * attempt
+    more = min(1 + (attempt - 1) / 2, 2)  # a job may be tried again for other reasons, and nodes have an end
+    memory = max(LEAST_MEMORY, min(margin, 1.5) * job.host_bytes) * more
     return {
-        "mem_mb": math.ceil((memory if job.known else max(memory, 32 * GIB * attempt)) / 1e6),
+        "mem_mb": math.ceil((memory if job.known else max(memory, 32 * GIB * more)) / 1e6),
         "runtime": min(most, max(LEAST_MINUTES, minutes)),
         "disk_mb": math.ceil(margin * job.disk_bytes / 1e6) + 200,
     }

@@ -1,0 +1,131 @@
+"""Leases of GPUs between real processes, and starting a training in several of them. No GPU is needed to lease one."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+from test_training import spec_of, start
+
+import masa
+from masa import devices, launch, run
+
+JOB = """
+import sys, time
+from pathlib import Path
+from masa import devices
+with devices.leased(int(sys.argv[2])) as mine:
+    Path(sys.argv[1]).write_text(",".join(mine))
+    while not Path(sys.argv[1] + ".stop").exists():
+        time.sleep(0.01)
+"""
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """Two GPUs that nobody else leases: lock files are in a temporary directory of the test."""
+    for name in ("SLURM_JOB_ID", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-abc")
+    return tmp_path
+
+
+def job(place, name, count=1):
+    command = [sys.executable, "-c", JOB, str(place / name), str(count)]
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+
+def has(place, name, within=20.0):
+    """What a job has leased, or None if it has nothing after so many seconds."""
+    end = time.monotonic() + within
+    while not ((place / name).is_file() and (place / name).read_text()):
+        if time.monotonic() > end:
+            return None
+        time.sleep(0.01)
+    return (place / name).read_text()
+
+
+def test_jobs_side_by_side_have_a_gpu_each_and_a_third_waits(place):
+    jobs = {name: job(place, name) for name in "ab"}
+    assert sorted([has(place, "a"), has(place, "b")]) == ["4", "GPU-abc"]
+    jobs["c"] = job(place, "c")
+    assert has(place, "c", within=2) is None
+    jobs["a"].kill()  # the lease ends with its process, however that ends
+    assert has(place, "c") == has(place, "a")
+    for name in "bc":
+        (place / f"{name}.stop").touch()
+        _, said = jobs[name].communicate(timeout=10)
+        assert ("waiting for 1 of the GPUs 4, GPU-abc" in said) == (name == "c")
+
+
+def test_a_job_of_two_waits_for_both(place):
+    one = job(place, "one")
+    assert has(place, "one")
+    two = job(place, "two", 2)
+    assert has(place, "two", within=2) is None
+    (place / "one.stop").touch()
+    assert has(place, "two") == "4,GPU-abc"
+    (place / "two.stop").touch()
+    assert one.wait(timeout=10) == two.wait(timeout=10) == 0
+
+
+def test_what_is_seen_is_restored_and_too_few_are_an_error(place, monkeypatch):
+    with devices.leased() as mine:
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == mine[0]
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,GPU-abc"
+    with (
+        pytest.raises(masa.MasaError, match=r"3 GPUs are asked for .* there are 2 here: 4, GPU-abc"),
+        devices.leased(3),
+    ):
+        pass
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with devices.leased(3) as mine:
+        assert mine == ["4", "GPU-abc"], "what Slurm has given is not leased again"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with devices.leased(3) as mine:
+        assert mine == [], "no GPU, nothing to lease"
+
+
+def test_two_nodes_without_slurm_meet_by_hand(tokens, tmp_path, monkeypatch):
+    """The same command on each node, one process each: the bits of two processes on one node."""
+    import socket
+
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    spec = spec_of("masa", micro_batch_size=2, nodes=2)
+    with pytest.raises(masa.MasaError, match=r"2 nodes .* MASA_RENDEZVOUS=HOST:PORT"):
+        launch.launch(spec, [])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MASA_RENDEZVOUS", f"127.0.0.1:{free.getsockname()[1]}")
+    nodes = [start(spec, tokens, tmp_path / "nodes") for _ in range(2)]
+    for node in nodes:
+        _, said = node.communicate(timeout=180)
+        assert node.returncode == 0, said
+    monkeypatch.delenv("MASA_RENDEZVOUS")
+    assert start(spec_of("masa", micro_batch_size=2, processes_per_node=2), tokens, tmp_path / "one").wait() == 0
+    first, second = (run.read_json(tmp_path / name / "manifest.json") for name in ("nodes", "one"))
+    assert first["sha256"] == second["sha256"]
+
+
+def test_a_process_that_fails_or_is_killed_is_named(tokens, tmp_path):
+    spec = spec_of("masa", micro_batch_size=2, processes_per_node=2, steps=10**6)
+    process = start(spec, tokens, tmp_path)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert said.rstrip().splitlines()[-1].startswith("masa: error: ")
+    assert "the run needs 4,000,000" in said
+    assert "Traceback" not in said
+
+
+def test_a_wrong_number_of_processes(tokens, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    command = [sys.executable, "-m", "masa.cli", "pretrain", "--tokens", str(tokens), "--out", str(tmp_path)]
+    command += ["--spec", json.dumps(spec_of(processes_per_node=2))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "asks for 1 x 2 processes" in done.stderr
