@@ -21,6 +21,11 @@ ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items):
+    """The longest file first, so that the others go on beside it."""
+    items.sort(key=lambda item: item.get_closest_marker("slurm") is None)
+
+
 def language_model(layers=6, width=24, heads=4, **more):
     """A tiny Starcoder2, newly initialised."""
     from transformers import Starcoder2Config, Starcoder2ForCausalLM

@@ -271,6 +271,8 @@ def test_environment_yml_and_pyproject_agree():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     given = next(d["pip"] for d in environment["dependencies"] if isinstance(d, dict))
     assert {d for d in given if not d.startswith("--")} == wanted
+    rules = yaml.safe_load((ROOT / "workflow" / "envs" / "masa.yaml").read_text())
+    assert next(d["pip"] for d in rules["dependencies"] if isinstance(d, dict)) == project["dependencies"]
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[^=]+", d) for d in wanted), "exact pins only"
     lock = {line.strip().lower().replace("_", "-") for line in (ROOT / "requirements.lock").read_text().splitlines()}
     assert {d.lower().replace("_", "-") for d in wanted} <= lock
