@@ -21,7 +21,7 @@ from test_compression_pretrained import tokenizer
 from test_image_training import spec_of as image_spec
 from test_report import evaluation
 from test_text import corpus, read
-from test_training import spec_of, tokens  # noqa: F401 (a fixture)
+from test_training import spec_of
 
 import masa
 from masa import benchmarks, cli, documents, run, sources, text, training
@@ -333,7 +333,7 @@ def test_several_local_files_with_another_checksum(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["train-00000.bin", "validation.bin"])
-def test_a_token_file_with_other_bytes_is_noticed_before_training(name, tokens, tmp_path):  # noqa: F811
+def test_a_token_file_with_other_bytes_is_noticed_before_training(name, tokens, tmp_path):
     folder = copy_of(tokens, tmp_path / "tokens")
     flip(folder / name, 101)
     with pytest.raises(masa.MasaError, match=rf"{name} is corrupt: sha256 .* make it anew with `masa tokenize`"):
@@ -343,7 +343,7 @@ def test_a_token_file_with_other_bytes_is_noticed_before_training(name, tokens, 
     assert training.pretrain(spec_of(steps=2), folder, tmp_path / "run")
 
 
-def test_above_a_gibibyte_sizes_alone_are_checked_and_this_is_said(tokens, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_above_a_gibibyte_sizes_alone_are_checked_and_this_is_said(tokens, tmp_path, monkeypatch, capsys):
     folder = copy_of(tokens, tmp_path / "tokens")
     monkeypatch.setattr(sources, "VERIFIED", 1000)
     training.pretrain(spec_of(steps=2), folder, tmp_path / "run")
@@ -351,7 +351,7 @@ def test_above_a_gibibyte_sizes_alone_are_checked_and_this_is_said(tokens, tmp_p
 
 
 @pytest.mark.parametrize("content", ["{oops", "[]", "{}", '{"train": {"shards": [{"name": "../x", "tokens": 1}]}}'])
-def test_a_damaged_manifest_of_tokens(content, tokens, tmp_path):  # noqa: F811
+def test_a_damaged_manifest_of_tokens(content, tokens, tmp_path):
     folder = copy_of(tokens, tmp_path / "tokens")
     (folder / "manifest.json").write_text(content)
     with pytest.raises(masa.MasaError, match=r"tokens/manifest\.json .*`masa tokenize`"):
@@ -452,7 +452,7 @@ def test_a_damaged_evaluation_that_a_table_reads(content, tmp_path, capsys):
     assert "`masa evaluate` or `masa sweep`" in said
 
 
-def test_a_model_that_changed_since_its_run_was_finished(tokens, tmp_path):  # noqa: F811
+def test_a_model_that_changed_since_its_run_was_finished(tokens, tmp_path):
     from masa import analysis
 
     manifest = training.pretrain(spec_of(steps=2), tokens, tmp_path / "run")

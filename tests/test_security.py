@@ -23,10 +23,23 @@ from conftest import ROOT
 from servers import Quiet, closed_port, refusing, served, wheel
 from test_compression_pretrained import tokenizer
 from test_text import corpus, read
-from test_training import spec_of, tokens  # noqa: F401 (a fixture)
+from test_training import spec_of
 
 import masa
-from masa import cli, config, errors, evaluation, experiments, pretrained, run, sources, text, trainer, training
+from masa import (
+    cli,
+    config,
+    errors,
+    evaluation,
+    experiments,
+    pretrained,
+    resuming,
+    run,
+    sources,
+    text,
+    trainer,
+    training,
+)
 from masa.vision import coco
 
 BIN = Path(sys.executable).parent
@@ -60,7 +73,7 @@ def test_the_malicious_pickle_works_where_nothing_stops_it(tmp_path):
 
 
 @pytest.fixture
-def interrupted(tokens, tmp_path, monkeypatch):  # noqa: F811
+def interrupted(tokens, tmp_path, monkeypatch):
     """A run that ended after its last checkpoint; returns its spec, folder and that checkpoint."""
     spec = spec_of(steps=4, checkpoint_minutes=1e-9)
 
@@ -70,14 +83,14 @@ def interrupted(tokens, tmp_path, monkeypatch):  # noqa: F811
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(trainer, "_finish", stop)
         training.pretrain(spec, tokens, tmp_path / "run")
-    found = Path(trainer.last_whole_checkpoint(tmp_path / "run" / "checkpoints"))
+    found = resuming.newest(tmp_path / "run" / "checkpoints")
     assert (found / "optimizer.pt").is_file()
     return spec, tmp_path / "run", found
 
 
 @pytest.mark.parametrize("form", ["pickle", "torch.save"])
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "pytorch_model.bin"])
-def test_a_malicious_pickle_in_a_checkpoint_is_never_run(name, form, interrupted, tokens, marker):  # noqa: F811
+def test_a_malicious_pickle_in_a_checkpoint_is_never_run(name, form, interrupted, tokens, marker):
     spec, out, folder = interrupted
     if name == "pytorch_model.bin":  # read only where there are no safetensors
         (folder / "model.safetensors").unlink()
@@ -85,8 +98,8 @@ def test_a_malicious_pickle_in_a_checkpoint_is_never_run(name, form, interrupted
         (folder / name).write_bytes(pickle.dumps(Touch(marker)))
     else:
         torch.save(Touch(marker), folder / name)
-    sums = {p.name: sources.sha256_of(p) for p in folder.iterdir() if p.name != trainer.COMPLETE}
-    run.write_json(folder / trainer.COMPLETE, sums)  # as whoever can write the file would
+    sums = {p.name: sources.sha256_of(p) for p in folder.iterdir() if p.name != resuming.COMPLETE}
+    run.write_json(folder / resuming.COMPLETE, sums)  # as whoever can write the file would
     with pytest.raises(masa.MasaError, match=rf"{name} is corrupt, or holds something other than numbers.*Delete"):
         training.pretrain(spec, tokens, out)
     assert not marker.exists()
@@ -94,18 +107,18 @@ def test_a_malicious_pickle_in_a_checkpoint_is_never_run(name, form, interrupted
     assert training.pretrain(spec, tokens, out), "the mend works"
 
 
-def test_what_is_beside_a_checkpoint_is_not_read(interrupted, tokens, marker):  # noqa: F811
+def test_what_is_beside_a_checkpoint_is_not_read(interrupted, tokens, marker):
     spec, out, folder = interrupted
     for name in ("training_args.bin", "pytorch_model.bin"):
         (folder / name).write_bytes(pickle.dumps(Touch(marker)))
-    sums = {p.name: sources.sha256_of(p) for p in folder.iterdir() if p.name != trainer.COMPLETE}
-    run.write_json(folder / trainer.COMPLETE, sums)
+    sums = {p.name: sources.sha256_of(p) for p in folder.iterdir() if p.name != resuming.COMPLETE}
+    run.write_json(folder / resuming.COMPLETE, sums)
     assert training.pretrain(spec, tokens, out)
 
 
-def test_a_damaged_list_of_checksums_drops_the_checkpoint(interrupted, tokens, capsys):  # noqa: F811
+def test_a_damaged_list_of_checksums_drops_the_checkpoint(interrupted, tokens, capsys):
     spec, out, folder = interrupted
-    (folder / trainer.COMPLETE).write_text("3")
+    (folder / resuming.COMPLETE).write_text("3")
     assert training.pretrain(spec, tokens, out)
     assert "complete.json is corrupt; the checkpoint is dropped" in capsys.readouterr().err
 
@@ -607,7 +620,7 @@ ABSURD_RUNS = [
 ] + ["{oops", "[]", "3", "null", '"x"', "[" * 100_000]
 
 
-def test_absurd_runs_are_a_message(tokens, tmp_path, capsys):  # noqa: F811
+def test_absurd_runs_are_a_message(tokens, tmp_path, capsys):
     for index, spec in enumerate(ABSURD_RUNS):
         given = spec if isinstance(spec, str) else json.dumps(spec)
         if isinstance(spec, str) and given[:1] not in "{[":

@@ -127,6 +127,7 @@ def test_assignment_of_layers_to_sets():
     sequential, repeat = (kind("q", 6, (4, 4), sets=3) for kind in (Sequential, Repeat))
     assert [sequential.set_of(i) for i in range(6)] == [0, 0, 1, 1, 2, 2]
     assert [repeat.set_of(i) for i in range(6)] == [0, 1, 2, 0, 1, 2]
+    torch.nn.init.normal_(next(sequential.parameters()))
     assert sequential.weights()["q"][0] is sequential.weights()["q"][1] or torch.equal(
         sequential.weights()["q"][0], sequential.weights()["q"][1]
     )
