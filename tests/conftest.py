@@ -171,8 +171,8 @@ def kill_after_checkpoints(work, out, count=2):
     assert process.wait() == -signal.SIGKILL
 
 
-def stop_and_resume(pretrain, spec, option, data, folder, lines):
-    """Stop ``masa pretrain`` by SIGTERM after some lines of its log; see that it goes on to an unstopped run's bits."""
+def stop_and_resume(pretrain, spec, option, data, folder, lines, number=signal.SIGTERM):
+    """Stop ``masa pretrain`` by a signal after some lines of its log; it must go on to the bits of an unstopped run."""
     from masa import run
 
     whole = pretrain(spec, data, folder / "whole")
@@ -184,10 +184,10 @@ def stop_and_resume(pretrain, spec, option, data, folder, lines):
     while not (log.is_file() and log.read_text().count("\n") > lines):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 75, said
-    assert "stopped by SIGTERM at step" in said
+    assert f"stopped by {number.name} at step" in said
     assert not (out / "manifest.json").exists()
     assert pretrain(spec, data, out)["sha256"] == whole["sha256"]
     steps = [r["step"] for r in run.read_jsonl(log) if "loss" in r]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 from conftest import ROOT
 from test_training import spec_of, start
@@ -112,7 +113,21 @@ def test_two_nodes_without_slurm_meet_by_hand(tokens, tmp_path, monkeypatch):
     assert first["sha256"] == second["sha256"]
 
 
-def test_a_process_that_fails_or_is_killed_is_named(tokens, tmp_path):
+def test_a_process_that_is_killed_ends_the_others_and_is_named(tokens, tmp_path):
+    spec = spec_of("masa", micro_batch_size=2, processes_per_node=2, steps=150)
+    process = start(spec, tokens, tmp_path)
+    while not (tmp_path / "metrics.jsonl").is_file():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    ranks = [p for p in psutil.Process(process.pid).children() if p.environ().get("RANK") == "1"]
+    ranks[0].kill()
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "ended with status -9" in said or "Connection" in said, said
+    assert start(spec, tokens, tmp_path).wait(timeout=120) == 0, "the same command mends it"
+
+
+def test_a_process_that_fails_is_named(tokens, tmp_path):
     spec = spec_of("masa", micro_batch_size=2, processes_per_node=2, steps=10**6)
     process = start(spec, tokens, tmp_path)
     _, said = process.communicate(timeout=120)

@@ -1,5 +1,7 @@
 """Vision Transformers trained for real on digits: the same images, the same bits again, and what can go wrong."""
 
+import signal
+
 import pytest
 import timm
 import torch
@@ -137,7 +139,7 @@ def test_the_average_is_what_is_scored_and_stored(digits, tmp_path):
 def test_a_run_stopped_by_a_signal_goes_on_to_the_same_bits(digits, tmp_path):
     """With dropout of whole blocks, augmentation, mixup and an average: everything that draws or remembers."""
     spec = spec_of(steps=60, model={"drop_path_rate": 0.2, "drop_rate": 0.1}, **EVERYTHING)
-    stop_and_resume(image_training.pretrain, spec, "images", digits, tmp_path, lines=15)
+    stop_and_resume(image_training.pretrain, spec, "images", digits, tmp_path, lines=15, number=signal.SIGUSR1)
 
 
 def test_twenty_kills_at_random_moments_change_no_bit(digits, tmp_path):

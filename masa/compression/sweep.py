@@ -64,7 +64,7 @@ def sweep(
     }
     compressor = None if spec["method"] == ORIGINAL else make_compressor(spec["method"], **spec["options"])
     code, records = fingerprint(*(f"masa.{name}" for name in plan.modules(spec))), {}
-    with run.exclusive(out):
+    with run.exclusive(out, wait=True):  # what another process has finished by then is not done again
         for percent in spec["reductions"]:
             chosen = {k: v for k, v in spec.items() if k not in ("reductions", "tasks_at")}
             chosen["tasks"] = [t for t in spec["evaluation"]["tasks"] if percent in spec["tasks_at"]]
