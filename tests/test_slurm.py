@@ -11,7 +11,7 @@ from conftest import ROOT
 from slurm_cluster import Cluster, missing
 from test_workflow import BIN, ENVIRONMENT, UNFINISHED, link
 
-from masa import run
+from masa import config, cost, run
 
 pytestmark = [
     pytest.mark.slurm,
@@ -103,8 +103,10 @@ def test_the_whole_workflow(cluster, project):
     assert not [r for r in records if "JobState=FAILED" in r]
     jobs = [r for r in records if "Comment=rule_pretrain_" in r]
     assert len(jobs) == 10
-    asked = {re.search(r"MinMemoryNode=(\S+)", r)[1] + re.search(r"TimeLimit=(\S+)", r)[1] for r in jobs}
-    assert asked, "memory and time limits come from the cost model"
+    wanted = cost.resources(config.load([project / "config" / "smoke.yaml"]), "pretrain", "smoke/masa-qkvo/seed0")
+    record = next(r for r in jobs if "masa-qkvo" in r and "masa-qkvo-" not in r)
+    assert re.search(r"MinMemoryNode=(\S+)M", record)[1] == str(wanted["mem_mb"])
+    assert re.search(r"TimeLimit=(\S+)", record)[1] == f"00:{wanted['runtime']:02d}:00"
 
 
 LONG = """\
@@ -164,7 +166,7 @@ def test_both_end_with_the_bits_of_undisturbed_trainings(disturbed, project, tmp
 
 def test_a_training_on_two_nodes(cluster, project):
     """One process on each node; the other form of naming the profile, whose settings then stand alone."""
-    two = "scales: { smoke: { training: { tokens: 5120, micro_batch_size: 2, nodes: 2 } } }\n"
+    two = "plan: { device: h100 }\nscales: { smoke: { training: { tokens: 5120, micro_batch_size: 2, nodes: 2 } } }\n"
     profile = ("--workflow-profile", "workflow/profiles/slurm")
     target = f"{RUNS}/masa-qkvo/seed0/manifest.json"
     ended(start(project, target, overlays=[overlay(project, "two.yaml", two)], profile=profile), project, 300)
@@ -172,4 +174,5 @@ def test_a_training_on_two_nodes(cluster, project):
     assert provenance["processes"] == 2
     record = [r for r in cluster.records() if "masa-qkvo" in r][-1]
     assert "NumNodes=2" in record
+    assert "TresPerJob=gres:gpu:2" in record, "one on each node"
     assert "JobState=COMPLETED" in record

@@ -225,21 +225,3 @@ def test_snakemakes_own_report_has_every_table_and_figure(project):
         for path in (project / "results/smoke" / kind).glob("*.csv" if kind == "tables" else "*.png"):
             assert path.name in page, path.name
     assert jobs(snakemake(project, "-n")) == {}, "a report makes nothing run again"
-
-
-def test_jobs_ask_a_cluster_for_what_the_cost_model_says(project):
-    """As the Slurm executor sees them; it needs no Slurm for a dry run."""
-    command = [f"{BIN}/snakemake", "-n", "--profile", "workflow/profiles/slurm", "--configfile", "config/paper.yaml"]
-    environment = ENVIRONMENT | {"PYTHONPATH": str(project)}
-    command[2:2] = ["results/runs/L/masa-qkvo/seed0/manifest.json", "results/runs/S/gqa/seed0/manifest.json"]
-    result = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    asked = re.findall(
-        r"rule pretrain:.*?wildcards: run=(\S+).*?resources: (.*?)\n", result.stdout + result.stderr, re.S
-    )
-    found = {name: dict(pair.split("=") for pair in text.split(", ")) for name, text in asked}
-    assert found["L/masa-qkvo/seed0"]["gpu"] == "8"
-    assert found["S/gqa/seed0"]["gpu"] == "1"
-    assert 60 < int(found["S/gqa/seed0"]["runtime"]) < int(found["L/masa-qkvo/seed0"]["runtime"]) <= 24 * 60
-    assert int(found["S/gqa/seed0"]["mem_mb"]) > 2000
-    assert "nodes" not in found["S/gqa/seed0"], "what is not asked for is left to the cluster"
