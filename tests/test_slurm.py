@@ -104,7 +104,7 @@ def test_the_whole_workflow(cluster, project):
     jobs = [r for r in records if "Comment=rule_pretrain_" in r]
     assert len(jobs) == 10
     wanted = cost.resources(config.load([project / "config" / "smoke.yaml"]), "pretrain", "smoke/masa-qkvo/seed0")
-    record = next(r for r in jobs if "masa-qkvo" in r and "masa-qkvo-" not in r)
+    record = next(r for r in jobs if "smoke_masa-qkvo_seed0" in r)
     assert re.search(r"MinMemoryNode=(\S+)M", record)[1] == str(wanted["mem_mb"])
     assert re.search(r"TimeLimit=(\S+)", record)[1] == f"00:{wanted['runtime']:02d}:00"
 
