@@ -24,6 +24,7 @@ PROCESS = {"training": 0.85 * GIB, "vision": 0.95 * GIB, "evaluation": 0.9 * GIB
 """What a process holds before it has a model: interpreter and imported libraries, from logs of a workflow on Linux."""
 
 LIGHT = {"tokenize": 0.6 * GIB, "images": 0.5 * GIB, "boxes": 0.5 * GIB, "count_parameters": 0.8 * GIB}
+LIGHT |= {"pretrained": 0.65 * GIB}
 """The same of jobs without a model; 0.25 GiB of those that are not here, which import no torch."""
 
 CONTEXT, GPU_HOST = 1.0 * GIB, 4.0 * GIB
@@ -150,7 +151,8 @@ class Plan:
         if rule == "time_methods":
             return self._throughput(name)
         seconds, disk = preparation.cost(self, rule, name)
-        memory = LIGHT.get(rule, 0.25 * GIB) + (min(disk, 2 * GIB) if rule in ("images", "boxes", "pretrained") else 0)
+        held = {"images": 1, "boxes": 1, "pretrained": preparation.copies(self.config, rule, name)}.get(rule, 0)
+        memory = LIGHT.get(rule, 0.25 * GIB) + held * min(disk, 2 * GIB)
         return Job(rule, name, seconds, memory, memory, disk, disk)
 
     def _make(self, rule: str, name: str, seconds: float, model: float, process: str, cores: int, **more: Any) -> Job:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from masa import experiments
 from masa.cost import data
@@ -57,6 +57,15 @@ def cost(plan: Plan, rule: str, name: str) -> tuple[float, float]:
     return _vision_data(plan, rule, name, unit, slow)
 
 
+def copies(config: Mapping[str, Any], rule: str, name: str) -> int:
+    """How often a job holds what it writes: a GGUF file is read, built and stored, other models are mapped."""
+    return 3 if rule == "pretrained" and _is_gguf(config["pretrained"][name]) else 1
+
+
+def _is_gguf(entry: Mapping[str, Any]) -> bool:
+    return str(entry.get("member") or entry["source"]).endswith(".gguf")
+
+
 def _pretrained(plan: Plan, name: str, unit: float, slow: float) -> tuple[float, float]:
     sizes, stored = plan.pretrained(name)
     entry = plan.config["pretrained"][name]
@@ -64,7 +73,7 @@ def _pretrained(plan: Plan, name: str, unit: float, slow: float) -> tuple[float,
         return unit, 0.0
     file = sizes.parameters * (4.0 if stored == "float32" else 2.0)
     seconds = 0.8 * unit + 2 * file / 1.5e9
-    if str(entry.get("member") or entry["source"]).endswith(".gguf"):  # dequantised, tensor by tensor in NumPy
+    if _is_gguf(entry):  # dequantised, tensor by tensor in NumPy
         seconds += sizes.parameters * (1.6e-7 * slow + 0.7 / data.NETWORK * data.is_remote(entry["source"]))
     elif data.is_remote(entry["source"]):
         seconds += file / data.NETWORK
