@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -16,9 +17,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import numpy as np
 import pytest
 import torch
+import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)
+
+# tqdm's lock is shared with forked processes: one that a test kills while it holds it would stop this one for good
+tqdm.tqdm.monitor_interval = 0
+tqdm.tqdm.set_lock(threading.RLock())
 
 
 def pytest_collection_modifyitems(items):
