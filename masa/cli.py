@@ -77,14 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _fail(f"masa: error: {where}{error.strerror or error}{mend}", log, 2)
         return _fail(f"{traceback.format_exc()}masa: this is a defect; please report it with the lines above.", log, 1)
     if log:
-        _note(f"done in {time.monotonic() - started:.1f} s, peak memory {_peak_memory():.0f} MiB", log)
+        peak = memory.peak_bytes(resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+        _note(f"done in {time.monotonic() - started:.1f} s, peak memory {peak / 2**20:.0f} MiB", log)
     return 0
-
-
-def _peak_memory() -> float:
-    """MiB that this process or the largest of its children held at most (Linux counts in KiB, macOS in bytes)."""
-    largest = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return largest / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def _fail(message: str, log: Path | None, status: int) -> int:

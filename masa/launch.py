@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from masa.errors import Interrupted, MasaError
-from masa.hold import STOP_SIGNALS
+from masa.hold import stop_signals
 
 RENDEZVOUS = "MASA_RENDEZVOUS"
 """HOST:PORT where the nodes of a training meet; set by srun's caller, or by hand where there is no Slurm."""
@@ -108,8 +108,8 @@ def _on_nodes(spec: Mapping[str, Any], nodes: int, processes: int, arguments: Se
             f"on each of them with {RENDEZVOUS}=HOST:PORT, a free port of one of them, or set training.nodes to 1."
         )
     command = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=0"]
-    if gpus := os.environ.get("SLURM_GPUS") or os.environ.get("CUDA_VISIBLE_DEVICES"):
-        command.append(f"--gpus={nodes * processes}" if gpus else "")
+    if os.environ.get("SLURM_GPUS") or os.environ.get("CUDA_VISIBLE_DEVICES"):
+        command.append(f"--gpus={nodes * processes}")
     command += [sys.executable, "-m", "masa.cli", *arguments]
     meeting = f"{socket.gethostname()}:{20000 + int(job) % 40000}"
     with _changed({RENDEZVOUS: meeting}):
@@ -145,12 +145,8 @@ def _passing_signals(receivers: Any) -> Iterator[None]:
         for pid in found:
             os.kill(pid, signal.SIGUSR1)
 
-    previous = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
-    try:
+    with stop_signals(forward):
         yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 @contextmanager

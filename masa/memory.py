@@ -38,9 +38,15 @@ def estimated_need(spec: Mapping[str, Any]) -> str | None:
     return f"{(need + (jobs.CONTEXT if gpu else jobs.PROCESS['training'])) / 2**30:.1f} GiB (`masa plan`)"
 
 
+def peak_bytes(*whose: int) -> int:
+    """Largest resident memory so far: this process's, or the largest of ``resource.RUSAGE_SELF`` and the like."""
+    largest = max(resource.getrusage(who).ru_maxrss for who in whose or (resource.RUSAGE_SELF,))
+    return largest if sys.platform == "darwin" else largest * 2**10  # macOS counts in bytes, Linux in KiB
+
+
 def peak() -> str:
     """This process's largest memory so far, and the GPU's where one was used."""
-    used = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB"
+    used = f"{peak_bytes() / 2**30:.2f} GiB"
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
         used += f", {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB on the GPU"

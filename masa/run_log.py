@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from transformers import TrainerCallback
 
 from masa import parallel, resuming, run
 from masa.faults import writing
-from masa.hold import STOP_SIGNALS
+from masa.hold import stop_signals
 from masa.progress import Progress
 from masa.sources import whole_file
 from masa.watch import Watch
@@ -48,12 +47,8 @@ class RunLog(TrainerCallback):
         def remember(number: int, _: Any) -> None:
             self.signal = number
 
-        previous = {s: signal.signal(s, remember) for s in STOP_SIGNALS}
-        try:
+        with stop_signals(remember):
             yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.saved = self.resumed_at = time.monotonic()

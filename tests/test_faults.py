@@ -78,9 +78,8 @@ def test_a_disk_that_fills_up_in_training(size, disk, tokens, tmp_path, capfd):
     kept = whole_checkpoints(out)
     if kept:
         assert f"to go on from step {kept[-1]}" in said
-    assert [int(p.name[11:]) for p in out.glob("checkpoints/checkpoint-*")].sort() == kept.sort(), (
-        "none is half-written"
-    )
+    there = sorted(int(p.name[11:]) for p in out.glob("checkpoints/checkpoint-*"))
+    assert there == sorted(kept), "none is half-written"
     assert not (out / "manifest.json").exists()
     assert not temporary_files(out)
     remount(disk, "size=20m")

@@ -1,15 +1,13 @@
 """The workflow on a real Slurm: two pretend nodes with two pretend GPUs each, on this machine."""
 
 import re
-import shutil
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 from slurm_cluster import Cluster, missing
-from test_workflow import BIN, ENVIRONMENT, UNFINISHED, link
+from test_workflow import BIN, ENVIRONMENT, copy_project
 
 from masa import config, cost, run
 
@@ -34,12 +32,7 @@ def cluster(tmp_path_factory):
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
     """A copy of the project with the downloads that this machine already has."""
-    folder = tmp_path_factory.mktemp("project")
-    for name in ("masa", "workflow", "config"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    if (ROOT / "cache").is_dir():
-        shutil.copytree(ROOT / "cache", folder / "cache", copy_function=link, ignore=UNFINISHED)
-    return folder
+    return copy_project(tmp_path_factory.mktemp("project"))
 
 
 def start(folder, *arguments, overlays=(), profile=("--profile", "workflow/profiles/slurm")):

@@ -43,14 +43,19 @@ def link(source, target):
         shutil.copy2(source, target)
 
 
-@pytest.fixture(scope="module")
-def project(tmp_path_factory):
-    """A copy of the project with the downloads that this machine already has, after a full smoke run."""
-    folder = tmp_path_factory.mktemp("project")
+def copy_project(folder):
+    """What the workflow needs of the project, with the downloads that this machine already has."""
     for name in ("masa", "workflow", "config"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     if (ROOT / "cache").is_dir():
         shutil.copytree(ROOT / "cache", folder / "cache", copy_function=link, ignore=UNFINISHED)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A copy of the project after a full smoke run."""
+    folder = copy_project(tmp_path_factory.mktemp("project"))
     snakemake(folder)
     shutil.copytree(folder / "cache", ROOT / "cache", copy_function=link, dirs_exist_ok=True, ignore=UNFINISHED)
     return folder
