@@ -671,7 +671,7 @@ def _plan(given: argparse.Namespace) -> None:
 
     c = config.load(given.configfile)
     on = device(given.device or (DEFAULTS | c.get("plan", {}))["device"])
-    cores = given.cores or os.cpu_count() or 1
+    cores = (os.cpu_count() or 1) if given.cores is None else given.cores
     if cores < 1:
         raise MasaError(f"--cores = {cores} must be at least 1.")
     if not on.gpu and not given.typical:
