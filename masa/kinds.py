@@ -16,13 +16,15 @@ class Kind:
 
     Attributes:
         label: for messages.
-        data: what it is trained on: the option of ``masa pretrain`` and, for vision, the section of the configuration.
+        verb: of ``masa``, that trains it.
+        data: what it is trained on: the option of that verb and, for vision, the section of the configuration.
         training, evaluation: modules of masa, with ``pretrain`` and ``evaluate``.
         resolve: fills the defaults into a run spec and checks it (vision).
         check: sees that an entry of the configuration's data fits a model (vision).
     """
 
     label: str
+    verb: str
     data: str
     training: str
     evaluation: str
@@ -30,10 +32,11 @@ class Kind:
     check: Callable[[Mapping[str, Any], Mapping[str, Any]], None] | None = None
 
 
-LANGUAGE = Kind("a language model", "tokens", "training", "evaluation")
+LANGUAGE = Kind("a language model", "pretrain", "tokens", "training", "evaluation")
 VISION = {
     vit.FAMILY: Kind(
         "a Vision Transformer",
+        "train-vit",
         "images",
         "vision.image_training",
         "vision.image_evaluation",
@@ -42,6 +45,7 @@ VISION = {
     ),
     yolos.FAMILY: Kind(
         "a detector",
+        "train-vit",
         "boxes",
         "vision.detection_training",
         "vision.detection_evaluation",

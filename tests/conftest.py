@@ -20,6 +20,7 @@ import torch
 import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
+VERB = {"tokens": "pretrain", "images": "train-vit", "boxes": "train-vit"}
 torch.set_num_threads(1)
 
 # tqdm's lock is shared with forked processes: one that a test kills while it holds it would stop this one for good
@@ -183,7 +184,7 @@ def stop_and_resume(pretrain, spec, option, data, folder, lines, number=signal.S
 
     whole = pretrain(spec, data, folder / "whole")
     out = folder / "cut"
-    command = [sys.executable, "-m", "masa.cli", "pretrain", "--spec", json.dumps(spec)]
+    command = [sys.executable, "-m", "masa.cli", VERB[option], "--spec", json.dumps(spec)]
     command += [f"--{option}", str(data), "--out", str(out)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     log = out / "metrics.jsonl"

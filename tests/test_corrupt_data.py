@@ -443,7 +443,7 @@ def test_damaged_calibration_statistics(tmp_path):
 def test_a_damaged_evaluation_that_a_table_reads(content, tmp_path, capsys):
     path = tmp_path / "evaluations" / "nano" / "vanilla" / "seed0" / "metrics.json"
     run.write_json(path, evaluation(3.0, 0.5))
-    table = ["table", "runs", "--spec", '["nano/vanilla/seed0"]', "--results", str(tmp_path), "--out", str(tmp_path)]
+    table = ["tables", "runs", "--spec", '["nano/vanilla/seed0"]', "--results", str(tmp_path), "--out", str(tmp_path)]
     assert cli.main(table) == 0
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     assert cli.main(table) == 2

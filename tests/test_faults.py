@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, whole_checkpoints
+from conftest import ROOT, VERB, whole_checkpoints
 from test_image_training import spec_of as image_spec
 from test_training import spec_of
 
@@ -50,7 +50,7 @@ def fill(folder, but=0):
 
 
 def pretrain(spec, data, out, option="tokens", *more):
-    command = ["pretrain", "--spec", json.dumps(spec), f"--{option}", str(data), "--out", str(out), *more]
+    command = [VERB[option], "--spec", json.dumps(spec), f"--{option}", str(data), "--out", str(out), *more]
     return cli.main(list(map(str, command)))
 
 

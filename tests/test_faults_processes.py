@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT, Forked, kill_after_checkpoints, until, whole_checkpoints
+from conftest import ROOT, VERB, Forked, kill_after_checkpoints, until, whole_checkpoints
 from test_image_training import EVERYTHING
 from test_image_training import spec_of as image_spec
 from test_training import losses, spec_of
@@ -23,7 +23,7 @@ from masa.vision import image_training
 
 
 def command(spec, data, out, option="tokens", *more):
-    return ["pretrain", "--spec", json.dumps(spec), f"--{option}", str(data), "--out", str(out), *more]
+    return [VERB[option], "--spec", json.dumps(spec), f"--{option}", str(data), "--out", str(out), *more]
 
 
 def long_run(steps=150, **recipe):

@@ -92,7 +92,7 @@ def test_the_whole_path_on_the_command_line(tmp_path, capsys):
     trained, scored, counted = tmp_path / "run", tmp_path / "scores", tmp_path / "parameters.json"
     for call in (
         ["images", "--spec", images_spec, "--out", where],
-        ["pretrain", "--spec", spec, "--images", where, "--out", trained],
+        ["train-vit", "--spec", spec, "--images", where, "--out", trained],
         ["evaluate", trained, "--images", where, "--out", scored],
         ["evaluate", trained, "--images", where, "--spec", '{"limit": 5, "examples": 2}', "--out", scored],
         ["parameters", "--spec", json.dumps([spec_of()]), "--out", counted],

@@ -5,7 +5,7 @@ import pytest
 
 import masa
 from masa import config, experiments, run
-from masa.report import figures, metrics, tables
+from masa.report import figures, metrics, own_tables, tables
 
 
 def evaluation(loss, piqa, with_race=True, attention=100):
@@ -107,7 +107,7 @@ def test_files_of_a_table(spec, results, tmp_path):
 
 
 def test_runs_table_keeps_acc_and_acc_norm(results, tmp_path):
-    tables.write_runs(["S/vanilla/seed0", "S/masa-qkvo/seed1"], results, tmp_path)
+    own_tables.runs(["S/vanilla/seed0", "S/masa-qkvo/seed1"], results, tmp_path)
     frame = pd.read_csv(tmp_path / "runs.csv")
     assert frame.loc[0, "piqa/acc"] == 0.4
     assert frame.loc[0, "piqa/acc_norm"] == 0.5

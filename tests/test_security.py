@@ -32,6 +32,7 @@ from masa import (
     errors,
     evaluation,
     experiments,
+    job_specs,
     pretrained,
     resuming,
     run,
@@ -40,6 +41,7 @@ from masa import (
     trainer,
     training,
 )
+from masa.verbs import plan as plan_verbs
 from masa.vision import coco
 
 BIN = Path(sys.executable).parent
@@ -540,7 +542,7 @@ def test_messages_and_tracebacks_are_redacted(monkeypatch, capsys, tmp_path):
     def defect(_):
         raise RuntimeError(said)
 
-    monkeypatch.setattr(cli, "_config", defect)
+    monkeypatch.setattr(plan_verbs, "_config", defect)
     assert cli.main(["config", "--log", str(tmp_path / "log")]) == 1
     secret_free(capsys.readouterr().err, folder=tmp_path)
     assert errors.redact("mail someone@host, a/b@c, https://host/a@b") == "mail someone@host, a/b@c, https://host/a@b"
@@ -651,10 +653,10 @@ OTHERS = [
     ),
     (["throughput"], [[], {}, {"runs": [], "settings": {}, "threads": 1}, {"runs": [3], "settings": {}, "threads": 1}]),
     (["parameters"], [{}, [3], [{}], [{"run": "../x/seed0", "model": {}, "sharing": {}}]]),
-    (["table", "runs"], [{}, [3], ["../../x/seed0"], ["x/y/../seed0"]]),
-    (["table", "throughput"], [[], {}, {"scales": ["../x"], "labels": {}}]),
+    (["tables", "runs"], [{}, [3], ["../../x/seed0"], ["x/y/../seed0"]]),
+    (["tables", "throughput"], [[], {}, {"scales": ["../x"], "labels": {}}]),
     (
-        ["table", "t"],
+        ["tables", "t"],
         [
             [],
             {},
@@ -665,7 +667,7 @@ OTHERS = [
             absurd(TABLE, ("rows", 0, "records"), []),
         ],
     ),
-    (["figure", "t"], [[], {}, absurd(TABLE | {"kind": "curves"}, ("name",), "../x"), TABLE | {"kind": 3}]),
+    (["figures", "t"], [[], {}, absurd(TABLE | {"kind": "curves"}, ("name",), "../x"), TABLE | {"kind": 3}]),
     (
         ["sweep", "a/b", "--model", "x", "--texts", "x", "--benchmarks", "x"],
         [[], {}, {"run": "../x"}, {"run": "a/b", "method": 3}],
@@ -692,23 +694,23 @@ def test_the_specs_of_the_workflow_itself_pass():
     for overlay in ("smoke", "mirror", "paper", "vision"):
         c = config.load([ROOT / "config" / f"{overlay}.yaml"])
         checked = {
-            "fetch": [cli.benchmarks_spec(c)],
-            "data": [cli.data_spec(c)],
+            "fetch": [job_specs.benchmarks_spec(c)],
+            "data": [job_specs.data_spec(c)],
             "run": [experiments.run_spec(c, *experiments.parse_run(r)) for r in experiments.all_runs(c)[:30]],
             "evaluation": [c["evaluation"]],
             "vision_evaluation": [c["vision_evaluation"]],
-            "text": [cli.text_spec(c, name) for name in c["texts"]],
-            "pretrained": [cli.pretrained_spec(c, n) for n, entry in c["pretrained"].items() if entry],
-            "vision_data": [cli.vision_data_spec(c, s, n) for s in ("images", "boxes") for n in c[s]],
-            "throughput": [cli.throughput_spec(c, scale) for scale in c["throughput"]["scales"]],
-            "parameters": [cli.parameters_spec(c)],
+            "text": [job_specs.text_spec(c, name) for name in c["texts"]],
+            "pretrained": [job_specs.pretrained_spec(c, n) for n, entry in c["pretrained"].items() if entry],
+            "vision_data": [job_specs.vision_data_spec(c, s, n) for s in ("images", "boxes") for n in c[s]],
+            "throughput": [job_specs.throughput_spec(c, scale) for scale in c["throughput"]["scales"]],
+            "parameters": [job_specs.parameters_spec(c)],
             "artefact": [
                 experiments.artefact_spec(c, kind, n)
                 for kind in ("tables", "figures")
                 for n in experiments.active(c, kind)
             ],
-            "table runs": [cli.table_spec(c, "runs")],
-            "table throughput": [cli.table_spec(c, "throughput")],
+            "table runs": [job_specs.table_spec(c, "runs")],
+            "table throughput": [job_specs.table_spec(c, "throughput")],
             "sweep": [
                 plan.run_spec(c, *plan.parse_run(r))
                 for n, a in experiments.active(c, "tables").items()

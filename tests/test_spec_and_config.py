@@ -286,7 +286,7 @@ def test_known_tasks_are_the_benchmarks():
 
 def test_parsing_needs_neither_torch_nor_transformers():
     code = (
-        "import sys; from masa import config, cli, fingerprint; c = config.load(); cli.data_spec(c);"
+        "import sys; from masa import config, cli, fingerprint, job_specs; c = config.load(); job_specs.data_spec(c);"
         "fingerprint.fingerprint('masa.training');"
         "assert not {'torch', 'transformers', 'datasets', 'pandas', 'numpy'} & set(sys.modules)"
     )

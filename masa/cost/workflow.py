@@ -57,8 +57,9 @@ def _needed(config: Config) -> Iterator[tuple[Name, tuple[Name, ...]]]:
 
 
 def _artefacts(config: Config, runs: list[str]) -> Iterator[tuple[Name, tuple[Name, ...]]]:
-    """Tables and figures; three tables are not of the configuration's own."""
+    """Tables and figures; four tables are not of the configuration's own."""
     yield ("table", "runs"), tuple(_evaluation(config, run) for run in runs)
+    yield ("table", "metrics"), tuple(("pretrain", run) for run in runs)
     yield ("table", "throughput"), tuple(("time_methods", scale) for scale in config["throughput"]["scales"])
     yield ("table", "parameters"), (("count_parameters", ""),)
     for kind, rule in (("tables", "table"), ("figures", "figure")):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,6 @@ from typing import Any
 
 import pandas as pd
 
-from masa import run
 from masa.report import compression_tables, vision_tables
 from masa.report import metrics as m
 from masa.report.paper import match, published_rows
@@ -101,10 +99,10 @@ def _verdict(row: Mapping[str, Any], out: Mapping[str, Any], judged: str, tolera
 
 def write(frame: pd.DataFrame, spec: Mapping[str, Any], folder: Path, note: str = "") -> None:
     """Write ``NAME.csv`` (numbers), ``NAME.md`` and ``NAME.tex`` (for people)."""
-    _write_files(frame, readable(frame, spec.get("columns")), spec, folder, note)
+    write_files(frame, readable(frame, spec.get("columns")), spec, folder, note)
 
 
-def _write_files(frame: pd.DataFrame, shown: pd.DataFrame, spec: Mapping[str, Any], folder: Path, note: str) -> None:
+def write_files(frame: pd.DataFrame, shown: pd.DataFrame, spec: Mapping[str, Any], folder: Path, note: str) -> None:
     name = spec["name"]
     with whole_file(folder / f"{name}.csv") as path:
         frame.to_csv(path, index=False)
@@ -207,91 +205,3 @@ def note_for(spec: Mapping[str, Any], results: Path) -> str:
         elif "note" in record:
             parts.append(f"{task}: {record['note']}.")
     return " ".join(parts)
-
-
-def write_runs(run_ids: Sequence[str], results: Path, folder: Path) -> None:
-    """``runs.csv``: one row a seed with every number, acc and acc_norm both; the tidy table behind all others."""
-    rows = []
-    for run_id in run_ids:
-        record = m.load(results, f"evaluations/{run_id}")
-        scale, experiment, seed = run_id.split("/")
-        rows.append(
-            {"run": run_id, "scale": scale, "method": experiment, "seed": int(seed[4:])}
-            | m.flatten(record)
-            | {f"training_{k}": v for k, v in record["training"].items() if "second" in k}
-            | m.every_score(record)
-        )
-    with whole_file(folder / "runs.csv") as path:
-        pd.DataFrame(rows).to_csv(path, index=False)
-
-
-def write_throughput(files: Mapping[str, Path], labels: Mapping[str, str], folder: Path, published: Path) -> None:
-    """``throughput.*``: tokens per second and ratio to vanilla, for training and for folded inference."""
-    paper = {row["quantity"]: float(row["value"]) for row in csv.DictReader(published.open(newline=""))}
-    ratio = paper["throughput_masa_qkvo"] / paper["throughput_vanilla"]
-    rows = []
-    for scale, file in files.items():
-        data = run.read_json(file)
-        for name in data["training"]:
-            row: dict[str, Any] = {"scale": scale, "method": name, "label": labels[name]}
-            for kind in ("training", "inference"):
-                row |= {f"{kind}_tokens_per_second": data[kind][name]["tokens_per_second"]}
-                row |= {f"{kind}_ratio": data[kind][name]["ratio"]}
-            row["training_ratio_paper"] = ratio if name == "masa-qkvo" else None
-            rows.append(row | {"device": data["device"], "threads": data["threads"]})
-    frame = pd.DataFrame(rows)
-    headings = {
-        "training_tokens_per_second": "Training (tokens/s)",
-        "training_ratio": "Training / vanilla",
-        "training_ratio_paper": "Paper",
-        "inference_tokens_per_second": "Folded inference (tokens/s)",
-        "inference_ratio": "Inference / vanilla",
-    }
-    note = (
-        "Optimiser steps and folded forward passes timed alternately in one process; ratio: median over rounds. "
-        "The paper's 1240 : 1352 is for Transformer-S, sequence 256, batch 16, on an A100."
-    )
-    _write_plain(frame, headings, {"name": "throughput", "title": "Throughput"}, folder, note)
-
-
-def write_parameters(file: Path, labels: Mapping[str, str], folder: Path, published: Path) -> None:
-    """``parameters.*``: counted parameters and reductions of every scale and method, beside the paper's."""
-    paper = {row["quantity"]: float(row["value"]) for row in csv.DictReader(published.open(newline=""))}
-    rows = []
-    for record in run.read_json(file):
-        known = record["experiment"] == "vanilla"
-        rows.append(
-            {
-                "scale": record["scale"],
-                "method": record["experiment"],
-                "label": labels[record["experiment"]],
-                "parameters_m": record["total"] / 1e6,
-                "parameters_m_paper": paper.get(f"params_{record['scale']}") if known else None,
-                "attention_m": record["attention"] / 1e6,
-                "attention_m_paper": paper.get(f"attention_params_{record['scale']}") if known else None,
-                "attn_cr_pct": 100 * record["attention_reduction"],
-                "model_cr_pct": 100 * record["model_reduction"],
-            }
-        )
-    headings = {
-        "parameters_m": "Parameters (M)",
-        "parameters_m_paper": "Paper (M)",
-        "attention_m": "Attention (M)",
-        "attention_m_paper": "Paper (M) ",
-        "attn_cr_pct": "Attention reduction (%)",
-        "model_cr_pct": "Model reduction (%)",
-    }
-    note = "Counted on models built without memory: atoms, coefficients and factors all included, biases not."
-    _write_plain(pd.DataFrame(rows), headings, {"name": "parameters", "title": "Parameter counts"}, folder, note)
-
-
-def _write_plain(
-    frame: pd.DataFrame, headings: Mapping[str, str], spec: Mapping[str, Any], folder: Path, note: str
-) -> None:
-    shown = pd.DataFrame({"Scale": frame["scale"], "Method": frame["label"]})
-    for column, heading in headings.items():
-        shown[heading] = [
-            "" if pd.isna(v) else f"{v:,.0f}" if v >= 1000 else f"{v:.3g}" if v < 1 else f"{v:.2f}"
-            for v in frame[column]
-        ]
-    _write_files(frame, shown, spec, folder, note)

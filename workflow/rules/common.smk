@@ -10,10 +10,10 @@ from snakemake.exceptions import WorkflowError
 
 sys.path.insert(0, str(Path(workflow.basedir).parent))
 
-from masa import cli
 from masa import config as settings
 from masa import cost
 from masa import experiments
+from masa import job_specs
 from masa import launch
 from masa import sources
 from masa.compression import plan
@@ -35,7 +35,7 @@ CORES = None if workflow.remote_exec else workflow.resource_settings.cores
 MACHINE = CORES or config["training"]["threads"]
 ENVIRONMENT = "../envs/masa.yaml"  # only with --sdm conda
 
-TABLES = ["runs", "throughput", "parameters", *experiments.active(config, "tables")]
+TABLES = job_specs.table_names(config)
 FIGURES = list(experiments.active(config, "figures"))
 
 
@@ -187,19 +187,25 @@ def local_image_files(section, name):
         raise WorkflowError(f"{section}.{name}: {error}") from None
 
 
+# what job_specs.OWN_TABLES are made from
+OWN_INPUTS = {
+    "runs": lambda: expand(
+        f"{RESULTS}/evaluations/{{run}}/metrics.json", run=experiments.all_runs(config)
+    ),
+    "metrics": lambda: expand(
+        f"{RESULTS}/runs/{{run}}/manifest.json", run=experiments.all_runs(config)
+    ),
+    "throughput": lambda: expand(
+        f"{RESULTS}/throughput/{{scale}}.json", scale=config["throughput"]["scales"]
+    ),
+    "parameters": lambda: [f"{RESULTS}/parameters.json"],
+}
+
+
 def table_inputs(wildcards):
-    """What a table is made from; three tables are not of the configuration's own."""
-    if wildcards.name == "runs":
-        return expand(
-            f"{RESULTS}/evaluations/{{run}}/metrics.json",
-            run=experiments.all_runs(config),
-        )
-    if wildcards.name == "throughput":
-        return expand(
-            f"{RESULTS}/throughput/{{scale}}.json", scale=config["throughput"]["scales"]
-        )
-    if wildcards.name == "parameters":
-        return [f"{RESULTS}/parameters.json"]
+    """What a table is made from."""
+    if wildcards.name in OWN_INPUTS:
+        return OWN_INPUTS[wildcards.name]()
     return made_from(config["tables"][wildcards.name])
 
 

@@ -13,7 +13,7 @@ rule text:
     resources:
         **asks_for("text"),
     params:
-        spec=lambda wildcards: as_json(cli.text_spec(config, wildcards.name)),
+        spec=lambda wildcards: as_json(job_specs.text_spec(config, wildcards.name)),
         code=meaning("excerpts"),
     message:
         "Text {wildcards.name}"
@@ -33,7 +33,9 @@ rule pretrained:
     resources:
         **asks_for("pretrained"),
     params:
-        spec=lambda wildcards: as_json(cli.pretrained_spec(config, wildcards.model)),
+        spec=lambda wildcards: as_json(
+            job_specs.pretrained_spec(config, wildcards.model)
+        ),
         code=meaning("pretrained"),
         out=lambda wildcards, output: Path(output[0]).parent,
     message:

@@ -41,7 +41,9 @@ rule time_methods:
     resources:
         **asks_for("time_methods"),
     params:
-        spec=lambda wildcards: as_json(cli.throughput_spec(config, wildcards.scale)),
+        spec=lambda wildcards: as_json(
+            job_specs.throughput_spec(config, wildcards.scale)
+        ),
         code=meaning("throughput"),
     message:
         "Timing all methods at {wildcards.scale}"
@@ -59,7 +61,7 @@ rule count_parameters:
     resources:
         **asks_for("count_parameters"),
     params:
-        spec=as_json(cli.parameters_spec(config)),
+        spec=as_json(job_specs.parameters_spec(config)),
         code=meaning("accounting"),
     message:
         "Counting parameters"

@@ -14,14 +14,16 @@ rule table:
     resources:
         **asks_for("table"),
     params:
-        spec=lambda wildcards: as_json(cli.table_spec(config, wildcards.name)),
-        code=meaning("report.tables"),
+        spec=lambda wildcards: as_json(job_specs.table_spec(config, wildcards.name)),
+        code=lambda wildcards: meaning(
+            "report.own_tables" if wildcards.name in OWN_INPUTS else "report.tables"
+        ),
         results=lambda wildcards: RESULTS,
         out=lambda wildcards, output: Path(output[0]).parent,
     message:
         "Table {wildcards.name}"
     shell:
-        "masa table {wildcards.name:q} --spec {params.spec:q} --results {params.results:q} --out {params.out:q} --log {log:q}"
+        "masa tables {wildcards.name:q} --spec {params.spec:q} --results {params.results:q} --out {params.out:q} --log {log:q}"
 
 
 rule figure:
@@ -46,7 +48,7 @@ rule figure:
     message:
         "Figure {wildcards.name}"
     shell:
-        "masa figure {wildcards.name:q} --spec {params.spec:q} --results {params.results:q} --out {params.out:q} --log {log:q}"
+        "masa figures {wildcards.name:q} --spec {params.spec:q} --results {params.results:q} --out {params.out:q} --log {log:q}"
 
 
 rule tables:

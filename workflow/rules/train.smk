@@ -14,10 +14,11 @@ rule pretrain:
     params:
         spec=run_spec,
         code=lambda wildcards: meaning(kind_of(wildcards.run).training),
+        verb=lambda wildcards: kind_of(wildcards.run).verb,
         kind=lambda wildcards: kind_of(wildcards.run).data,
         data=lambda wildcards, input: Path(input[0]).parent,
         out=lambda wildcards, output: Path(output[0]).parent,
     message:
         "Training {wildcards.run}"
     shell:
-        "masa pretrain --spec {params.spec:q} --{params.kind:q} {params.data:q} --out {params.out:q} --log {log:q}"
+        "masa {params.verb:q} --spec {params.spec:q} --{params.kind:q} {params.data:q} --out {params.out:q} --log {log:q}"

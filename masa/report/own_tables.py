@@ -1,0 +1,147 @@
+"""Tables that every configuration has: all runs, all training curves, throughput, counted parameters."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from masa import run
+from masa.fingerprint import ROOT
+from masa.report import metrics as m
+from masa.report.tables import write_files
+from masa.sources import whole_file
+
+PUBLISHED = ROOT / "config" / "paper" / "other.csv"
+
+
+def write(name: str, spec: Any, results: Path, folder: Path) -> None:
+    """Make one of them.
+
+    Args:
+        name: a key of :data:`WRITERS`.
+        spec: from :func:`masa.job_specs.table_spec`.
+        results: directory with ``evaluations/``, ``runs/`` and the like.
+    """
+    WRITERS[name](spec, results, folder)
+
+
+def runs(run_ids: Sequence[str], results: Path, folder: Path) -> None:
+    """``runs.csv``: one row a seed with every number, acc and acc_norm both; the tidy table behind all others."""
+    rows = []
+    for run_id in run_ids:
+        record = m.load(results, f"evaluations/{run_id}")
+        scale, experiment, seed = run_id.split("/")
+        rows.append(
+            {"run": run_id, "scale": scale, "method": experiment, "seed": int(seed[4:])}
+            | m.flatten(record)
+            | {f"training_{k}": v for k, v in record["training"].items() if "second" in k}
+            | m.every_score(record)
+        )
+    with whole_file(folder / "runs.csv") as path:
+        pd.DataFrame(rows).to_csv(path, index=False)
+
+
+def metrics(run_ids: Sequence[str], results: Path, folder: Path) -> None:
+    """``metrics.csv``: the curves of all runs, one row a logged step; empty where a line does not have a column."""
+    frames = []
+    for run_id in run_ids:
+        frame = pd.DataFrame(run.read_jsonl(m.below(results / "runs", run_id) / "metrics.jsonl"))
+        scale, experiment, seed = run_id.split("/")
+        for place, (key, value) in enumerate(
+            {"run": run_id, "scale": scale, "method": experiment, "seed": int(seed[4:])}.items()
+        ):
+            frame.insert(place, key, value)
+        frames.append(frame)
+    with whole_file(folder / "metrics.csv") as path:
+        pd.concat(frames, ignore_index=True).to_csv(path, index=False)
+
+
+def throughput(spec: Mapping[str, Any], results: Path, folder: Path) -> None:
+    """``throughput.*``: tokens per second and ratio to vanilla, for training and for folded inference."""
+    paper, labels = _published(), spec["labels"]
+    ratio = paper["throughput_masa_qkvo"] / paper["throughput_vanilla"]
+    rows = []
+    for scale in spec["scales"]:
+        data = run.read_json(results / "throughput" / f"{scale}.json", "masa throughput")
+        for name in data["training"]:
+            row: dict[str, Any] = {"scale": scale, "method": name, "label": labels[name]}
+            for kind in ("training", "inference"):
+                row |= {f"{kind}_tokens_per_second": data[kind][name]["tokens_per_second"]}
+                row |= {f"{kind}_ratio": data[kind][name]["ratio"]}
+            row["training_ratio_paper"] = ratio if name == "masa-qkvo" else None
+            rows.append(row | {"device": data["device"], "threads": data["threads"]})
+    frame = pd.DataFrame(rows)
+    headings = {
+        "training_tokens_per_second": "Training (tokens/s)",
+        "training_ratio": "Training / vanilla",
+        "training_ratio_paper": "Paper",
+        "inference_tokens_per_second": "Folded inference (tokens/s)",
+        "inference_ratio": "Inference / vanilla",
+    }
+    note = (
+        "Optimiser steps and folded forward passes timed alternately in one process; ratio: median over rounds. "
+        "The paper's 1240 : 1352 is for Transformer-S, sequence 256, batch 16, on an A100."
+    )
+    _write_plain(frame, headings, {"name": "throughput", "title": "Throughput"}, folder, note)
+
+
+def parameters(spec: Mapping[str, Any], results: Path, folder: Path) -> None:
+    """``parameters.*``: counted parameters and reductions of every scale and method, beside the paper's."""
+    paper, labels = _published(), spec["labels"]
+    rows = []
+    for record in run.read_json(results / "parameters.json", "masa parameters"):
+        known = record["experiment"] == "vanilla"
+        rows.append(
+            {
+                "scale": record["scale"],
+                "method": record["experiment"],
+                "label": labels[record["experiment"]],
+                "parameters_m": record["total"] / 1e6,
+                "parameters_m_paper": paper.get(f"params_{record['scale']}") if known else None,
+                "attention_m": record["attention"] / 1e6,
+                "attention_m_paper": paper.get(f"attention_params_{record['scale']}") if known else None,
+                "attn_cr_pct": 100 * record["attention_reduction"],
+                "model_cr_pct": 100 * record["model_reduction"],
+            }
+        )
+    headings = {
+        "parameters_m": "Parameters (M)",
+        "parameters_m_paper": "Paper (M)",
+        "attention_m": "Attention (M)",
+        "attention_m_paper": "Paper (M) ",
+        "attn_cr_pct": "Attention reduction (%)",
+        "model_cr_pct": "Model reduction (%)",
+    }
+    note = "Counted on models built without memory: atoms, coefficients and factors all included, biases not."
+    _write_plain(pd.DataFrame(rows), headings, {"name": "parameters", "title": "Parameter counts"}, folder, note)
+
+
+def _write_plain(
+    frame: pd.DataFrame, headings: Mapping[str, str], spec: Mapping[str, Any], folder: Path, note: str
+) -> None:
+    shown = pd.DataFrame({"Scale": frame["scale"], "Method": frame["label"]})
+    for column, heading in headings.items():
+        shown[heading] = [
+            "" if pd.isna(v) else f"{v:,.0f}" if v >= 1000 else f"{v:.3g}" if v < 1 else f"{v:.2f}"
+            for v in frame[column]
+        ]
+    write_files(frame, shown, spec, folder, note)
+
+
+def _published() -> dict[str, float]:
+    """Single numbers of the paper."""
+    with PUBLISHED.open(newline="") as file:
+        return {row["quantity"]: float(row["value"]) for row in csv.DictReader(file)}
+
+
+WRITERS: dict[str, Callable[[Any, Path, Path], None]] = {
+    "runs": runs,
+    "metrics": metrics,
+    "throughput": throughput,
+    "parameters": parameters,
+}
+"""One for each of :data:`masa.job_specs.OWN_TABLES`."""
