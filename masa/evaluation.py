@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from masa import analysis, benchmarks, run
+from masa.errors import MasaError
 from masa.perplexity import held_out_loss
 from masa.progress import Progress
 from masa.tokens import load_tokenizer, validation_tokens
@@ -71,6 +72,15 @@ def harness(model: Any, tokenizer: Any, tasks: Mapping[str, Any], settings: Mapp
 
     class Quiet(HFLM):
         """Without a progress bar a request type and task, which would drown the lines of parallel jobs."""
+
+        def _loglikelihood_tokens(self, requests: Any, *more: Any, **named: Any) -> Any:
+            longest = max((len(continuation) for _, _, continuation in requests), default=0)
+            if longest > self.max_length:  # the harness has an assertion here that says nothing
+                raise MasaError(
+                    f"evaluation.max_length = {self.max_length} is too small: a continuation that is scored has "
+                    f"{longest} tokens. Set it to {longest} or more (evaluation, or compression.evaluation)."
+                )
+            return super()._loglikelihood_tokens(requests, *more, **named)
 
         def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
             return super().loglikelihood(requests, disable_tqdm=True)

@@ -82,6 +82,12 @@ def test_harness_scores_equal_log_likelihoods_by_hand(prepared, tokenizer):
     assert raw["results"]["piqa"]["acc_norm,none"] == pytest.approx(norm / 3)
 
 
+def test_a_window_shorter_than_an_answer_is_an_error_that_says_what_to_set(prepared, tokenizer):
+    model = language_model(vocab_size=len(tokenizer), eos_token_id=0).eval()
+    with pytest.raises(masa.MasaError, match=r"max_length = 4 is too small: .* has (\d+) tokens\. Set it to \1 or more"):
+        evaluation.harness(model, tokenizer, {"piqa": prepared["piqa"]}, SETTINGS | {"max_length": 4}, "cpu")
+
+
 def test_all_nine_tasks_from_the_mirror(mirror, tokenizer, tmp_path):
     tasks = benchmarks.prepare(list(benchmarks.BENCHMARKS), ["mirror"], None, mirror, tmp_path)
     model = language_model(vocab_size=len(tokenizer), eos_token_id=0)
