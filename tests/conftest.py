@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,8 +19,9 @@ import numpy as np
 import pytest
 import torch
 import tqdm
+from filelock import FileLock
+from projects import ROOT, run_smoke
 
-ROOT = Path(__file__).resolve().parents[1]
 VERB = {"tokens": "pretrain", "images": "train-vit", "boxes": "train-vit"}
 torch.set_num_threads(1)
 
@@ -227,6 +229,33 @@ def mirror():
 def cache():
     """Downloads are kept between test runs, as the workflow keeps them."""
     return ROOT / "cache"
+
+
+@pytest.fixture(scope="session")
+def smoke_project(tmp_path_factory, request):
+    """A copy of the project after a full smoke run, made once for all workers (three minutes): read only."""
+    base = tmp_path_factory.getbasetemp()
+    if hasattr(request.config, "workerinput"):
+        base = base.parent  # a worker's own folder lies in the common one
+    folder, finished = base / "smoke_project", base / "smoke_project.finished"
+    with FileLock(base / "smoke_project.lock"):
+        if not finished.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # another worker's, which failed
+            run_smoke(folder)
+            finished.touch()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smoke_results(request):
+    """``results/smoke`` of a finished smoke run: read only.
+
+    MASA_SMOKE=DIR takes those of a checkout that has them, and saves three minutes while a test is being written.
+    """
+    kept = os.environ.get("MASA_SMOKE")
+    folder = Path(kept).resolve() if kept else request.getfixturevalue("smoke_project")
+    assert (folder / "results/smoke/tables/table1.csv").is_file(), f"{folder} has no finished results/smoke"
+    return folder / "results/smoke"
 
 
 @pytest.fixture(scope="session")

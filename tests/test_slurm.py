@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 
 import pytest
+from projects import BIN, ENVIRONMENT, copy_project
 from slurm_cluster import Cluster, missing
-from test_workflow import BIN, ENVIRONMENT, copy_project
 
 from masa import config, cost, run
 

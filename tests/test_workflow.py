@@ -1,26 +1,11 @@
 """Snakemake for real: the smoke configuration from raw text to all tables and figures, then what reruns and why."""
 
-import os
 import re
-import shutil
 import subprocess
-import sys
-from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import ROOT
-
-BIN = Path(sys.executable).parent
-ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "MASA_MIRROR"} | {"PATH": f"{BIN}:{os.environ['PATH']}"}
-
-
-def snakemake(folder, *arguments, overlays=(), check=True):
-    command = [f"{BIN}/snakemake", "--cores", "2", *arguments, "--configfile", "config/smoke.yaml", *overlays]
-    environment = ENVIRONMENT | {"PYTHONPATH": str(folder)}
-    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert not check or result.returncode == 0, result.stdout[-3000:] + result.stderr[-5000:]
-    return result
+from projects import BIN, ENVIRONMENT, ROOT, copy_finished, snakemake
 
 
 def jobs(result):
@@ -30,35 +15,10 @@ def jobs(result):
     return {rule: int(count) for rule, count in found.items() if rule != "total"}
 
 
-UNFINISHED = shutil.ignore_patterns("tmp*", ".*")  # downloads of tests that run beside
-
-
-def link(source, target):
-    """A hard link where possible: the converted pretrained model is half a gigabyte, and no file here is written to."""
-    if Path(target).exists():
-        return
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
-
-
-def copy_project(folder):
-    """What the workflow needs of the project, with the downloads that this machine already has."""
-    for name in ("masa", "workflow", "config"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    if (ROOT / "cache").is_dir():
-        shutil.copytree(ROOT / "cache", folder / "cache", copy_function=link, ignore=UNFINISHED)
-    return folder
-
-
 @pytest.fixture(scope="module")
-def project(tmp_path_factory):
-    """A copy of the project after a full smoke run."""
-    folder = copy_project(tmp_path_factory.mktemp("project"))
-    snakemake(folder)
-    shutil.copytree(folder / "cache", ROOT / "cache", copy_function=link, dirs_exist_ok=True, ignore=UNFINISHED)
-    return folder
+def project(smoke_project, tmp_path_factory):
+    """A finished smoke run for this file alone: tests edit it and put it right again."""
+    return copy_finished(smoke_project, tmp_path_factory.mktemp("project") / "project")
 
 
 def test_every_table_and_figure_is_there(project):
