@@ -113,6 +113,8 @@ def _sources(sharing: SharingSpec, shape: ModelShape) -> tuple[int, int, int, fl
         return L * r * sides, 2 * len(numbers), 0, 2.0 * L * r * sum(numbers.values())
     if method in ("sequential", "repeat-all-over"):
         return int(sharing.sets or 1) * sum(numbers.values()), len(numbers), 0, 0.0
+    if sharing.atoms is None:  # a method that is not counted here: at most what it would be without sharing
+        return L * sum(numbers.values()), L * len(numbers), 0, 0.0
     total, tensors, unstored, flops = 0, 0, 0, 0.0
     e = sharing.embedding_dim or 64
     for group in sharing.groups():
