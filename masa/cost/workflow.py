@@ -49,7 +49,8 @@ def _needed(config: Config) -> Iterator[tuple[Name, tuple[Name, ...]]]:
         calibration = (("calibrate", f"{model}/{chosen}"),) if chosen else ()
         yield ("compress", run), (("pretrained", model), ("benchmarks", ""), *texts, *calibration)
     for run in runs:
-        yield _evaluation(config, run), (("pretrain", run),)
+        language = (("tokenizer", ""), ("benchmarks", "")) if _kind(config, run) is kinds.LANGUAGE else ()
+        yield _evaluation(config, run), (("pretrain", run), _data(config, run), *language)
     for scale in config["throughput"]["scales"]:
         yield ("time_methods", scale), ()
     yield ("count_parameters", ""), ()
