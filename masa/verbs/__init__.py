@@ -1,6 +1,6 @@
 """The verbs of the command line, a file a group. A new verb is one ``verbs.add`` in one of them, or a new file here."""
 
-from masa.verbs import compress, data, plan, report, train
+from masa.verbs import compress, data, export, plan, report, status, train
 
-MODULES = (data, train, compress, report, plan)
+MODULES = (data, train, compress, export, report, status, plan)
 """In the order of ``masa --help``; each has ``add(verbs)``."""
