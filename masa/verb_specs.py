@@ -106,6 +106,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "artefact": _object(
         {"name": _NAME, "title": _TEXT, "rows": _list(_ROW, 1)},
         kind=_TEXT,
+        caption=_TEXT,
         columns=_list(_TEXT),
         tolerance={"type": "number"},
         judged=_TEXT,

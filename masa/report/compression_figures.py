@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,75 +10,110 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 from masa.report import metrics as m
-from masa.report.style import COLOURS, PROJECTION, look
+from masa.report.canvas import Canvas
+from masa.report.labels import End, width_of
+from masa.report.style import BLACK, ORANGE, PROJECTION, SKY, SMALLEST, TEXT, look
 
 NAMES = {"held_out": "Held-out text", "wikitext": "WikiText-2"}
+HIGHEST = 6
+"""Perplexities are drawn up to this multiple of the lowest."""
+_ONE = "One calibration; no error bars."
 
 
 def perplexity_reduction(spec: Mapping[str, Any], results: Path) -> Figure:
-    """Perplexity over achieved reduction, one line a method, one panel a text; what is far off leaves the panel."""
-    loaded = [(row, m.load(results, row["records"][0])) for row in spec["rows"]]
-    model = loaded[0][0]["scale"]
-    loaded = [(row, record) for row, record in loaded if row["scale"] == model]
-    texts = list(loaded[0][1]["texts"])
-    figure, axes = plt.subplots(1, len(texts), figsize=(1.6 + 3.2 * len(texts), 3.4), squeeze=False)
+    """Perplexity over achieved reduction, one line a method, one panel a text; what is far off leaves the panel.
+
+    Drawn for the first model of the grid.
+    """
+    model = spec["rows"][0]["scale"]
+    rows = [row for row in spec["rows"] if row["scale"] == model]
     lines: dict[str, list[tuple[float, Mapping[str, Any]]]] = {}
-    labels: dict[str, str] = {}
-    dense = [row["experiment"] for row, record in loaded if record["compression"] is None]
-    for row, record in loaded:
+    dense = []
+    for row in rows:
+        record = m.load(results, row["records"][0])
         achieved = record["compression"]["reduction_achieved"] if record["compression"] else 0.0
         lines.setdefault(row["experiment"], []).append((100 * achieved, record["texts"]))
-        labels[row["experiment"]] = row["label"]
-    for axis, text in zip(axes[0], texts, strict=True):
-        lowest = min(t[text]["token_perplexity"] for points in lines.values() for _, t in points)
-        for index, (name, points) in enumerate(lines.items()):
-            x, y = zip(*sorted((p, t[text]["token_perplexity"]) for p, t in points), strict=True)
+        if record["compression"] is None:
+            dense.append(row["experiment"])
+    labels = {row["experiment"]: row["label"] for row in rows}
+    texts = list(next(iter(lines.values()))[0][1])
+    canvas = Canvas(TEXT, max(2.6, 0.3 + 0.13 * len(lines)), 1, len(texts))
+    for axis, text in zip(canvas.axes[0], texts, strict=True):
+        values = {n: sorted((p, t[text]["token_perplexity"]) for p, t in points) for n, points in lines.items()}
+        lowest = min(y for points in values.values() for _, y in points)
+        highest = HIGHEST * lowest
+        ends = []
+        for name, points in values.items():
+            x, y = zip(*points, strict=True)
+            style = look(name)
             if name in dense:
-                axis.axhline(y[0], color="0.4", linewidth=1, label=labels[name], zorder=1)
-            else:
-                axis.plot(x, y, label=labels[name], markersize=3.5, **look(name, index))
+                right = max(p for points in values.values() for p, _ in points)
+                axis.axhline(y[0], label=labels[name], zorder=1, **style)
+                ends.append(End(right, y[0], labels[name], style["color"]))
+                continue
+            axis.plot(x, y, label=labels[name], **style)
+            above = not y[-1] <= highest
+            ends.append(End(x[-1], y[-1], labels[name] + (f" ↑ {_short(y[-1])}" if above else ""), style["color"]))
         axis.set_yscale("log")
-        axis.set_ylim(0.97 * lowest, 6 * lowest)
-        ticks = [round(lowest * f) for f in (1, 1.25, 1.5, 2, 3, 4, 6)]
-        axis.set_yticks(ticks, [str(t) for t in ticks])
+        axis.set_ylim(0.97 * lowest, highest)
+        ticks = _ticks(0.97 * lowest, highest)
+        axis.set_yticks(ticks, [f"{t:g}" for t in ticks])
         axis.yaxis.set_minor_locator(plt.NullLocator())
         axis.set_xlabel("Attention reduction (%)")
         axis.set_title(NAMES.get(text, text))
-    axes[0][0].set_ylabel("Perplexity a token (log scale)")
-    axes[0][-1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.02))
-    figure.suptitle(f"{spec['title']}\n({model}; lines that leave the panel are above)", fontsize=8)
-    figure.tight_layout()
-    return figure
+    canvas.label_ends(axis, ends)
+    canvas.axes[0][0].set_ylabel("Perplexity per token (log scale)")
+    far = (
+        "↑: above the panel, with its perplexity at the largest reduction." if any("↑" in e.text for e in ends) else ""
+    )
+    return canvas.finish(spec["title"], f"{model}. {_ONE}", far)
+
+
+def _short(value: float) -> str:
+    """A large number in few characters."""
+    if not math.isfinite(value):
+        return "∞"
+    return f"{value:,.0f}" if value < 1e5 else f"{value:.0e}".replace("e+0", "e").replace("e+", "e")
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Round numbers between two positive ones, about evenly on a logarithmic axis."""
+    tens = range(math.floor(math.log10(low)), math.floor(math.log10(high)) + 1)
+    return [t for ten in tens for t in (10.0**ten * f for f in (1, 1.5, 2, 3, 4, 5, 7)) if low <= t <= high]
 
 
 def ranks(spec: Mapping[str, Any], results: Path) -> Figure:
     """Rank of every matrix as a fraction of its smaller side: layers across, projections down, one panel a method.
 
-    Drawn for the largest reduction of the grid. White is rank 0 (atoms alone), orange is stored dense.
+    Drawn for the largest reduction of the grid.
     """
     largest = max(row["reduction"] for row in spec["rows"])
     rows = [row for row in spec["rows"] if row["reduction"] == largest]
-    figure, axes = plt.subplots(len(rows), 1, figsize=(6.6, 0.95 * len(rows) + 0.7), sharex=True, squeeze=False)
-    for axis, row in zip(axes[:, 0], rows, strict=True):
+    models = list(dict.fromkeys(row["scale"] for row in rows))
+    canvas = Canvas(TEXT, 0.72 * len(rows) + 0.3, len(rows), sharex=len(models) == 1)
+    for axis, row in zip(canvas.axes[:, 0], rows, strict=True):
         report = m.load(results, row["records"][0])["compression"]
         grid, dense = rank_grid(report["learned"]["ranks"], report["shapes"])
-        image = axis.imshow(grid, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        extent = (0.5, grid.shape[1] + 0.5, len(grid) - 0.5, -0.5)
+        image = axis.imshow(grid, cmap="Blues", vmin=0, vmax=1, aspect="auto", extent=extent)
         for y, x in np.argwhere(dense):
-            axis.add_patch(
-                plt.Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=COLOURS[1], edgecolor="white", linewidth=0.3)
-            )
+            axis.add_patch(plt.Rectangle((x + 0.5, y - 0.5), 1, 1, fc=ORANGE, ec="white", linewidth=0.3))
         axis.set_yticks(range(len(grid)), [PROJECTION.get(p, p) for p in report["learned"]["ranks"]])
-        axis.set_title(f"{row['label']}, {largest:g} % ({row['scale']})", loc="left")
+        axis.xaxis.set_major_locator(MaxNLocator(10, integer=True))
+        axis.set_title(row["label"] + (f", {row['scale']}" if len(models) > 1 else ""))
         axis.grid(False)
-    figure.subplots_adjust(hspace=0.6)
-    layers = grid.shape[1]
-    axes[-1][0].set_xticks(range(0, layers, 5), range(1, layers + 1, 5))
-    axes[-1][0].set_xlabel("Layer (orange: stored dense)")
-    figure.colorbar(image, ax=axes[:, 0].tolist(), label="Rank / full rank", fraction=0.03, pad=0.02)
-    figure.suptitle(spec["title"], fontsize=8, y=1.0)
-    return figure
+    canvas.axes[-1][0].set_xlabel("Layer")
+    canvas.figure.colorbar(image, ax=list(canvas.axes[:, 0]), label="Rank / full rank", fraction=0.03, pad=0.01)
+    of_model = f"{models[0]}, " if len(models) == 1 else ""
+    return canvas.finish(
+        spec["title"],
+        f"{of_model}attention reduced by {largest:g} %. White: rank 0. {_ONE}",
+        handles=[Patch(color=ORANGE, label="stored dense")],
+    )
 
 
 def rank_grid(found: Mapping[str, Any], shapes: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
@@ -98,25 +134,29 @@ def rank_grid(found: Mapping[str, Any], shapes: Mapping[str, Any]) -> tuple[np.n
 
 
 def drift(spec: Mapping[str, Any], results: Path) -> Figure:
-    """KL divergence between neighbouring blocks' outputs as bars; groups as alternating bands."""
+    """KL divergence between neighbouring blocks' outputs as bars; the groups of the first row as alternating bands."""
     row = spec["rows"][0]
     record = m.load(results, row["records"][0])
     values, groups = record["drift"], record["compression"]["learned"]["groups"]
-    figure, axis = plt.subplots(figsize=(6.0, 2.4))
+    layers = len(values) + 1
+    canvas = Canvas(TEXT, 1.9)
+    axis = canvas.axes[0][0]
     for index, group in enumerate(groups):
-        axis.axvspan(group[0] + 0.5, group[-1] + 1.5, color=COLOURS[2], alpha=0.28 if index % 2 else 0.1, linewidth=0)
-        axis.text(
-            (group[0] + group[-1]) / 2 + 1,
-            1.01,
-            f"{group[0] + 1}–{group[-1] + 1}",
-            ha="center",
-            va="bottom",
-            fontsize=6,
-            transform=axis.get_xaxis_transform(),
-        )
-    axis.bar([i + 1.5 for i in range(len(values))], values, width=0.5, color=COLOURS[0])
-    axis.set_xlim(0.5, len(values) + 1.5)
-    axis.set_xlabel("Layer (bands: groups that share atoms; bars stand between two layers)")
+        axis.axvspan(group[0] + 0.5, group[-1] + 1.5, color=SKY, alpha=0.28 if index % 2 else 0.1, linewidth=0)
+        name = f"{group[0] + 1}–{group[-1] + 1}" if len(group) > 1 else f"{group[0] + 1}"
+        if width_of(name + " ", SMALLEST) < 72 * 0.88 * TEXT * len(group) / layers:  # where its band is wide enough
+            axis.text(
+                (group[0] + group[-1]) / 2 + 1, 1.01, name, ha="center", va="bottom", fontsize=SMALLEST,
+                transform=axis.get_xaxis_transform(),
+            )  # fmt: skip
+    axis.bar([i + 1.5 for i in range(len(values))], values, width=0.5, color=BLACK)
+    axis.set_xlim(0.5, layers + 0.5)
+    axis.xaxis.set_major_locator(MaxNLocator(10, integer=True))
+    axis.grid(False, axis="x")
+    axis.set_xlabel("Layer")
     axis.set_ylabel("KL divergence (nats)")
-    axis.set_title(f"{spec['title']} ({row['scale']})", pad=14, fontsize=7)
-    return figure
+    return canvas.finish(
+        spec["title"],
+        f"{row['scale']}. Each bar stands between two layers; bands, with their layers above: the groups of "
+        f"{row['label']} at {row['reduction']:g} %. {_ONE}",
+    )

@@ -1,33 +1,103 @@
-"""One look for all figures: colour-blind safe, the same for one experiment everywhere."""
+"""One look for all figures: print sizes, fonts, and the same colour, line and marker for a method everywhere."""
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
-# Okabe and Ito's palette, with line styles and markers so that colour is never the only sign
-COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#0072B2", "#F0E442")
-LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), "-", "--")
-MARKERS = "osD^vPX*"
+COLUMN, TEXT = 3.25, 6.75
+"""Widths in inches that figures are drawn at: one column, and the whole width, of a two-column page (ICML's; a figure
+over the whole width shrinks to 81 % on NeurIPS's single column of 5.5 inches)."""
+
+LABEL, SMALL, SMALLEST = 7.0, 6.5, 6.0
+"""Points: of axis labels; of ticks, direct labels and notes; and of the smallest text that any figure has."""
+
+# Okabe and Ito's palette, with grey for its yellow, which white paper swallows
+COLOURS = BLACK, ORANGE, SKY, GREEN, VERMILLION, PINK, BLUE, GREY = (
+    "#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#0072B2", "#7F7F7F",
+)  # fmt: skip
+_SOLID, _DASHED, _DASHDOT, _DOTTED, _LONG, _SHORT = "-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1))
+_LINES = (_SOLID, _DASHED, _DASHDOT, _DOTTED, _LONG, _SHORT, _SOLID, _DASHED)
+_MARKERS = "osD^vPX*"
+
 STYLE = {
     "font.size": 8,
-    "axes.titlesize": 8,
-    "legend.fontsize": 7,
+    "axes.titlesize": LABEL,
+    "axes.titlelocation": "left",
+    "axes.labelsize": LABEL,
+    "xtick.labelsize": SMALL,
+    "ytick.labelsize": SMALL,
+    "legend.fontsize": SMALL,
+    "legend.frameon": False,
     "axes.spines.top": False,
     "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.alpha": 0.25,
-    "lines.linewidth": 1.3,
-    "figure.dpi": 200,
-    "savefig.bbox": "tight",
+    "grid.linewidth": 0.5,
+    "lines.linewidth": 1.1,
+    "lines.markersize": 3,
+    "figure.dpi": 300,
+    "savefig.dpi": 300,
+    "savefig.bbox": None,  # "tight" would change the width
     "pdf.fonttype": 42,
+    "text.parse_math": False,  # a label with a $ is a label
 }
-ORDER = ("vanilla", "gqa", "masa-qkv", "low-rank", "sequential", "repeat-all-over", "masa-qkvo")
+
 PROJECTION = {"q": "Query", "k": "Key", "v": "Value", "o": "Output"}
 
+_LOOKS = {
+    "vanilla": (BLACK, _SOLID, "o"),
+    "gqa": (ORANGE, _DASHED, "s"),
+    "masa-qkv": (SKY, _DASHDOT, "D"),
+    "low-rank": (GREEN, _DOTTED, "^"),
+    "sequential": (VERMILLION, _LONG, "v"),
+    "repeat-all-over": (PINK, _SHORT, "P"),
+    "masa-qkvo": (BLUE, _SOLID, "X"),
+    "masa-qkvo-s4": (BLUE, _DOTTED, "*"),
+    # compressions: a colour a family
+    "original": (GREY, _DASHED, ""),
+    "svd": (BLACK, _SOLID, "o"),
+    "svd-llm": (SKY, _SOLID, "D"),
+    "svd-llm-update": (SKY, _DOTTED, "^"),
+    "svd-llm-global": (BLUE, _DASHED, "P"),
+    "svd-global": (BLUE, _SOLID, "s"),
+    "basis-sharing": (PINK, _LONG, "v"),
+    "direct-share": (ORANGE, _SOLID, "P"),
+    "post-share": (ORANGE, _DASHED, "X"),
+    "matrix-pca-role": (GREEN, _DOTTED, "v"),
+    "matrix-pca": (GREEN, _SOLID, "^"),
+    "matrix-pca-data": (GREEN, _DASHED, "o"),
+    "matrix-pca-fisher": (VERMILLION, _DASHED, "^"),
+    "svd-fisher": (VERMILLION, _SOLID, "o"),
+}
 
-def look(name: str, index: int) -> dict[str, Any]:
-    """The same look for one experiment in every figure; what is not in ORDER takes the ``index``-th of 64."""
-    index = ORDER.index(name) if name in ORDER else index
-    again, index = divmod(index, len(COLOURS))
-    other = (index + 3 * again) % len(COLOURS)
-    return {"color": COLOURS[index], "linestyle": LINES[other], "marker": MARKERS[other]}
+
+def look(name: str) -> dict[str, Any]:
+    """The look of one experiment, the same in every figure; a name that is not known here has one of its own.
+
+    Returns:
+        ``color``, ``linestyle`` and ``marker``, as matplotlib's ``plot`` takes them.
+    """
+    if name in _LOOKS:
+        return dict(zip(("color", "linestyle", "marker"), _LOOKS[name], strict=True))
+    shift, index = divmod(zlib.crc32(name.encode()) % (7 * 8), 8)
+    other = (index + 1 + shift) % 8  # never the line and marker that go with that colour above
+    return {"color": COLOURS[index], "linestyle": _LINES[other], "marker": _MARKERS[other]}
+
+
+def readable(colour: str) -> tuple[float, float, float]:
+    """A colour for text: darkened until it stands out from white paper 4.5 to 1 (WCAG's contrast)."""
+    rgb = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    while contrast(rgb) < 4.5:
+        rgb = [0.95 * part for part in rgb]
+    return (rgb[0], rgb[1], rgb[2])
+
+
+def contrast(rgb: Any) -> float:
+    """Contrast of a colour (red, green, blue in 0 to 1) with white: 1 to 21."""
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in rgb]
+    return 1.05 / (0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] + 0.05)

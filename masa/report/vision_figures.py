@@ -1,33 +1,34 @@
-"""Figures of Vision Transformers: accuracy over sizes (Figure 2), confusions, accuracy by class, predictions."""
+"""Figures of Vision Transformers: accuracy over sizes (Figure 2), confusions, accuracy by class."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
-from masa.errors import MasaError
 from masa.report import metrics as m
+from masa.report.canvas import Canvas, of_seeds
+from masa.report.labels import End, shortened, width_of
 from masa.report.paper import match, published_rows
-from masa.report.style import COLOURS, look
+from masa.report.style import COLUMN, SMALL, SMALLEST, TEXT, look
 
 NAMED = 20
 """Classes are named on axes up to this many."""
 
-SHOWN = 0.5
-"""Boxes are drawn that a detector is at least this sure of."""
+_PAPER = {"color": "0.3", "marker": "D", "mfc": "none", "linestyle": ""}
 
 
 def accuracy_parameters(spec: Mapping[str, Any], results: Path) -> Figure:
     """Top-1 (above) and parameters (below) of every method, sizes across, one column of panels a data set.
 
-    Hollow diamonds are the paper's own values, where it has some.
+    Hollow diamonds are the paper's own values, where it has some. One size of one data set has its methods named
+    below the axis and fits one column; several sizes share a legend.
     """
     paper = published_rows(spec.get("paper"))
     columns: dict[str, dict[str, list[dict[str, Any]]]] = {}
@@ -37,35 +38,37 @@ def accuracy_parameters(spec: Mapping[str, Any], results: Path) -> Figure:
             _point(row, records, match(row["paper"], paper, spec))
         )
     methods = {row["experiment"]: row["label"] for row in spec["rows"]}
-    widths = [max(len(methods) * len(sizes) * 0.16, 1.6) for sizes in columns.values()]
-    figure, axes = plt.subplots(
-        2, len(columns), figsize=(sum(widths) + 2.6, 4.2), sharex="col", squeeze=False,
-        gridspec_kw={"width_ratios": widths, "height_ratios": [3, 2]},
+    alone = sum(map(len, columns.values())) == 1
+    canvas = Canvas(
+        COLUMN if alone else TEXT, 3.0, 2, len(columns), sharex="col",
+        gridspec_kw={"width_ratios": [len(sizes) for sizes in columns.values()], "height_ratios": [3, 2]},
     )  # fmt: skip
+    axes = canvas.axes
     for (name, sizes), above, below in zip(columns.items(), axes[0], axes[1], strict=True):
         for place, points in enumerate(sizes.values()):
             for point in points:
                 _draw_point(point, place, list(methods), above, below)
-        above.set_title(name)
+        sized = [points[0]["size"] for points in sizes.values()]
+        above.set_title(f"{name}, {sized[0]} (hidden size / layers)" if alone else name)
         above.margins(y=0.12)
-        below.set_xticks(range(len(sizes)), [points[0]["size"] for points in sizes.values()])
+        if alone:
+            below.set_xticks([_place(0, i, len(methods)) for i in range(len(methods))])
+            below.set_xticklabels(methods.values(), rotation=40, ha="right", rotation_mode="anchor")
+        else:
+            below.set_xticks(range(len(sizes)), sized)
+            below.set_xlabel("Hidden size / layers")
         below.set_xlim(-0.5, len(sizes) - 0.5)
-        below.set_xlabel("hidden size / layers")
-        below.yaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
+        below.yaxis.set_major_formatter(EngFormatter(sep=""))
         for axis in (above, below):
             axis.grid(False, axis="x")
     axes[0][0].set_ylabel("Top-1 accuracy (%)")
-    axes[1][0].set_ylabel("Parameters\n(pale: attention)")
-    marks = [plt.Line2D([], [], **look(n, i) | {"linestyle": ""}, label=v) for i, (n, v) in enumerate(methods.items())]
+    axes[1][0].set_ylabel("Parameters")
+    marks = [] if alone else [plt.Line2D([], [], **look(n) | {"linestyle": ""}, label=v) for n, v in methods.items()]
     if any(point["paper"] is not None for sizes in columns.values() for points in sizes.values() for point in points):
-        marks.append(plt.Line2D([], [], color="0.3", marker="D", mfc="none", linestyle="", label="the paper"))
-    axes[0][-1].legend(handles=marks, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    bars = (
-        "± 1 standard deviation over seeds" if len(spec["rows"][0]["records"]) > 1 else "± 1 standard error, one seed"
-    )
-    figure.suptitle(f"{spec['title']} ({bars})", fontsize=8)
-    figure.tight_layout()
-    return figure
+        marks.append(plt.Line2D([], [], **_PAPER, label="the paper"))
+    images = "± 1 standard error over the test images"
+    seeds = of_seeds(len(spec["rows"][0]["records"]), "bars", images)
+    return canvas.finish(spec["title"], seeds, "Pale: parameters of attention.", handles=marks)
 
 
 def _point(row: Mapping[str, Any], records: list[dict[str, Any]], found: Mapping[str, Any]) -> dict[str, Any]:
@@ -83,16 +86,18 @@ def _point(row: Mapping[str, Any], records: list[dict[str, Any]], found: Mapping
     }
 
 
+def _place(size: int, method: int, methods: int) -> float:
+    return size + 0.8 * ((method + 0.5) / methods - 0.5)
+
+
 def _draw_point(point: Mapping[str, Any], place: int, methods: list[str], above: Any, below: Any) -> None:
-    index = methods.index(point["experiment"])
-    style = look(point["experiment"], index)
-    x = place + 0.8 * ((index + 0.5) / len(methods) - 0.5)
+    style = look(point["experiment"])
+    x = _place(place, methods.index(point["experiment"]), len(methods))
     above.errorbar(
-        x, point["top1"], yerr=point["spread"], capsize=2, markersize=4.5, elinewidth=0.9,
-        **style | {"linestyle": ""},
-    )  # fmt: skip
+        x, point["top1"], yerr=point["spread"], capsize=1.5, markersize=4, elinewidth=0.8, **style | {"linestyle": ""}
+    )
     if point["paper"] is not None:
-        above.plot(x, point["paper"], color=style["color"], marker="D", mfc="none", markersize=6, linestyle="")
+        above.plot(x, point["paper"], **_PAPER | {"color": style["color"]}, markersize=5)
     width = 0.7 / len(methods)
     below.bar(x, point["parameters"], width=width, color=style["color"])
     below.bar(x, point["attention"], width=width, color="white", alpha=0.55)
@@ -101,36 +106,41 @@ def _draw_point(point: Mapping[str, Any], place: int, methods: list[str], above:
 def confusion(spec: Mapping[str, Any], results: Path) -> Figure:
     """How often images of one class (down) are taken for another (across), in percent of the class, seeds together.
 
-    One line of panels a data set (its first size of the grid), one panel a method.
+    A panel a method, three to a line; data sets (their first size of the grid) below one another.
     """
-    groups = _first_scales(spec, results)
-    across = max(map(len, groups))
-    figure, axes = plt.subplots(
-        len(groups), across, figsize=(3.4 * across + 0.4, 3.3 * len(groups)), squeeze=False, sharey="row"
-    )
-    for line, rows in zip(axes, groups, strict=True):
+    groups = first_scales(spec, results)
+    lines = [rows[i : i + 3] for rows in groups for i in range(0, len(rows), 3)]
+    across = max(map(len, lines))
+    side = (TEXT - 1.1) / max(across, 2)
+    canvas = Canvas(TEXT, (side + 0.45) * len(lines), len(lines), across, layout="compressed")
+    for line, rows in zip(canvas.axes, lines, strict=True):
         for axis in line[len(rows) :]:
             axis.axis("off")
         for axis, row in zip(line, rows, strict=False):
             records = [m.load(results, record) for record in row["records"]]
-            image = _draw_confusion(axis, row, records)
+            image = _draw_confusion(axis, row, records, 72 * side)
         line[0].set_ylabel(f"True class ({rows[0]['scale']})")
-    figure.colorbar(image, ax=axes.ravel().tolist(), label="% of the class", fraction=0.04, pad=0.02)
-    figure.suptitle(spec["title"], fontsize=8)
-    return figure
+        for axis in line[1:]:
+            axis.set_yticklabels([])
+    canvas.figure.colorbar(image, ax=list(canvas.axes.flat), label="Share of the class (%)", fraction=0.04, pad=0.02)
+    count = len(spec["rows"][0]["records"])
+    seeds = f"Images of {count} seeds together" if count > 1 else "One seed"
+    return canvas.finish(spec["title"], f"{seeds}; no error bars. Shares below 0.5 % are not written.")
 
 
-def _draw_confusion(axis: Any, row: Mapping[str, Any], records: list[dict[str, Any]]) -> Any:
+def _draw_confusion(axis: Any, row: Mapping[str, Any], records: list[dict[str, Any]], side: float) -> Any:
+    """Args: side: of the panel, in points."""
     counts = np.sum([record["classification"]["confusion"] for record in records], axis=0)
     share = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
     image = axis.imshow(share, cmap="Blues", vmin=0, vmax=100)
-    names = _names(records[0])
+    names = [shortened(name, SMALL, 45) for name in class_names(records[0])]
     if len(names) <= NAMED:
-        axis.set_xticks(range(len(names)), names, rotation=90)
+        axis.set_xticks(range(len(names)), names, rotation=90 if max(map(len, names)) > 2 else 0)
         axis.set_yticks(range(len(names)), names)
-        for y, x in np.argwhere(share >= 0.5):
-            colour = "white" if share[y, x] > 55 else "black"
-            axis.text(x, y, f"{share[y, x]:.0f}", ha="center", va="center", fontsize=5, color=colour)
+        if width_of("100", SMALLEST) < 0.9 * side / len(names):
+            for y, x in np.argwhere(share >= 0.5):
+                colour = "white" if share[y, x] > 55 else "black"
+                axis.text(x, y, f"{share[y, x]:.0f}", ha="center", va="center", fontsize=SMALLEST, color=colour)
     accuracy = statistics.fmean(record["classification"]["top1"] for record in records)
     axis.set_title(f"{row['label']}, top-1 {100 * accuracy:.1f} %")
     axis.set_xlabel("Predicted class")
@@ -143,23 +153,20 @@ def per_class(spec: Mapping[str, Any], results: Path) -> Figure:
 
     One panel a data set (its first size of the grid).
     """
-    groups = _first_scales(spec, results)
-    most = max(len(m.load(results, rows[0]["records"][0])["classes"]) for rows in groups)
-    size = (min(1.6 + 0.42 * most, 7.2), 0.4 + 2.4 * len(groups))
-    figure, axes = plt.subplots(len(groups), 1, figsize=size, squeeze=False)
-    for axis, rows in zip(axes[:, 0], groups, strict=True):
-        _draw_classes(axis, rows, [[m.load(results, record) for record in row["records"]] for row in rows])
-    axes[0][0].legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    bars = "± 1 standard deviation over seeds" if len(spec["rows"][0]["records"]) > 1 else "± 1 standard error"
-    figure.suptitle(f"{spec['title']} ({bars})", fontsize=8)
-    figure.tight_layout()
-    return figure
+    groups = first_scales(spec, results)
+    canvas = Canvas(TEXT, 2.1 * len(groups), len(groups))
+    for axis, rows in zip(canvas.axes[:, 0], groups, strict=True):
+        records = [[m.load(results, record) for record in row["records"]] for row in rows]
+        canvas.label_ends(axis, _draw_classes(axis, rows, records))
+    bars = of_seeds(len(spec["rows"][0]["records"]), "bars", "± 1 standard error over the test images of the class")
+    return canvas.finish(spec["title"], bars, "Bars end at 0 and 100 %.")
 
 
-def _draw_classes(axis: Any, rows: list[Mapping[str, Any]], records: list[list[dict[str, Any]]]) -> None:
-    names = _names(records[0][0])
+def _draw_classes(axis: Any, rows: Sequence[Mapping[str, Any]], records: list[list[dict[str, Any]]]) -> list[End]:
+    names, ends = class_names(records[0][0]), []
     values = [np.array([r["classification"]["per_class"] for r in rs], dtype=float) * 100 for rs in records]
     order = np.argsort(-values[0].mean(0), kind="stable")
+    apart = min(0.16, 0.7 / len(rows))
     for index, (row, value, found) in enumerate(zip(rows, values, records, strict=True)):
         mean = value.mean(0)
         if len(value) > 1:
@@ -167,95 +174,27 @@ def _draw_classes(axis: Any, rows: list[Mapping[str, Any]], records: list[list[d
         else:
             images = np.maximum(np.sum(found[0]["classification"]["confusion"], axis=1), 1)
             error = np.sqrt(mean * (100 - mean) / images)
-        x = np.arange(len(names)) + 0.16 * (index - (len(rows) - 1) / 2)
-        style = look(row["experiment"], index) | {"linestyle": "", "capsize": 1.5, "markersize": 3.5, "elinewidth": 0.8}
-        axis.errorbar(x, mean[order], yerr=error[order], label=row["label"], **style)
+        x = np.arange(len(names)) + apart * (index - (len(rows) - 1) / 2)
+        style = look(row["experiment"]) | {"linestyle": ""}
+        cut = np.array([np.minimum(error, mean), np.minimum(error, 100 - mean)])[:, order]
+        axis.errorbar(
+            x, mean[order], yerr=cut, label=row["label"], **style, capsize=1.5, markersize=3.5, elinewidth=0.8
+        )
+        ends.append(End(x[-1], mean[order][-1], row["label"], style["color"]))
     if len(names) <= NAMED:
-        axis.set_xticks(range(len(names)), [names[i] for i in order], rotation=45, ha="right")
+        shown = [shortened(names[i], SMALL, 45) for i in order]
+        long = max(map(len, shown)) > 2
+        axis.set_xticks(range(len(names)), shown, rotation=40 if long else 0, ha="right" if long else "center",
+                        rotation_mode="anchor" if long else None)  # fmt: skip
+        axis.set_xlabel("Class")
     else:
         axis.set_xlabel(f"{len(names)} classes, sorted")
-    axis.set_title(rows[0]["scale"], loc="left")
+    axis.set_title(rows[0]["scale"])
     axis.set_ylabel("Accuracy (%)")
+    return ends
 
 
-def predictions(spec: Mapping[str, Any], results: Path) -> Figure:
-    """Test images with what the model says and how surely; first the first ones, then its surest mistakes.
-
-    One block of lines a data set (its first size of the grid), of the first method.
-    """
-    across = 8
-    blocks = []
-    for rows in _first_scales(spec, results):
-        record = m.load(results, rows[0]["records"][0])
-        for start in range(0, len(record["examples"]), across):
-            blocks.append((rows[0], record, record["examples"][start : start + across]))
-    figure, axes = plt.subplots(len(blocks), across, figsize=(7.0, 1.25 * len(blocks) + 0.5), squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
-    for line, (row, record, examples) in zip(axes, blocks, strict=True):
-        names, tiles = _names(record), _tiles(results, row)
-        size = len(tiles)
-        for axis, example in zip(line, examples, strict=False):
-            start = example["tile"] * size
-            axis.imshow(tiles[:, start : start + size], cmap="gray", interpolation="nearest")
-            right = example["label"] == example["prediction"]
-            said = f"{names[example['prediction']]} ({100 * example['top'][0][1]:.0f} %)"
-            truth = "" if right else f"\nis {names[example['label']]}"
-            axis.set_title(said + truth, fontsize=6, color=COLOURS[3] if right else COLOURS[4], pad=2)
-    scales = ", ".join(dict.fromkeys(row["scale"] for row, _, _ in blocks))
-    figure.suptitle(f"{spec['title']} ({blocks[0][0]['label']}, {scales})", fontsize=8)
-    figure.tight_layout()
-    return figure
-
-
-def detections(spec: Mapping[str, Any], results: Path) -> Figure:
-    """Test images with annotated boxes (white, dashed) and what each method found; one row of images a method."""
-    rows = _first_scales(spec, results)[0]
-    records = [m.load(results, row["records"][0]) for row in rows]
-    count = len(records[0]["examples"])
-    figure, axes = plt.subplots(len(rows), count, figsize=(1.3 * count, 1.45 * len(rows) + 0.6), squeeze=False)
-    for line, row, record in zip(axes, rows, records, strict=True):
-        tiles, names = _tiles(results, row), _names(record)
-        size, width, height = len(tiles), 1.0, 1.0
-        for axis, example in zip(line, record["examples"], strict=True):
-            width, height = example["size"]
-            start = example["tile"] * size
-            axis.imshow(tiles[:, start : start + size], extent=(0, width, height, 0), interpolation="nearest")
-            for box in example["truth"]:
-                axis.add_patch(_rectangle(box, width, height, color="white", linestyle="--"))
-            surest = [box for box in example["found"] if box["score"] >= SHOWN]
-            for box in surest:
-                colour = COLOURS[1 + box["label"] % (len(COLOURS) - 1)]
-                axis.add_patch(_rectangle(box, width, height, color=colour, linestyle="-"))
-                x, y = box["box"][0] * width, box["box"][1] * height
-                axis.text(x, y, f"{names[box['label']]} {100 * box['score']:.0f}", fontsize=4.5, color=colour)
-            axis.set_xlim(0, width)
-            axis.set_ylim(height, 0)
-            axis.set_xticks([])
-            axis.set_yticks([])
-            axis.grid(False)
-        line[0].set_ylabel(row["label"])
-    legend = f"white: annotated, coloured: at least {SHOWN:.0%} sure"
-    figure.suptitle(f"{spec['title']} ({rows[0]['scale']}; {legend})", fontsize=8)
-    figure.tight_layout()
-    return figure
-
-
-def _rectangle(box: Mapping[str, Any], width: float, height: float, **style: Any) -> Any:
-    x, y, w, h = box["box"]
-    return plt.Rectangle((x * width, y * height), w * width, h * height, fill=False, linewidth=0.9, **style)
-
-
-def _tiles(results: Path, row: Mapping[str, Any]) -> np.ndarray:
-    """The pixels of a run's examples, square tiles side by side."""
-    path = results / row["records"][0] / "examples.png"
-    try:
-        return plt.imread(path)
-    except (OSError, SyntaxError) as error:
-        raise MasaError(f"{path} is missing or corrupt ({error}); evaluate the run again.") from error
-
-
-def _first_scales(spec: Mapping[str, Any], results: Path) -> list[list[Mapping[str, Any]]]:
+def first_scales(spec: Mapping[str, Any], results: Path) -> list[list[Mapping[str, Any]]]:
     """The rows of the first size of every data set."""
     scales: dict[str, str] = {}
     for row in spec["rows"]:
@@ -263,6 +202,6 @@ def _first_scales(spec: Mapping[str, Any], results: Path) -> list[list[Mapping[s
     return [[row for row in spec["rows"] if row["scale"] == scale] for scale in scales.values()]
 
 
-def _names(record: Mapping[str, Any]) -> list[str]:
-    """Names of the classes for people."""
-    return [str(name) for name in record.get("titles") or record["classes"]]
+def class_names(record: Mapping[str, Any]) -> list[str]:
+    """Names of the classes for people; of several for one class, the first."""
+    return [str(name).partition(",")[0] for name in record.get("titles") or record["classes"]]

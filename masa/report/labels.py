@@ -1,0 +1,150 @@
+"""Words in figures: how wide they are, and where they stand without covering one another."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import TextPath
+from scipy.optimize import isotonic_regression
+
+from masa.report.style import SMALL, readable
+
+PITCH = 1.3
+"""Distance of lines of text, as a multiple of the font's size."""
+
+
+@functools.lru_cache(maxsize=4096)
+def width_of(text: str, size: float, weight: str = "normal") -> float:
+    """Width of one line of text in points."""
+    # a space has no outline of its own, so the text stands between two bars
+    path = TextPath((0, 0), f"|{text}|", size=size, prop=FontProperties(weight=weight))
+    bars = TextPath((0, 0), "||", size=size, prop=FontProperties(weight=weight))
+    return float(path.get_extents().width - bars.get_extents().width)
+
+
+def wrapped(text: str, size: float, width: float, weight: str = "normal") -> str:
+    """Text in lines of at most ``width`` points; a word that is longer has a line of its own, cut."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if width_of(longer, size, weight) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(shortened(word, size, width, weight))
+    return "\n".join(line for line in lines if line)
+
+
+def shortened(text: str, size: float, width: float, weight: str = "normal") -> str:
+    """Text of at most ``width`` points, its end cut and marked by an ellipsis where it is longer."""
+    if width_of(text, size, weight) <= width:
+        return text
+    while text and width_of(text + "…", size, weight) > width:
+        text = text[:-1]
+    return text.rstrip() + "…"
+
+
+def spread(wanted: Sequence[float], pitch: float, low: float, high: float) -> list[float]:
+    """Places at least ``pitch`` apart and between ``low`` and ``high``, as near as can be to the wanted ones.
+
+    Least squares under these constraints. The order of the wanted places is kept. Where there is no room between
+    ``low`` and ``high``, the places run on below ``low``.
+
+    >>> spread([1.0, 1.0, 5.0], 1.0, 0.0, 10.0)
+    [0.5, 1.5, 5.0]
+    """
+    order = np.argsort(np.asarray(wanted, dtype=float), kind="stable")
+    steps = pitch * np.arange(len(order))
+    free = isotonic_regression(np.asarray(wanted, dtype=float)[order] - steps).x
+    last = high - pitch * (len(order) - 1)
+    places = np.empty(len(order))
+    places[order] = np.clip(free, min(low, last), last) + steps
+    return places.tolist()
+
+
+@dataclass(frozen=True)
+class End:
+    """What a line is called at its right end.
+
+    Args:
+        x, y: the end, in data; a ``y`` that is not in the panel has no leader drawn to it.
+        text: the label.
+        colour: of the line, as ``#RRGGBB``.
+    """
+
+    x: float
+    y: float
+    text: str
+    colour: str
+
+
+def add_ends(axis: Any, ends: Iterable[End]) -> list[Any]:
+    """Labels right of a panel, each with a leader from the end of its line; :func:`settle_ends` sets their heights."""
+    return [
+        axis.annotate(
+            end.text, (end.x, end.y), (1.05, 0.5), textcoords="axes fraction", va="center", fontsize=SMALL,
+            color=readable(end.colour), annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": end.colour, "linewidth": 0.5, "shrinkA": 1, "shrinkB": 3,
+                        "relpos": (0.0, 0.5)},
+        )
+        for end in ends
+    ]  # fmt: skip
+
+
+def settle_ends(axis: Any, notes: Sequence[Any]) -> None:
+    """Set the labels of :func:`add_ends` near the ends of their lines, none over another. Needs the final layout."""
+    box = axis.get_window_extent()
+    pitch = PITCH * SMALL * axis.figure.dpi / 72
+    ends = [axis.transData.transform(note.xy)[1] for note in notes]
+    inside = [box.y0 - 1 <= y <= box.y1 + 1 for y in ends]
+    wanted = np.clip(np.nan_to_num(ends, nan=box.y1, posinf=box.y1, neginf=box.y0), box.y0, box.y1)
+    for note, y, seen in zip(notes, spread(wanted, pitch, box.y0, box.y1), inside, strict=True):
+        note.xyann = (note.xyann[0], (y - box.y0) / box.height)
+        note.arrow_patch.set_visible(seen)
+
+
+def settle_points(axis: Any, points: Sequence[End], obstacles: Sequence[tuple[float, float]] = ()) -> None:
+    """Label points inside of a panel, each label beside its point where it covers the least. Needs the final layout.
+
+    Args:
+        obstacles: further places in data that labels keep away from, such as lines between points.
+    """
+    box, scale = axis.get_window_extent(), axis.figure.dpi / 72
+    places = axis.transData.transform([(p.x, p.y) for p in points])
+    busy = [np.concatenate([place - 3 * scale, place + 3 * scale]) for place in places]
+    busy += [np.concatenate([place, place]) for place in axis.transData.transform(list(obstacles)).reshape(-1, 2)]
+    for point, place in zip(points, places, strict=True):
+        size = np.array([width_of(point.text, SMALL), SMALL]) * scale
+        options = [_beside(place, size, side, away * scale) for away in (5, 9, 14) for side in _SIDES]
+        cost = [_covered(option, busy, box) + 1e-3 * n for n, option in enumerate(options)]
+        best = options[int(np.argmin(cost))]
+        busy.append(best)
+        centre = axis.transAxes.inverted().transform((best[:2] + best[2:]) / 2)
+        axis.text(
+            *centre, point.text, ha="center", va="center", fontsize=SMALL, color=readable(point.colour),
+            transform=axis.transAxes,
+        )  # fmt: skip
+
+
+_SIDES = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, -1), (1, -1), (-1, 1))
+
+
+def _beside(place: np.ndarray, size: np.ndarray, side: tuple[int, int], away: float) -> np.ndarray:
+    """The box (left, bottom, right, top) of a label on one side of a point."""
+    centre = place + np.array(side) * (size / 2 + away * (0.7 if all(side) else 1))
+    return np.concatenate([centre - size / 2, centre + size / 2])
+
+
+def _covered(option: np.ndarray, busy: Sequence[np.ndarray], panel: Any) -> float:
+    """How many things a box covers; outside of the panel is worst."""
+    pad = 0.15 * (option[3] - option[1])
+    hits = sum(
+        bool(option[0] - pad < b[2] and b[0] < option[2] + pad and option[1] - pad < b[3] and b[1] < option[3] + pad)
+        for b in busy
+    )
+    outside = option[0] < panel.x0 or option[2] > panel.x1 or option[1] < panel.y0 or option[3] > panel.y1
+    return hits + 100.0 * outside
