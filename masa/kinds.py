@@ -19,6 +19,8 @@ class Kind:
         verb: of ``masa``, that trains it.
         data: what it is trained on: the option of that verb and, for vision, the section of the configuration.
         training, evaluation: modules of masa, with ``pretrain`` and ``evaluate``.
+        export: module of masa that writes it for others (see :mod:`masa.export`).
+        model_type: of its Hugging Face configuration (vision).
         resolve: fills the defaults into a run spec and checks it (vision).
         check: sees that an entry of the configuration's data fits a model (vision).
     """
@@ -28,11 +30,13 @@ class Kind:
     data: str
     training: str
     evaluation: str
+    export: str
+    model_type: str | None = None
     resolve: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
     check: Callable[[Mapping[str, Any], Mapping[str, Any]], None] | None = None
 
 
-LANGUAGE = Kind("a language model", "pretrain", "tokens", "training", "evaluation")
+LANGUAGE = Kind("a language model", "pretrain", "tokens", "training", "evaluation", "export.language")
 VISION = {
     vit.FAMILY: Kind(
         "a Vision Transformer",
@@ -40,6 +44,8 @@ VISION = {
         "images",
         "vision.image_training",
         "vision.image_evaluation",
+        "export.images",
+        "timm_wrapper",
         vit.resolve_run,
         image_sets.check,
     ),
@@ -49,6 +55,8 @@ VISION = {
         "boxes",
         "vision.detection_training",
         "vision.detection_evaluation",
+        "export.boxes",
+        "yolos",
         yolos.resolve_run,
         box_spec.check,
     ),
@@ -71,3 +79,8 @@ def of(spec: Mapping[str, Any]) -> Kind:
     if family not in VISION:
         raise unknown("model.family: family", family, VISION)
     return VISION[family]
+
+
+def of_model(config: Mapping[str, Any]) -> Kind:
+    """The kind that a stored model's ``config.json`` tells of, with or without a run."""
+    return next((kind for kind in VISION.values() if kind.model_type == config.get("model_type")), LANGUAGE)

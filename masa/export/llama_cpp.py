@@ -1,0 +1,159 @@
+"""What llama.cpp makes of a GGUF file, beside what transformers makes of the folder that it came from.
+
+Both must split texts into the same tokens and continue them with the same greedy tokens. llama.cpp runs inside its
+Python binding xllamacpp, in float32 throughout.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import urllib.request
+from importlib.util import find_spec
+from pathlib import Path
+
+from masa.errors import MasaError
+from masa.export.gguf import EXTRA
+from masa.export.source import Source
+
+TEXTS = (
+    "The length of the name is 12345 characters, e.g. 3.14 or 2,000,000.",
+    "  two spaces,\ttab\n\nnew lines \r\n and an end with spaces   ",
+    "don't we'll I'd they've it's 'quoted' (brackets) [x] {y} a_b-c/d\\e",
+    "Größe, naïve, Łódź, Ελληνικά, русский, עברית, हिन्दी, 漢字かな, 한국어, 🙂👍🏽, ½ ² ٣ Ⅷ",
+    "def f(x):\n    return x ** 2  # a comment\n",
+)
+"""Digits, spaces, line breaks, contractions, scripts and code: where tokenizers differ."""
+
+PROMPTS = ("The name of the", "Returns a list of all", "In the year 1984, the", "If this parameter is not")
+TOKENS = 32
+NEAR_TIE = 0.01
+"""Nats between two tokens below which rounding may decide, and a difference is reported as a tie."""
+
+
+def require() -> None:
+    """See that the binding is installed.
+
+    Raises:
+        MasaError: it is not.
+    """
+    if find_spec("xllamacpp") is None:
+        raise MasaError(f"--check needs llama.cpp's Python binding xllamacpp, which is not installed: {EXTRA}.")
+
+
+def usage(name: str, source: Source) -> str:
+    """Python that loads the exported file and generates; it runs in its folder."""
+    return (
+        "import xllamacpp  # pip install xllamacpp; any other program on llama.cpp reads the file, too\n\n"
+        "parameters = xllamacpp.CommonParams()\n"
+        f'parameters.model.path = "{name}"\n'
+        "server = xllamacpp.Server(parameters)\n"
+        'answer = server.handle_completions({"prompt": "The name of the", "n_predict": 20, "temperature": 0})\n'
+        'print(answer["choices"][0]["text"])\n'
+    )
+
+
+class LlamaCpp:
+    """A GGUF file in llama.cpp on the CPU: float32 cache, one thread, no fused attention.
+
+    Raises:
+        MasaError: llama.cpp cannot read the file.
+    """
+
+    def __init__(self, file: Path, context: int) -> None:
+        import xllamacpp as llama
+
+        p = llama.CommonParams()
+        p.model.path = str(file)
+        p.n_ctx, p.n_parallel, p.n_gpu_layers, p.verbosity = context, 1, 0, 0
+        p.cache_type_k = p.cache_type_v = llama.ggml_type.GGML_TYPE_F32
+        p.flash_attn_type = llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        p.cpuparams.n_threads, p.warmup, p.ui = 1, False, False
+        try:
+            self.server = llama.Server(p)
+        except Exception as error:  # of the binding, in no particular class
+            raise MasaError(f"llama.cpp cannot read {file}: {error}") from error
+        # to this machine itself, whatever proxy is set
+        self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of a text, without special tokens at its ends."""
+        body = json.dumps({"content": text, "add_special": False, "parse_special": False}).encode()
+        request = urllib.request.Request(
+            f"{self.server.listening_address}/tokenize", body, {"Content-Type": "application/json"}
+        )
+        with self.opener.open(request) as answer:
+            return json.load(answer)["tokens"]
+
+    def continue_(self, ids: list[int], tokens: int) -> list[tuple[int, float]]:
+        """Greedy tokens after ``ids`` and their log-probabilities, until one that ends the text."""
+        asked = {"prompt": ids, "n_predict": tokens, "temperature": 0, "top_k": 1, "n_probs": 1, "cache_prompt": False}
+        answer = self.server.handle_completions(asked)
+        if "choices" not in answer:
+            raise MasaError(f"llama.cpp does not continue a text: {answer}")
+        found = (answer["choices"][0].get("logprobs") or {}).get("content") or []
+        return [(step["id"], step["logprob"]) for step in found]
+
+
+def check(file: Path, plain: Path, dtype: str, prompts: tuple[str, ...] = PROMPTS, tokens: int = TOKENS) -> dict:
+    """Compare a GGUF file with the Hugging Face folder that it was made from.
+
+    Args:
+        file: GGUF.
+        plain: folder, with its tokenizer.
+        dtype: of both.
+        prompts: texts to continue.
+        tokens: at most so many a prompt.
+
+    Returns:
+        ``texts`` tokenised alike, greedy ``tokens`` compared over all ``prompts``, ``ties`` (differences below
+        :data:`NEAR_TIE`), and ``largest_logprob_difference`` in nats of the tokens that are equal.
+
+    Raises:
+        MasaError: a text is split otherwise, or a greedy token is another and no near tie; the message shows it.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    print("export: transformers and llama.cpp continue the same texts", file=sys.stderr, flush=True)
+    tokenizer = AutoTokenizer.from_pretrained(plain, local_files_only=True)
+    tokenizer.model_max_length = 10**9  # no warning: the texts are split, not read
+    model = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32, local_files_only=True).eval()
+    context = min(model.config.max_position_embeddings, 512)
+    llama = LlamaCpp(file, context)
+    for text in (*TEXTS, *prompts):
+        ours, theirs = tokenizer(text, add_special_tokens=False)["input_ids"], llama.tokenize(text)
+        if ours != theirs:
+            raise MasaError(f"llama.cpp splits {text!r} into {theirs}, the tokenizer into {ours}.")
+    compared, ties, largest = 0, [], 0.0
+    for prompt in prompts:
+        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"][: context // 2]
+        count = min(tokens, context - len(ids))
+        made = model.generate(
+            torch.tensor([ids]),
+            max_new_tokens=count,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+        expected = made.sequences[0, len(ids) :].tolist()
+        for place, (token, logprob) in enumerate(llama.continue_(ids, count)):
+            chances = made.logits[place][0].log_softmax(-1)
+            if token != expected[place]:
+                gap = float(chances[expected[place]] - chances[token])
+                if gap > NEAR_TIE:
+                    raise MasaError(
+                        f"After {prompt!r} and {place} equal tokens, transformers says {expected[place]} and llama.cpp "
+                        f"{token}, {gap:.3g} nats apart ({dtype}): {file.name} does not compute what the model does."
+                    )
+                ties.append({"prompt": prompt, "token": place, "nats": gap})
+                break  # the texts are different ones from here on
+            largest, compared = max(largest, abs(float(chances[token]) - logprob)), compared + 1
+    return {
+        "texts": len(TEXTS) + len(prompts),
+        "prompts": len(prompts),
+        "tokens": compared,
+        "ties": ties,
+        "largest_logprob_difference": largest,
+    }
