@@ -121,6 +121,11 @@ def look(place: Place, now: float) -> Status:
     return Status(state=state, note=note, checkpoint=checkpoint, **common | numbers)
 
 
+def is_run_directory(path: Path) -> bool:
+    """Whether a directory is, or was, of a training."""
+    return any((path / name).is_file() for name in ("spec.json", "metrics.jsonl"))
+
+
 def _state(
     place: Place,
     holder: Holder | None,

@@ -15,7 +15,7 @@ from masa import experiments
 from masa.compression import plan
 from masa.errors import unknown
 from masa.status.clock import FileClock
-from masa.status.runs import OVER, STATES, Place, Status, look
+from masa.status.runs import OVER, STATES, Place, Status, is_run_directory, look
 
 Config = Mapping[str, Any]
 
@@ -159,11 +159,6 @@ def runs_on_disk(results: Path) -> list[str]:
         return sorted(str(path.relative_to(folder)) for path in folder.glob("*/*/seed*") if path.is_dir())
     except OSError:
         return []
-
-
-def is_run_directory(path: Path) -> bool:
-    """Whether a directory is, or was, of a training."""
-    return any((path / name).is_file() for name in ("spec.json", "metrics.jsonl", "manifest.json", ".lock"))
 
 
 def run_id_of(directory: Path) -> str:

@@ -2,5 +2,5 @@
 
 from masa.verbs import compare, compress, data, export, page, plan, report, status, train
 
-MODULES = (data, train, compress, export, report, page, status, plan)
+MODULES = (data, train, compress, export, report, page, compare, status, plan)
 """In the order of ``masa --help``; each has ``add(verbs)``."""
