@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from masa import sources
 from masa.compression import plan
 from masa.errors import MasaError
 from masa.fingerprint import fingerprint
+from masa.report.page import assets
 
 try:
     settings.check(config)
@@ -34,6 +36,12 @@ LOGS = f"{RESULTS}/logs"
 CORES = None if workflow.remote_exec else workflow.resource_settings.cores
 MACHINE = CORES or config["training"]["threads"]
 ENVIRONMENT = "../envs/masa.yaml"  # only with --sdm conda
+
+# configuration files of the command line, as the commands on the report's page name them
+OVERLAYS = [
+    os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+    for path in workflow.overwrite_configfiles
+]
 
 TABLES = job_specs.table_names(config)
 FIGURES = list(experiments.active(config, "figures"))

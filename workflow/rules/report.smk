@@ -99,6 +99,33 @@ rule figures:
         "mkdir -p {output:q} && for name in {params.names:q}; do cp {params.parts:q}/$name.* {output:q}/ ; done 2> {log:q}"
 
 
+rule report:
+    input:
+        expand(f"{PARTS}/tables/{{name}}.csv", name=TABLES),
+        expand(f"{PARTS}/figures/{{name}}.png", name=FIGURES),
+    output:
+        report(
+            f"{RESULTS}/report.html",
+            category="Overview",
+            caption="../report/page.rst",
+            labels={"page": "all results"},
+        ),
+    log:
+        f"{LOGS}/report.log",
+    conda:
+        ENVIRONMENT
+    params:
+        spec=as_json(config),
+        code=meaning("report.page.build"),
+        assets=assets.digest(),
+        results=RESULTS,
+        overlays=["--configfile", *OVERLAYS] if OVERLAYS else [],
+    message:
+        "All results as one page: {output}"
+    shell:
+        "masa report --spec {params.spec:q} {params.overlays:q} --results {params.results:q} --out {output:q} --log {log:q}"
+
+
 for artefact in TABLES:
 
     rule:
