@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from masa import run
+from masa.compression.plan import HEAL
 from masa.errors import MasaError, is_plain, unknown
 from masa.report import metrics as m
 from masa.status.numbers import is_number
@@ -79,9 +80,9 @@ def find(words: Iterable[str], results: Path) -> list[Run]:
     runs = list(found.values())
     if len(runs) < 2:
         raise MasaError(f"Two runs at least are needed to compare, {len(runs)} found: {runs[0].name}.")
-    if len({r.unit for r in runs}) > 1:
-        kinds = ", ".join(f"{r.name} ({r.unit})" for r in runs)
-        raise MasaError(f"Runs of different kinds cannot be compared: {kinds}. Name runs that count in the same unit.")
+    if other := next((r for r in runs if r.unit != runs[0].unit), None):
+        pair = " and ".join(f"{r.name} ({r.unit})" for r in (runs[0], other))
+        raise MasaError(f"{pair} count in different units and cannot be compared; name runs of one kind.")
     names = [r.name for r in runs]
     return [r if names.count(r.name) == 1 else _renamed(r) for r in runs]
 
@@ -179,7 +180,7 @@ def _compression(directory: Path, metrics: Mapping[str, Any]) -> Run:
         seed=None,
         unit=COMPRESSION,
         spec={"model": name.partition("/")[0], "reduction": metrics["requested_pct"], "compression": spec}
-        | ({"healing": metrics["healing"]} if metrics.get("healing") else {}),
+        | ({"healing": {k: v for k, v in metrics["healing"].items() if k in HEAL}} if metrics.get("healing") else {}),
         provenance=metrics.get("provenance", {}),
         parameters=metrics["parameters"],
         scores=m.flatten(metrics),
