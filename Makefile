@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 CORES ?= all
 
-.PHONY: env results smoke test lint clean
+.PHONY: env results smoke docs test lint clean
 
 env: .venv/.done
 
@@ -21,6 +21,9 @@ results: env
 
 smoke: env
 	PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --cores $(CORES) --configfile config/smoke.yaml
+
+docs: env # the documentation: build/docs/index.html
+	$(BIN)/python -m sphinx -b html --fail-on-warning --keep-going --quiet docs build/docs
 
 test: env
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -n 2

@@ -27,7 +27,7 @@ def effective_rank(weight: Tensor) -> float:
 
 @torch.no_grad()
 def describe_weights(model: nn.Module) -> dict[str, Any]:
-    """Effective rank of every attention matrix, mean |cos| between layers, and MASA's coefficients.
+    """Effective rank of every attention matrix, mean \\|cos\\| between layers, and MASA's coefficients.
 
     Returns:
         ``effective_rank``: projection -> L numbers; ``similarity``: projection -> mean absolute cosine between the

@@ -43,7 +43,7 @@ class Task:
         build: the model, newly initialised from torch's global generator.
         data: the items of all steps in their order; item i may depend on i and the seed alone. ``where(items)``, if it
             has that, says in words which data a range of items are.
-        score: held-out numbers of a model; their names begin with "validation_" and one is ``validation_loss``.
+        score: held-out numbers of a model; their names begin with ``validation_`` and one is ``validation_loss``.
         unit, units_per_step: what speed is counted in, "tokens" or "images".
         inputs: sha256 of what it was trained on.
         identity: changes with anything that decides the run's bits; another identity is another run.
