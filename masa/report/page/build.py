@@ -79,7 +79,6 @@ def parts(found: Found) -> dict[str, Any]:
         "all_command": found.command(),
         "page_command": found.command("report"),
         "problems": list(dict.fromkeys(found.problems)),
-        "curves_csv": found.artefact("tables", tables.CURVES, "csv"),
         "curves_command": found.command(tables.CURVES),
     }
 

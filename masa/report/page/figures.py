@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Mapping
 from typing import Any
 
 from masa import experiments
@@ -27,8 +28,8 @@ def views(found: Found) -> list[dict[str, Any]]:
     return views
 
 
-def _caption(found: Found, artefact: dict[str, Any]) -> str:
-    """What is in the picture: methods, scales or models, and seeds."""
+def _caption(found: Found, artefact: Mapping[str, Any]) -> str:
+    """What the configuration says of the picture; then its methods, scales or models, and seeds."""
     grid = found.config["grids"][artefact["grid"]]
     if models := grid.get("pretrained"):
         names = found.config["compressions"]
@@ -38,4 +39,4 @@ def _caption(found: Found, artefact: dict[str, Any]) -> str:
         labels = [found.labels[n] for n in artefact["experiments"]]
         seeds = grid["seeds"]
         rest = f"{', '.join(grid['scales'])}; seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
-    return f"{', '.join(labels)}. {rest}."
+    return f"{artefact.get('caption', '')} {', '.join(labels)}; {rest}.".strip()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,7 +74,7 @@ class Found:
     def command(self, *targets: str) -> str:
         """The command line that makes some targets of the workflow."""
         overlays = ["--configfile", *self.overlays] if self.overlays else []
-        return " ".join([SNAKEMAKE, *targets, *overlays])
+        return shlex.join([*SNAKEMAKE.split(), *targets, *overlays])
 
     def json(self, path: Path) -> Any:
         """A JSON file, or None where it is missing or, which is noted, damaged."""

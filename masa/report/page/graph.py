@@ -9,7 +9,7 @@ import networkx as nx
 
 from masa.cost.jobs import Job
 
-WIDTH, HEIGHT, GAP_X, GAP_Y, MARGIN = 150, 46, 56, 20, 8
+WIDTH, HEIGHT, GAP_X, GAP_Y, MARGIN = 144, 46, 48, 20, 8
 SWEEPS = 12
 
 

@@ -63,7 +63,7 @@ def _packages(records: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[
     versions: dict[str, set[str]] = {}
     for record in records.values():
         packages = record.get("packages")
-        for name, version in (packages.items() if isinstance(packages, dict) else ()):
+        for name, version in packages.items() if isinstance(packages, dict) else ():
             versions.setdefault(name, set()).add(str(version))
     return [(name, sorted(found)) for name, found in sorted(versions.items())]
 
@@ -98,7 +98,7 @@ def _data(found: Found) -> list[dict[str, str]]:
     counts: Counter[tuple[str, str]] = Counter()
     for record in [r.provenance for r in found.runs] + [e.get("provenance") for e in found.compressions.values()]:
         inputs = record.get("inputs") if isinstance(record, dict) else None
-        for name, checksum in (inputs.items() if isinstance(inputs, dict) else ()):
+        for name, checksum in inputs.items() if isinstance(inputs, dict) else ():
             counts[str(name), str(checksum)] += 1
     return [{"name": n, "sha256": s, "results": str(count)} for (n, s), count in sorted(counts.items())]
 

@@ -47,11 +47,13 @@ METRICS = {metric.name: metric for metric in m.METRICS}
 
 
 def views(found: Found) -> list[dict[str, Any]]:
-    """Every table of the configuration: ``name``, ``title``, ``note``, ``command``, ``columns``, ``rows`` and ``csv``.
+    """Every table of the configuration: ``name``, ``title``, ``caption``, ``note``, ``command``, ``columns``, ``rows``, ``csv``.
 
     A table that is missing or damaged has no ``columns``; the reason of damage is among the page's problems.
     """
-    return [_view(found, name) for name in job_specs.table_names(found.config) if name != CURVES]
+    own = [name for name in reversed(job_specs.OWN_TABLES) if name != CURVES]
+    chosen = [name for name in job_specs.table_names(found.config) if name not in job_specs.OWN_TABLES]
+    return [_view(found, name) for name in [*chosen, *own]]
 
 
 def verdicts(tables: Sequence[Mapping[str, Any]]) -> dict[str, int]:
@@ -79,6 +81,7 @@ def _view(found: Found, name: str) -> dict[str, Any]:
     view: dict[str, Any] = {
         "name": name,
         "title": spec.get("title") or title or titles.get(name, name.capitalize()),
+        "caption": spec.get("caption", ""),
         "note": note,
         "command": found.command(name),
         "columns": None,

@@ -148,7 +148,7 @@
   const most = [...counts].reduce((a, b) => (b[1] > a[1] ? b : a))[0];
   for (const scale of distinct("scale")) addChoice("scale", scale, scale === most);
   for (const method of distinct("method")) addChoice("method", method, true, runs.find((run) => run.method === method));
-  for (const seed of distinct("seed")) addChoice("seed", seed, true);
+  for (const seed of distinct("seed").sort((a, b) => a - b)) addChoice("seed", seed, true);
   addAll("method");
   for (const id of ["show-held", "show-train", "x-axis", "log-axis", "smoothing"]) control(id).addEventListener("input", draw);
   draw();

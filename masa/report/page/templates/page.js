@@ -35,7 +35,9 @@ const seen = new IntersectionObserver((entries) => {
   for (const entry of entries) {
     if (!entry.isIntersecting) continue;
     for (const link of links.values()) link.removeAttribute("aria-current");
-    links.get(entry.target.id).setAttribute("aria-current", "true");
+    const link = links.get(entry.target.id);
+    link.setAttribute("aria-current", "true");
+    document.querySelector("nav").scrollTo({ left: link.offsetLeft - 90 });  // a narrow screen does not show all of them
   }
 }, { rootMargin: "-15% 0px -80% 0px" });
 for (const id of links.keys()) seen.observe(document.getElementById(id));
