@@ -13,7 +13,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import masa
 from masa import accounting, config, experiments, models
-from masa.cost import DEVICES, Job, Plan, device, limits, logs, measure, report, resources, schedule, transformer
+from masa.cost import (
+    DEVICES,
+    Job,
+    Plan,
+    artefacts,
+    device,
+    limits,
+    logs,
+    measure,
+    report,
+    resources,
+    schedule,
+    transformer,
+)
 from masa.cost.jobs import PROCESS
 from masa.cost.sizes import of_pretrained, of_run
 from masa.cost.workflow import jobs
@@ -292,6 +305,32 @@ def test_measured_jobs_stand_beside_their_estimates(tmp_path):
     assert found["jobs"] == 1
     assert found["measured_seconds"] == seconds
     assert "count_parameters" in logs.compare(plan, tmp_path)
+
+
+def test_an_artefact_costs_what_is_behind_it(tmp_path):
+    plan = Plan(merged("smoke.yaml"))
+    found = artefacts.costs(plan, 2, tmp_path)
+    assert set(found) == {job.name for job in jobs(plan) if job.rule in ("table", "figure")}
+    # the jobs that `snakemake -n --forceall coefficients` lists (tests/test_workflow.py), without its short rule
+    behind = artefacts._behind(plan.job("table", "coefficients"), {(job.rule, job.name): job for job in jobs(plan)})
+    counts = {rule: len(of_rule) for rule, of_rule in report.by_rule(behind).items()}
+    assert counts == {"benchmarks": 1, "tokenizer": 1, "tokenize": 1, "pretrain": 2, "evaluate": 2, "table": 1}
+    one = found["coefficients"]
+    assert one["jobs"] == 8
+    assert one["job_seconds"] == pytest.approx(sum(job.seconds for job in behind))
+    assert one["job_seconds"] / 2 < one["seconds"] < one["job_seconds"] + 30
+    assert one["measured_seconds"] is None
+    for seconds, job in enumerate(behind[:-1], 1):
+        logs.log_of(job, tmp_path).parent.mkdir(parents=True, exist_ok=True)
+        logs.log_of(job, tmp_path).write_text(f"done in {seconds}.0 s, peak memory 10 MiB\n")
+    assert artefacts.costs(plan, 2, tmp_path)["coefficients"]["measured_seconds"] is None, "one log is missing"
+    logs.log_of(behind[-1], tmp_path).parent.mkdir(parents=True)
+    logs.log_of(behind[-1], tmp_path).write_text("done in 8.0 s, peak memory 10 MiB\n")
+    measured = artefacts.costs(plan, 1, tmp_path)["coefficients"]["measured_seconds"]
+    assert measured == pytest.approx(sum(range(1, 9)) + 8 * schedule.OVERHEAD + schedule.START)
+    said = masa_plan("--artefacts", "--configfile", "config/paper.yaml", "--device", "h100").stdout
+    assert said.splitlines()[0].split()[:4] == ["artefact", "jobs", "added", "up"]
+    assert "\ntable1 " in said
 
 
 def test_logs_are_where_the_workflow_puts_them():

@@ -25,6 +25,7 @@ def add(verbs: Verbs) -> None:
     v.add_argument("--cores", type=int, help="CPU cores that share the work (default: all)")
     v.add_argument("--typical", action="store_true", help="a typical core instead of ten seconds of measuring this one")
     v.add_argument("--measured", action="store_true", help="beside what the jobs of a finished workflow took")
+    v.add_argument("--artefacts", action="store_true", help="what each table and figure costs by itself")
     v.add_argument("--json", action="store_true", help="print all numbers as JSON")
 
     v = verbs.add(
@@ -51,10 +52,15 @@ def _plan(given: argparse.Namespace) -> None:
         print(f"measuring this machine{warning} …", file=sys.stderr)
         on = measure.calibrate(processes=cores)
     plan = Plan(c, on, mirrored=bool(config.mirror(c)))
-    if given.measured:
+    folder = Path(c["results"]) / "logs"
+    if given.artefacts:
+        from masa.cost import artefacts
+
+        print((artefacts.as_json if given.json else artefacts.text)(plan, cores, folder))
+    elif given.measured:
         from masa.cost import logs
 
-        print(logs.compare(plan, Path(c["results"]) / "logs", as_json=given.json))
+        print(logs.compare(plan, folder, as_json=given.json))
     else:
         print(report.as_json(plan, cores) if given.json else report.text(plan, cores))
 
