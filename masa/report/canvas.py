@@ -38,8 +38,8 @@ class Canvas:
 
     def label_ends(self, axis: Any, ends: Sequence[End]) -> None:
         """Name lines at their right ends, outside of the panel."""
-        notes = add_ends(axis, ends)
-        self._settle.append(lambda: settle_ends(axis, notes))
+        texts = add_ends(axis, ends)
+        self._settle.append(lambda: settle_ends(axis, ends, texts))
 
     def label_points(self, axis: Any, points: Sequence[End], obstacles: Sequence[tuple[float, float]] = ()) -> None:
         """Name points beside them, inside of the panel."""

@@ -87,33 +87,38 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def ranks(spec: Mapping[str, Any], results: Path) -> Figure:
-    """Rank of every matrix as a fraction of its smaller side: layers across, projections down, one panel a method.
+    """Rank of every matrix as a fraction of its smaller side: layers across, projections down.
 
-    Drawn for the largest reduction of the grid.
+    One panel a method, one column of panels a model. Drawn for the largest reduction of the grid.
     """
     largest = max(row["reduction"] for row in spec["rows"])
-    rows = [row for row in spec["rows"] if row["reduction"] == largest]
-    models = list(dict.fromkeys(row["scale"] for row in rows))
-    canvas = Canvas(TEXT, 0.72 * len(rows) + 0.3, len(rows), sharex=len(models) == 1)
-    for axis, row in zip(canvas.axes[:, 0], rows, strict=True):
-        report = m.load(results, row["records"][0])["compression"]
-        grid, dense = rank_grid(report["learned"]["ranks"], report["shapes"])
-        extent = (0.5, grid.shape[1] + 0.5, len(grid) - 0.5, -0.5)
-        image = axis.imshow(grid, cmap="Blues", vmin=0, vmax=1, aspect="auto", extent=extent)
-        for y, x in np.argwhere(dense):
-            axis.add_patch(plt.Rectangle((x + 0.5, y - 0.5), 1, 1, fc=ORANGE, ec="white", linewidth=0.3))
-        axis.set_yticks(range(len(grid)), [PROJECTION.get(p, p) for p in report["learned"]["ranks"]])
-        axis.xaxis.set_major_locator(MaxNLocator(10, integer=True))
-        axis.set_title(row["label"] + (f", {row['scale']}" if len(models) > 1 else ""))
-        axis.grid(False)
-    canvas.axes[-1][0].set_xlabel("Layer")
-    canvas.figure.colorbar(image, ax=list(canvas.axes[:, 0]), label="Rank / full rank", fraction=0.03, pad=0.01)
-    of_model = f"{models[0]}, " if len(models) == 1 else ""
-    return canvas.finish(
-        spec["title"],
-        f"{of_model}attention reduced by {largest:g} %. White: rank 0. {_ONE}",
-        handles=[Patch(color=ORANGE, label="stored dense")],
-    )
+    columns: dict[str, list[Mapping[str, Any]]] = {}
+    for row in spec["rows"]:
+        if row["reduction"] == largest:
+            columns.setdefault(row["scale"], []).append(row)
+    lines = max(map(len, columns.values()))
+    canvas = Canvas(TEXT, 0.72 * lines + 0.3, lines, len(columns), sharex="col", sharey=True)
+    for column, (model, rows) in enumerate(columns.items()):
+        for axis, row in zip(canvas.axes[:, column], rows, strict=False):
+            image = _draw_ranks(axis, m.load(results, row["records"][0])["compression"])
+            heading = f"{model}\n" if row is rows[0] and len(columns) > 1 else ""
+            axis.set_title(heading + row["label"])
+        canvas.axes[-1][column].set_xlabel("Layer")
+    canvas.figure.colorbar(image, ax=list(canvas.axes.flat), label="Rank / full rank", fraction=0.03, pad=0.01)
+    note = f"{', '.join(columns)}. Attention reduced by {largest:g} %. White: rank 0. {_ONE}"
+    return canvas.finish(spec["title"], note, handles=[Patch(color=ORANGE, label="stored dense")])
+
+
+def _draw_ranks(axis: Any, report: Mapping[str, Any]) -> Any:
+    grid, dense = rank_grid(report["learned"]["ranks"], report["shapes"])
+    extent = (0.5, grid.shape[1] + 0.5, len(grid) - 0.5, -0.5)
+    image = axis.imshow(grid, cmap="Blues", vmin=0, vmax=1, aspect="auto", extent=extent)
+    for y, x in np.argwhere(dense):
+        axis.add_patch(plt.Rectangle((x + 0.5, y - 0.5), 1, 1, fc=ORANGE, ec="white", linewidth=0.3))
+    axis.set_yticks(range(len(grid)), [PROJECTION.get(p, p) for p in report["learned"]["ranks"]])
+    axis.xaxis.set_major_locator(MaxNLocator(10, integer=True))
+    axis.grid(False)
+    return image
 
 
 def rank_grid(found: Mapping[str, Any], shapes: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
@@ -157,6 +162,6 @@ def drift(spec: Mapping[str, Any], results: Path) -> Figure:
     axis.set_ylabel("KL divergence (nats)")
     return canvas.finish(
         spec["title"],
-        f"{row['scale']}. Each bar stands between two layers; bands, with their layers above: the groups of "
-        f"{row['label']} at {row['reduction']:g} %. {_ONE}",
+        f"{row['scale']}. Bars stand between two layers. Bands: groups of layers, {row['label']} at "
+        f"{row['reduction']:g} %. {_ONE}",
     )

@@ -48,8 +48,8 @@ def predictions(spec: Mapping[str, Any], results: Path) -> Figure:
             start = example["tile"] * size
             axis.imshow(tiles[:, start : start + size], cmap="gray", interpolation="nearest")
             right = example["label"] == example["prediction"]
-            room = 72 * side - 8
-            sure = f" ({100 * example['top'][0][1]:.0f} %)"
+            room = 72 * side - 4
+            sure = f": {100 * example['top'][0][1]:.0f} %"
             said = shortened(names[example["prediction"]], SMALLEST, room - width_of(sure, SMALLEST)) + sure
             truth = "" if right else "\n" + shortened(f"is {names[example['label']]}", SMALLEST, room)
             colour = readable(GREEN if right else VERMILLION)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.font_manager import FontProperties
+from matplotlib.lines import Line2D
 from matplotlib.textpath import TextPath
 from scipy.optimize import isotonic_regression
 
@@ -83,28 +84,32 @@ class End:
 
 
 def add_ends(axis: Any, ends: Iterable[End]) -> list[Any]:
-    """Labels right of a panel, each with a leader from the end of its line; :func:`settle_ends` sets their heights."""
-    return [
-        axis.annotate(
-            end.text, (end.x, end.y), (1.05, 0.5), textcoords="axes fraction", va="center", fontsize=SMALL,
-            color=readable(end.colour), annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": end.colour, "linewidth": 0.5, "shrinkA": 1, "shrinkB": 3,
-                        "relpos": (0.0, 0.5)},
-        )
-        for end in ends
-    ]  # fmt: skip
+    """Texts right of a panel, for which a layout makes room; :func:`settle_ends` sets their heights."""
+    place = {"transform": axis.transAxes, "va": "center", "fontsize": SMALL}
+    return [axis.text(_TEXT_AT, 0.5, end.text, color=readable(end.colour), **place) for end in ends]
 
 
-def settle_ends(axis: Any, notes: Sequence[Any]) -> None:
-    """Set the labels of :func:`add_ends` near the ends of their lines, none over another. Needs the final layout."""
-    box = axis.get_window_extent()
-    pitch = PITCH * SMALL * axis.figure.dpi / 72
-    ends = [axis.transData.transform(note.xy)[1] for note in notes]
-    inside = [box.y0 - 1 <= y <= box.y1 + 1 for y in ends]
-    wanted = np.clip(np.nan_to_num(ends, nan=box.y1, posinf=box.y1, neginf=box.y0), box.y0, box.y1)
-    for note, y, seen in zip(notes, spread(wanted, pitch, box.y0, box.y1), inside, strict=True):
-        note.xyann = (note.xyann[0], (y - box.y0) / box.height)
-        note.arrow_patch.set_visible(seen)
+def settle_ends(axis: Any, ends: Sequence[End], texts: Sequence[Any]) -> None:
+    """Set the texts of :func:`add_ends` near the ends of their lines, none over another, and draw leaders to them.
+
+    Needs the final layout.
+    """
+    height = axis.get_window_extent().height
+    pitch = PITCH * SMALL * axis.figure.dpi / 72 / height
+    with np.errstate(invalid="ignore"):
+        places = axis.transAxes.inverted().transform(axis.transData.transform([(end.x, end.y) for end in ends]))
+    wanted = np.clip(np.nan_to_num(places[:, 1], nan=1, posinf=1, neginf=0), 0, 1)
+    for end, text, (x, y), to in zip(ends, texts, places, spread(wanted, pitch, 0, 1), strict=True):
+        text.set_y(to)
+        if -0.01 <= y <= 1.01:
+            leader = Line2D(
+                [x + 0.01, 1, _TEXT_AT - 0.01], [y, y, to], color=end.colour, linewidth=0.5, clip_on=False,
+                transform=axis.transAxes,
+            )  # fmt: skip
+            axis.add_artist(leader)
+
+
+_TEXT_AT = 1.05
 
 
 def settle_points(axis: Any, points: Sequence[End], obstacles: Sequence[tuple[float, float]] = ()) -> None:

@@ -111,8 +111,10 @@ def confusion(spec: Mapping[str, Any], results: Path) -> Figure:
     groups = first_scales(spec, results)
     lines = [rows[i : i + 3] for rows in groups for i in range(0, len(rows), 3)]
     across = max(map(len, lines))
-    side = (TEXT - 1.1) / max(across, 2)
-    canvas = Canvas(TEXT, (side + 0.45) * len(lines), len(lines), across, layout="compressed")
+    named = [name for rows in groups for name in _shown_names(m.load(results, rows[0]["records"][0]))]
+    names = max((width_of(name, SMALL) / 72 for name in named), default=0.15)
+    side = (TEXT - 1.0 - names) / max(across, 2)
+    canvas = Canvas(TEXT, (side + names + 0.55) * len(lines), len(lines), across, layout="compressed")
     for line, rows in zip(canvas.axes, lines, strict=True):
         for axis in line[len(rows) :]:
             axis.axis("off")
@@ -125,7 +127,8 @@ def confusion(spec: Mapping[str, Any], results: Path) -> Figure:
     canvas.figure.colorbar(image, ax=list(canvas.axes.flat), label="Share of the class (%)", fraction=0.04, pad=0.02)
     count = len(spec["rows"][0]["records"])
     seeds = f"Images of {count} seeds together" if count > 1 else "One seed"
-    return canvas.finish(spec["title"], f"{seeds}; no error bars. Shares below 0.5 % are not written.")
+    written = "Shares below 0.5 % are not written." if any(axis.texts for axis in canvas.axes.flat) else ""
+    return canvas.finish(spec["title"], f"{seeds}; no error bars.", written)
 
 
 def _draw_confusion(axis: Any, row: Mapping[str, Any], records: list[dict[str, Any]], side: float) -> Any:
@@ -133,8 +136,7 @@ def _draw_confusion(axis: Any, row: Mapping[str, Any], records: list[dict[str, A
     counts = np.sum([record["classification"]["confusion"] for record in records], axis=0)
     share = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
     image = axis.imshow(share, cmap="Blues", vmin=0, vmax=100)
-    names = [shortened(name, SMALL, 45) for name in class_names(records[0])]
-    if len(names) <= NAMED:
+    if names := _shown_names(records[0]):
         axis.set_xticks(range(len(names)), names, rotation=90 if max(map(len, names)) > 2 else 0)
         axis.set_yticks(range(len(names)), names)
         if width_of("100", SMALLEST) < 0.9 * side / len(names):
@@ -142,7 +144,7 @@ def _draw_confusion(axis: Any, row: Mapping[str, Any], records: list[dict[str, A
                 colour = "white" if share[y, x] > 55 else "black"
                 axis.text(x, y, f"{share[y, x]:.0f}", ha="center", va="center", fontsize=SMALLEST, color=colour)
     accuracy = statistics.fmean(record["classification"]["top1"] for record in records)
-    axis.set_title(f"{row['label']}, top-1 {100 * accuracy:.1f} %")
+    axis.set_title(f"{row['label']}\ntop-1 {100 * accuracy:.1f} %")
     axis.set_xlabel("Predicted class")
     axis.grid(False)
     return image
@@ -151,22 +153,28 @@ def _draw_confusion(axis: Any, row: Mapping[str, Any], records: list[dict[str, A
 def per_class(spec: Mapping[str, Any], results: Path) -> Figure:
     """Accuracy of each class, classes sorted by the first method's; with one seed error bars are binomial.
 
-    One panel a data set (its first size of the grid).
+    One panel a data set (its first size of the grid); many classes have no error bars.
     """
     groups = first_scales(spec, results)
-    canvas = Canvas(TEXT, 2.1 * len(groups), len(groups))
+    canvas = Canvas(TEXT, 2.2 * len(groups), len(groups))
+    classes = []
     for axis, rows in zip(canvas.axes[:, 0], groups, strict=True):
         records = [[m.load(results, record) for record in row["records"]] for row in rows]
+        classes.append(len(records[0][0]["classes"]))
         canvas.label_ends(axis, _draw_classes(axis, rows, records))
-    bars = of_seeds(len(spec["rows"][0]["records"]), "bars", "± 1 standard error over the test images of the class")
+    what = f"bars (of up to {NAMED} classes)" if max(classes) > NAMED else "bars"
+    alone = "± 1 standard error over the test images of the class"
+    bars = of_seeds(len(spec["rows"][0]["records"]), what, alone)
     return canvas.finish(spec["title"], bars, "Bars end at 0 and 100 %.")
 
 
 def _draw_classes(axis: Any, rows: Sequence[Mapping[str, Any]], records: list[list[dict[str, Any]]]) -> list[End]:
-    names, ends = class_names(records[0][0]), []
+    names, ends = _shown_names(records[0][0]), []
+    few, count = bool(names), len(records[0][0]["classes"])
     values = [np.array([r["classification"]["per_class"] for r in rs], dtype=float) * 100 for rs in records]
     order = np.argsort(-values[0].mean(0), kind="stable")
     apart = min(0.16, 0.7 / len(rows))
+    drawn = {"linestyle": "", "capsize": 1.5, "markersize": 3.5 if few else 1.5, "elinewidth": 0.8}
     for index, (row, value, found) in enumerate(zip(rows, values, records, strict=True)):
         mean = value.mean(0)
         if len(value) > 1:
@@ -174,21 +182,15 @@ def _draw_classes(axis: Any, rows: Sequence[Mapping[str, Any]], records: list[li
         else:
             images = np.maximum(np.sum(found[0]["classification"]["confusion"], axis=1), 1)
             error = np.sqrt(mean * (100 - mean) / images)
-        x = np.arange(len(names)) + apart * (index - (len(rows) - 1) / 2)
-        style = look(row["experiment"]) | {"linestyle": ""}
+        x = np.arange(count) + apart * (index - (len(rows) - 1) / 2)
         cut = np.array([np.minimum(error, mean), np.minimum(error, 100 - mean)])[:, order]
-        axis.errorbar(
-            x, mean[order], yerr=cut, label=row["label"], **style, capsize=1.5, markersize=3.5, elinewidth=0.8
-        )
+        style = look(row["experiment"])
+        axis.errorbar(x, mean[order], yerr=cut if few else None, label=row["label"], **style | drawn)
         ends.append(End(x[-1], mean[order][-1], row["label"], style["color"]))
-    if len(names) <= NAMED:
-        shown = [shortened(names[i], SMALL, 45) for i in order]
-        long = max(map(len, shown)) > 2
-        axis.set_xticks(range(len(names)), shown, rotation=40 if long else 0, ha="right" if long else "center",
-                        rotation_mode="anchor" if long else None)  # fmt: skip
-        axis.set_xlabel("Class")
-    else:
-        axis.set_xlabel(f"{len(names)} classes, sorted")
+    axis.set_xlabel("Class" if few else f"{count} classes, sorted")
+    if few:
+        slanted = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if max(map(len, names)) > 2 else {}
+        axis.set_xticks(range(len(names)), [names[i] for i in order], **slanted)
     axis.set_title(rows[0]["scale"])
     axis.set_ylabel("Accuracy (%)")
     return ends
@@ -205,3 +207,9 @@ def first_scales(spec: Mapping[str, Any], results: Path) -> list[list[Mapping[st
 def class_names(record: Mapping[str, Any]) -> list[str]:
     """Names of the classes for people; of several for one class, the first."""
     return [str(name).partition(",")[0] for name in record.get("titles") or record["classes"]]
+
+
+def _shown_names(record: Mapping[str, Any]) -> list[str]:
+    """Names for an axis, cut to 45 points; none where there are too many."""
+    names = class_names(record)
+    return [shortened(name, SMALL, 45) for name in names] if len(names) <= NAMED else []
