@@ -110,7 +110,7 @@ class _Written:
     def _begin(self, changed: float, records: list[dict[str, Any]]) -> None:
         for old in self.folder.glob(f"events.out.tfevents.*{SUFFIX}"):
             old.unlink()
-        self._writer = self._writer_class(str(self.folder), filename_suffix=SUFFIX)
+        self._writer = self._writer_class(str(self.folder), filename_suffix=SUFFIX, purge_step=0)
         seconds = records[-1].get("training_seconds")
         self._start = changed - (seconds if is_number(seconds) else 0.0)
         self._before = {}

@@ -111,7 +111,7 @@ def look(place: Place, now: float) -> Status:
         "configured": place.expected is not None,
         "outdated": bool(place.expected and spec and _differs(place.expected, spec)),
     }
-    if manifest:
+    if manifest and isinstance(manifest.get("training"), dict):
         return Status(state="done", **common | numbers | _of_manifest(manifest, numbers))
     checkpoint = _checkpoint(directory / "checkpoints")
     state, note = _state(place, holder, records, checkpoint, now)
@@ -191,8 +191,7 @@ def _records(path: Path) -> list[dict[str, Any]]:
 
 
 def _of_manifest(manifest: Mapping[str, Any], numbers: Mapping[str, Any]) -> dict[str, Any]:
-    training = manifest.get("training")
-    training = training if isinstance(training, dict) else {}
+    training = manifest["training"]
     unit = next((u for u in ("tokens", "images") if u in training), numbers["unit"])
     found = {
         "step": training.get("steps"),
