@@ -75,8 +75,8 @@ class Surveyor:
     Args:
         results: directory of results.
         config: whose runs are looked for.
-        wanted: run ids, patterns such as ``nano/*``, beginnings such as ``nano/vanilla``, or run directories; by default
-            all runs of the configuration and all that lie in ``results``.
+        wanted: run ids, patterns such as ``nano/*``, beginnings such as ``nano/vanilla``, or run directories; by
+            default all runs of the configuration and all that lie in ``results``.
         named: whether ``results`` are of this configuration; of others, only what lies there is shown.
 
     Raises:
