@@ -17,8 +17,7 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ex
 extensions += ["mathml", "from_code", "repository"]  # in _ext
 
 exclude_patterns = ["_ext", "_static"]
-myst_enable_extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
-extensions += ["mathml", "from_code", "repository"]  # in _ext
+myst_enable_extensions = ["dollarmath", "deflist", "colon_fence"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # notebooks are kept with their outputs, and run by the tests
 

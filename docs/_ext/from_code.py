@@ -154,7 +154,6 @@ def api(*chosen: str) -> str:
 
 
 def _module(name: str) -> str:
-    import masa
 
     module = import_module(name)
     exported = {(package, n) for package in ("masa", "masa.compression") for n in import_module(package).__all__}
@@ -163,8 +162,7 @@ def _module(name: str) -> str:
         here += ["METHODS"] if name == "masa.spec" else ["COMPRESSORS"]
     assert module.__doc__, f"{name} has no docstring"
     excluded = f"   :exclude-members: {', '.join(here)}\n" if here else ""
-    members = "" if hasattr(module, "__path__") else f"   :members:\n{excluded}"  # a package only hands on names
-    return f".. automodule:: {name}\n{members}"
+    return f".. automodule:: {name}\n   :members:\n   :ignore-module-all:\n{excluded}"
 
 
 def modules_of(group: str) -> list[str]:
@@ -220,7 +218,20 @@ def replace(app: Sphinx, name: str, content: list[str]) -> None:
     content[0] = PLACE.sub(fill, content[0])
 
 
+def markdown_tables(app: Sphinx, what: str, name: str, documented: object, options: object, lines: list[str]) -> None:
+    """Tables in docstrings are Markdown's, which can be read in the source; Sphinx is given what it knows."""
+    rows = [(i, line) for i, line in enumerate(lines) if line.strip().startswith("|") and line.strip().endswith("|")]
+    if len(rows) < 3 or set(rows[1][1]) - set("|-: "):
+        return
+    start, stop = rows[0][0], rows[-1][0] + 1
+    table = [".. list-table::", "   :header-rows: 1", ""]
+    for cells in (line.strip().strip("|").split("|") for i, line in rows if i != rows[1][0]):
+        table += [f"   {'*' if j == 0 else ' '} - {cell.strip()}" for j, cell in enumerate(cells)]
+    lines[start:stop] = [*table, ""]
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
-    """Connect to the reading of sources."""
+    """Connect to the reading of sources and docstrings."""
     app.connect("source-read", replace)
+    app.connect("autodoc-process-docstring", markdown_tables)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
