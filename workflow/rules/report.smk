@@ -101,8 +101,8 @@ rule figures:
 
 rule report:
     input:
-        expand(f"{PARTS}/tables/{{name}}.csv", name=TABLES),
-        expand(f"{PARTS}/figures/{{name}}.png", name=FIGURES),
+        f"{RESULTS}/tables",
+        f"{RESULTS}/figures",
     output:
         report(
             f"{RESULTS}/report.html",

@@ -1,4 +1,4 @@
-"""The report as one HTML file that opens offline: tables, figures, curves, budgets, provenance and the workflow's graph.
+"""The report as one HTML file that opens offline: tables, figures, curves, budgets, provenance, the graph of rules.
 
 :mod:`~masa.report.page.found` reads a results directory, also an unfinished one; the modules beside it turn what it
 found into plain data, and ``templates/`` turn that into HTML. Styles, scripts and pictures are inlined, and the page's

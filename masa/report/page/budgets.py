@@ -10,7 +10,7 @@ from typing import Any
 from masa.cost import Plan
 from masa.cost.jobs import Job
 from masa.cost.logs import log_of, read
-from masa.cost.report import by_rule, duration, size
+from masa.cost.report import by_rule
 from masa.report.page.found import Found, number
 
 
@@ -84,7 +84,3 @@ def disk(found: Found) -> list[dict[str, Any]]:
 def _measure(folder: Path) -> dict[str, int]:
     sizes = [i.st_size for path in folder.rglob("*") if stat.S_ISREG((i := path.lstat()).st_mode)]
     return {"files": len(sizes), "bytes": sum(sizes)}
-
-
-FORMATS = {"duration": duration, "size": size}
-"""Filters of the templates."""

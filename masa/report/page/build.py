@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from masa.cost import Plan
+from masa.cost.report import duration, size
 from masa.cost.workflow import jobs as all_jobs
 from masa.report.page import assets, budgets, curves, figures, graph, origins, tables
 from masa.report.page.found import Found
@@ -45,7 +46,7 @@ def page(found: Found) -> str:
         loader=PackageLoader("masa.report.page"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= budgets.FORMATS
+    environment.filters |= {"duration": duration, "size": size, "standing": tables.standing}
     style, script = assets.styles(), assets.scripts()
     inlined = {"style": Markup(style), "script": Markup(script), "policy": Markup(assets.policy(style, script))}
     return environment.get_template("page.html.j2").render(parts(found) | inlined)

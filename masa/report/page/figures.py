@@ -13,7 +13,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def views(found: Found) -> list[dict[str, Any]]:
-    """Every figure of the configuration: ``name``, ``title``, ``caption``, ``command`` and ``source`` (None: missing)."""
+    """Every figure of the configuration: ``name``, ``title``, ``caption``, ``command``, ``source`` (None: missing)."""
     views = []
     for name, artefact in experiments.active(found.config, "figures").items():
         view = {"name": name, "title": artefact["title"], "command": found.command(name), "source": None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -32,6 +33,7 @@ def view(found: Found) -> dict[str, Any]:
         alone = found.mapping(found.results / "provenance.json")
         records = {"provenance.json": alone} if alone else {}
     facts = {key: _counted(records, key) for key in FACTS}
+    plain = json.loads(json.dumps(found.config))  # without YAML's anchors
     packages = _packages(records)
     return {
         "facts": [(FACTS[key], values) for key, values in facts.items()],
@@ -43,7 +45,7 @@ def view(found: Found) -> dict[str, Any]:
         "written": _written(found),
         "machine": ", ".join(value for value, _ in facts["cpu"]) or ", ".join(value for value, _ in facts["platform"]),
         "revision": ", ".join(short(value) for value, _ in facts["revision"]),
-        "config": redact(yaml.safe_dump(found.config, sort_keys=False, allow_unicode=True, width=110)),
+        "config": redact(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=110)),
     }
 
 

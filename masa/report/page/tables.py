@@ -47,7 +47,7 @@ METRICS = {metric.name: metric for metric in m.METRICS}
 
 
 def views(found: Found) -> list[dict[str, Any]]:
-    """Every table of the configuration: ``name``, ``title``, ``caption``, ``note``, ``command``, ``columns``, ``rows``, ``csv``.
+    """Every table of the configuration: ``name``, ``title``, ``caption``, ``note``, ``command``, ``columns`` and so on.
 
     A table that is missing or damaged has no ``columns``; the reason of damage is among the page's problems.
     """
@@ -70,7 +70,7 @@ def standing(verdict: str) -> str:
 
 
 def within(difference: float, tolerance: float) -> str:
-    """ "agrees" where a difference is at most the tolerance, as :func:`masa.report.tables.build` judges, else "differs"."""
+    """Whether a difference "agrees" or "differs"; one equal to the tolerance agrees (:mod:`masa.report.tables`)."""
     return "agrees" if abs(difference) <= tolerance else "differs"
 
 
@@ -135,7 +135,7 @@ def _label(key: str) -> str:
 
 def _numeric(records: Sequence[Mapping[str, str]], key: str) -> bool:
     values = [record.get(key, "") for record in records]
-    return any(values) and all(_number(v) is not None for v in values if v) or not any(values)
+    return all(_number(value) is not None for value in values if value)
 
 
 def _row(
