@@ -51,6 +51,7 @@ class ParameterCount:
     model_reduction: float
 
     def to_dict(self) -> dict[str, Any]:
+        """All of it, JSON-able."""
         return dataclasses.asdict(self)
 
 
@@ -154,6 +155,16 @@ def fold(model: nn.Module) -> nn.Module:
 
     The result has ordinary linear layers, no trace of masa, and the logits of ``model``. Coefficient MLPs, block
     embeddings and the training mode are left behind (the result is in ``eval()``).
+
+    Args:
+        model: what :func:`masa.share`, :func:`masa.compress` or :func:`masa.load` returned; of a plain model, a copy.
+
+    Returns:
+        A new model on the same device and of the same dtype; every W (out, in) of
+        ``W_l = sum_s c_ls D_s`` (arXiv 2508.04581, Eq. 2) is a parameter of its own.
+
+    Raises:
+        MasaError: an architecture that masa does not know.
     """
     plain = copy.deepcopy(model)
     if hasattr(plain, "sharing"):
@@ -175,7 +186,17 @@ def fold(model: nn.Module) -> nn.Module:
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
-    """Count stored numbers and the reductions that follow; works on the meta device."""
+    """Count stored numbers and the reductions that follow; works on the meta device.
+
+    Args:
+        model: dense, shared or compressed, of an architecture that masa knows.
+
+    Returns:
+        Whole numbers, and reductions as fractions (not percent).
+
+    Raises:
+        MasaError: an architecture that masa does not know.
+    """
     family, base = family_of(model), decoder(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())

@@ -23,7 +23,15 @@ PROJECTIONS = {"q": "query", "k": "key", "v": "value", "o": "output", "g": "FFN 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes that a spec is resolved against; ``shapes`` maps a projection letter to its weight's (out, in)."""
+    """The sizes that a spec is resolved against.
+
+    Attributes:
+        num_layers: L.
+        hidden_size: d, the width that ``d/6`` refers to.
+        num_attention_heads: H, query heads.
+        num_key_value_heads: key/value heads; H without grouping.
+        shapes: projection letter -> (out, in) of its weight, equal in all layers.
+    """
 
     num_layers: int
     hidden_size: int
@@ -33,7 +41,11 @@ class ModelShape:
 
     @classmethod
     def of_sizes(cls, model: Mapping[str, Any]) -> ModelShape:
-        """The shapes of a standard Transformer (Q, K, V, O and an FFN of two layers), from its sizes alone."""
+        """The shapes of a standard Transformer (Q, K, V, O and an FFN of two layers), from its sizes alone.
+
+        Args:
+            model: ``num_layers``, ``hidden_size``, ``num_attention_heads`` and ``intermediate_size``.
+        """
         d, heads, ffn = model["hidden_size"], model["num_attention_heads"], model["intermediate_size"]
         shapes = dict.fromkeys("qkvo", (d, d)) | {"u": (ffn, d), "d": (d, ffn)}
         return cls(model["num_layers"], d, heads, heads, shapes)
@@ -152,7 +164,11 @@ class SharingSpec:
 
     @classmethod
     def coerce(cls, spec: SharingSpec | Mapping[str, Any] | str) -> SharingSpec:
-        """Accept a spec, a mapping of its fields, or a bare method name."""
+        """Accept a spec, a mapping of its fields, or a bare method name.
+
+        Raises:
+            MasaError: something else, or an unknown field.
+        """
         if isinstance(spec, cls):
             return spec
         if isinstance(spec, str):
@@ -183,6 +199,9 @@ class SharingSpec:
 
     def resolve(self, shape: ModelShape) -> SharingSpec:
         """Return this spec with every number an integer for ``shape``.
+
+        Args:
+            shape: sizes of the model that is to share.
 
         Raises:
             MasaError: a projection that the model lacks, S > L, a fraction that is no integer, unequal shapes under one

@@ -112,6 +112,9 @@ class Compressor:
     def fit(self, problem: Problem) -> list[WeightSource]:
         """:meth:`prepare` unless the last fit's is still right, then :meth:`solve`.
 
+        Returns:
+            One source a projection, on the device and of the dtype of the model's weights.
+
         Raises:
             MasaError: see there.
         """
@@ -167,7 +170,15 @@ class Compressor:
 
 
 def make_compressor(method: str, **options: Any) -> Compressor:
-    """Build a method from its name and hyperparameters, refusing what it does not know."""
+    """Build a method from its name and hyperparameters.
+
+    Args:
+        method: a key of :data:`masa.compression.COMPRESSORS`.
+        **options: arguments of its class; what is not given has its default.
+
+    Raises:
+        MasaError: an unknown method or option.
+    """
     if method not in COMPRESSORS and method in METHODS:
         import_module(f"masa.compression.{METHODS[method]}")
     if method not in COMPRESSORS:

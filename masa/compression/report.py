@@ -49,6 +49,7 @@ class CompressionReport:
     learned: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
+        """All of it, JSON-able."""
         return dataclasses.asdict(self)
 
 

@@ -70,6 +70,9 @@ def perplexity(
         batch_size: windows that run at once.
         progress: called with ("scoring", done, of).
 
+    Returns:
+        Perplexities over tokens, words and bytes, ``exp(nll / count)``, and the sums that they are made of, in nats.
+
     Raises:
         MasaError: no documents, a window or stride that does not fit, or a model that yields NaN.
     """

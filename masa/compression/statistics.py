@@ -90,7 +90,14 @@ class Calibration:
                 save_file(part, self.directory / name)
 
     def save(self, directory: str | Path | None = None) -> Path:
-        """Write ``calibration.json`` and one safetensors file a layer; a directory given at the start holds both."""
+        """Write ``calibration.json`` and one safetensors file a layer; a directory given at the start holds both.
+
+        Returns:
+            The directory.
+
+        Raises:
+            MasaError: the statistics are in memory and no directory is given.
+        """
         target = Path(directory or self.directory or "")
         if directory is None and self.directory is None:
             raise MasaError("This calibration is in memory: save(directory) needs a directory.")
