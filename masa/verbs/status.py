@@ -106,9 +106,8 @@ def _tensorboard(given: argparse.Namespace) -> None:
         _again(follow, given.watch)
     finally:
         events.close()
-    print(
-        f"{events.count} runs written to {given.out}; see them with `tensorboard --logdir {given.out}`", file=sys.stderr
-    )
+    runs = f"{events.count} run{'s' * (events.count != 1)}"
+    print(f"{runs} written to {given.out}; see with `tensorboard --logdir {given.out}`", file=sys.stderr)
 
 
 def _surveyor(given: argparse.Namespace) -> Surveyor:
