@@ -78,7 +78,9 @@ def _read_yaml(path: Path) -> Config:
 def _merge(base: Config, over: Mapping[str, Any]) -> None:
     """Snakemake's own rule for --configfile: mappings merge, everything else is replaced."""
     for key, value in over.items():
-        if isinstance(value, Mapping) and isinstance(base.get(key), dict):
+        if isinstance(value, Mapping):
+            if not isinstance(base.get(key), dict):
+                base[key] = {}  # its own: a mapping that YAML names in several places is changed in one of them
             _merge(base[key], value)
         else:
             base[key] = value

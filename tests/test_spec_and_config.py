@@ -329,3 +329,13 @@ def test_fingerprint_follows_meaning(tmp_path, monkeypatch):
     monkeypatch.undo()
     for cached in (fingerprint.fingerprint, fingerprint._imports, fingerprint._meaning):
         cached.cache_clear()
+
+
+def test_an_overlay_changes_one_of_several_places_that_yaml_names_together(tmp_path):
+    """As Snakemake merges: the anchor `heal` of config/compression.yaml stays what it is."""
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text("compressions: {matrix-pca-healed: {heal: {steps: 2}}}\n")
+    found = config.load([overlay])["compressions"]
+    assert found["matrix-pca-healed"]["heal"]["steps"] == 2
+    assert found["svd-llm-healed"]["heal"] == config.load()["compressions"]["svd-llm-healed"]["heal"]
+    assert found["svd-llm-healed"]["heal"]["steps"] != 2

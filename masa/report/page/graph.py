@@ -29,7 +29,11 @@ def view(jobs: Sequence[Job], budget: Sequence[Mapping[str, Any]]) -> dict[str, 
     Args:
         budget: from :func:`masa.report.page.budgets.rules`.
     """
-    graph = nx.transitive_reduction(rules(jobs))
+    whole = rules(jobs)
+    needed = nx.transitive_reduction(whole)
+    graph = nx.DiGraph()  # networkx keeps no order when it reduces
+    graph.add_nodes_from(whole)
+    graph.add_edges_from(edge for edge in whole.edges if needed.has_edge(*edge))
     numbers = {row["rule"]: row for row in budget}
     columns = _ordered(_columns(graph))
     tallest = max((len(column) for column in columns), default=0)
