@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 CORES ?= all
 
-.PHONY: env results smoke docs test lint clean
+.PHONY: env results report smoke docs test lint clean
 
 env: .venv/.done
 
@@ -18,6 +18,9 @@ env: .venv/.done
 
 results: env
 	PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --cores $(CORES) results/tables results/figures
+
+report: env
+	PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --cores $(CORES) report
 
 smoke: env
 	PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --cores $(CORES) --configfile config/smoke.yaml

@@ -106,8 +106,10 @@ def edit(path, old, new):
         ("config/compression.yaml", "label: SVD-LLM,", "label: SVDLLM,", {"table": 1, "figure": 2}),
         ("config/smoke.yaml", "samples: 4", "samples: 5", {"calibrate": 1}),
         ("config/smoke.yaml", "vocab_size: 512", "vocab_size: 500", {"tokenizer": 1}),
-        ("masa/cost/devices.py", "1.5e-6", "2.5e-6", {}),  # what jobs cost does not decide what they make
-        ("config/config.yaml", "margin: 2.0", "margin: 3.0", {}),
+        # what jobs cost does not decide what they make; the page shows it
+        ("masa/cost/devices.py", "1.5e-6", "2.5e-6", {"report": 1}),
+        ("config/config.yaml", "margin: 2.0", "margin: 3.0", {"report": 1}),
+        ("masa/report/page/templates/page.css", "#ffffff", "#fefefe", {"report": 1}),
         ("workflow/envs/masa.yaml", "pip=25.3", "pip=25.2", {}),
     ],
 )
@@ -120,6 +122,8 @@ def test_reruns_follow_meaning(project, file, old, new, expected):
     assert {rule: found.get(rule) for rule in expected} == expected
     if not expected:
         assert found == {}
+    if expected == {"report": 1}:
+        assert found == {"all": 1, "report": 1}
     if "table" in expected or "figure" in expected:
         assert not {"pretrain", "evaluate"} & set(found), "a report never trains"
 
@@ -189,4 +193,6 @@ def test_snakemakes_own_report_has_every_table_and_figure(project):
     for kind in ("tables", "figures"):
         for path in (project / "results/smoke" / kind).glob("*.csv" if kind == "tables" else "*.png"):
             assert path.name in page, path.name
+    assert "Overview" in page
+    assert "report.html" in page
     assert jobs(snakemake(project, "-n")) == {}, "a report makes nothing run again"
