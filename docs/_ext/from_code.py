@@ -41,11 +41,13 @@ def config_keys() -> str:
     for name, rows in groups.items():
         parts.append(f"(config-{name})=\n## `{name}`\n")
         if rows[0][0] == f"`{name}`":
-            kind, default, effect = rows.pop(0)[1:]
-            parts.append(f"{effect} ({kind}{f'; default {default}' if default else ''})\n")
-        if rows:
-            parts.append(_table(("key", "type", "default", "effect"), rows))
+            parts.append(_key(*rows.pop(0)[1:]) + "\n")
+        parts += [f"{key}\n: {_key(kind, default, effect)}\n" for key, kind, default, effect in rows]
     return "\n".join(parts)
+
+
+def _key(kind: str, default: str, effect: str) -> str:
+    return f"{effect} *{kind}*{f', default {default}' if default else ''}"
 
 
 def cli_verbs() -> str:

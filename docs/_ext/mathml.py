@@ -7,6 +7,7 @@ same.
 from __future__ import annotations
 
 import html
+import re
 import shutil
 from pathlib import Path
 
@@ -19,16 +20,19 @@ from sphinx.util import logging
 from sphinx.writers.html5 import HTML5Translator
 
 FONT = Path(ziamath.__file__).with_name("fonts") / "STIXTwoMath-Regular.ttf"
+DELIMITERS = re.compile(r"<mo(?: class=\"\w+\")?>([⟨⟩‖⌊⌋])</mo>")
 
 logger = logging.getLogger(__name__)
 
 
 def _mathml(node: nodes.math | nodes.math_block, block: bool) -> str:
     try:
-        return tex2mathml(node.astext(), as_block=block)
+        made = tex2mathml(node.astext(), as_block=block)
     except MathError as error:
         logger.warning("%s: %s", error, node.astext(), location=node, type="math")
         return f"<code>{html.escape(node.astext())}</code>"
+    # browsers stretch these; TeX only where \left and \right say so
+    return made if r"\left" in node.astext() else DELIMITERS.sub(r'<mo stretchy="false">\1</mo>', made)
 
 
 def inline(self: HTML5Translator, node: nodes.math) -> None:
