@@ -6,13 +6,13 @@ from PIL import Image
 from masa import config, experiments, run
 
 
-def spec_of(name, experiments_=None, overlays=(), **grid):
+def spec_of(name, names=None, overlays=(), **grid):
     """The spec of a figure of the configuration, with other experiments or another grid."""
     merged = config.load(overlays)
     figure = merged["figures"][name]
     merged["grids"][figure["grid"]] |= grid
-    if experiments_:
-        figure["experiments"] = experiments_
+    if names:
+        figure["experiments"] = names
     return experiments.artefact_spec(merged, "figures", name)
 
 

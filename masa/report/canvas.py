@@ -69,7 +69,10 @@ class Canvas:
             legend.set_bbox_to_anchor((left, below / height))
         bottom = 1 - (above + body) / height
         figure.get_layout_engine().set(rect=(0, bottom, 1, body / height), w_pad=_PAD, h_pad=_PAD)
-        figure.draw_without_rendering()
+        for axis in figure.axes:
+            axis.tick_params(labelsize=SMALL)  # else the number of ticks would follow whatever style is set later
+        for _ in range(2):  # ticks, and so the room that they take, change with the size of the panels
+            figure.draw_without_rendering()
         figure.set_layout_engine("none")  # labels find their places in panels that stay
         for settle in self._settle:
             settle()

@@ -20,7 +20,7 @@ from masa.report import metrics as m
 from masa.report import vision_figures as vision
 from masa.report.canvas import Canvas, of_seeds
 from masa.report.labels import End
-from masa.report.style import PROJECTION, SMALL, STYLE, TEXT, look
+from masa.report.style import PROJECTION, STYLE, TEXT, look
 from masa.sources import whole_file
 
 
@@ -209,8 +209,7 @@ def coefficients(spec: Mapping[str, Any], results: Path) -> Figure:
         axis.set_xlabel("Atom")
         axis.grid(False)
     axes[0].set_ylabel("Layer")
-    bar = canvas.figure.colorbar(image, ax=list(axes), label="Coefficient", fraction=0.03, pad=0.02)
-    bar.ax.tick_params(labelsize=SMALL)
+    canvas.figure.colorbar(image, ax=list(axes), label="Coefficient", fraction=0.03, pad=0.02)
     return canvas.finish(spec["title"], f"{row['label']}, scale {row['scale']}, one seed ({_seed(spec)}).")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
-from matplotlib.textpath import TextPath
+from matplotlib.textpath import text_to_path
 from scipy.optimize import isotonic_regression
 
 from masa.report.style import SMALL, readable
@@ -18,14 +19,14 @@ from masa.report.style import SMALL, readable
 PITCH = 1.3
 """Distance of lines of text, as a multiple of the font's size."""
 
+LONGEST = 150.0
+"""Points that a direct label may take; longer ones are cut."""
+
 
 @functools.lru_cache(maxsize=4096)
 def width_of(text: str, size: float, weight: str = "normal") -> float:
     """Width of one line of text in points."""
-    # a space has no outline of its own, so the text stands between two bars
-    path = TextPath((0, 0), f"|{text}|", size=size, prop=FontProperties(weight=weight))
-    bars = TextPath((0, 0), "||", size=size, prop=FontProperties(weight=weight))
-    return float(path.get_extents().width - bars.get_extents().width)
+    return text_to_path.get_text_width_height_descent(text, FontProperties(size=size, weight=weight), ismath=False)[0]
 
 
 def wrapped(text: str, size: float, width: float, weight: str = "normal") -> str:
@@ -44,9 +45,8 @@ def shortened(text: str, size: float, width: float, weight: str = "normal") -> s
     """Text of at most ``width`` points, its end cut and marked by an ellipsis where it is longer."""
     if width_of(text, size, weight) <= width:
         return text
-    while text and width_of(text + "…", size, weight) > width:
-        text = text[:-1]
-    return text.rstrip() + "…"
+    kept = bisect.bisect_right(range(len(text)), width, key=lambda n: width_of(f"{text[:n]}…", size, weight)) - 1
+    return text[: max(kept, 0)].rstrip() + "…"
 
 
 def spread(wanted: Sequence[float], pitch: float, low: float, high: float) -> list[float]:
@@ -86,7 +86,10 @@ class End:
 def add_ends(axis: Any, ends: Iterable[End]) -> list[Any]:
     """Texts right of a panel, for which a layout makes room; :func:`settle_ends` sets their heights."""
     place = {"transform": axis.transAxes, "va": "center", "fontsize": SMALL}
-    return [axis.text(_TEXT_AT, 0.5, end.text, color=readable(end.colour), **place) for end in ends]
+    return [
+        axis.text(_TEXT_AT, 0.5, shortened(end.text, SMALL, LONGEST), color=readable(end.colour), **place)
+        for end in ends
+    ]
 
 
 def settle_ends(axis: Any, ends: Sequence[End], texts: Sequence[Any]) -> None:
@@ -123,14 +126,15 @@ def settle_points(axis: Any, points: Sequence[End], obstacles: Sequence[tuple[fl
     busy = [np.concatenate([place - 3 * scale, place + 3 * scale]) for place in places]
     busy += [np.concatenate([place, place]) for place in axis.transData.transform(list(obstacles)).reshape(-1, 2)]
     for point, place in zip(points, places, strict=True):
-        size = np.array([width_of(point.text, SMALL), SMALL]) * scale
+        text = shortened(point.text, SMALL, LONGEST)
+        size = np.array([width_of(text, SMALL), SMALL]) * scale
         options = [_beside(place, size, side, away * scale) for away in (5, 9, 14) for side in _SIDES]
         cost = [_covered(option, busy, box) + 1e-3 * n for n, option in enumerate(options)]
         best = options[int(np.argmin(cost))]
         busy.append(best)
         centre = axis.transAxes.inverted().transform((best[:2] + best[2:]) / 2)
         axis.text(
-            *centre, point.text, ha="center", va="center", fontsize=SMALL, color=readable(point.colour),
+            *centre, text, ha="center", va="center", fontsize=SMALL, color=readable(point.colour),
             transform=axis.transAxes,
         )  # fmt: skip
 

@@ -16,9 +16,9 @@ LABEL, SMALL, SMALLEST = 7.0, 6.5, 6.0
 COLOURS = BLACK, ORANGE, SKY, GREEN, VERMILLION, PINK, BLUE, GREY = (
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#0072B2", "#7F7F7F",
 )  # fmt: skip
-_SOLID, _DASHED, _DASHDOT, _DOTTED, _LONG, _SHORT = "-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1))
-_LINES = (_SOLID, _DASHED, _DASHDOT, _DOTTED, _LONG, _SHORT, _SOLID, _DASHED)
-_MARKERS = "osD^vPX*"
+_LINES = _SOLID, _DASHED, _DASHDOT, _DOTTED, _LONG, _SHORT = "-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1))
+_OTHERS = "<>phd8"
+"""Markers that no method below has."""
 
 STYLE = {
     "font.size": 8,
@@ -60,7 +60,7 @@ _LOOKS = {
     "masa-qkvo-s4": (BLUE, _DOTTED, "*"),
     # compressions: a colour a family
     "original": (GREY, _DASHED, ""),
-    "svd": (BLACK, _SOLID, "o"),
+    "svd": (BLACK, _DASHED, "s"),
     "svd-llm": (SKY, _SOLID, "D"),
     "svd-llm-update": (SKY, _DOTTED, "^"),
     "svd-llm-global": (BLUE, _DASHED, "P"),
@@ -84,9 +84,8 @@ def look(name: str) -> dict[str, Any]:
     """
     if name in _LOOKS:
         return dict(zip(("color", "linestyle", "marker"), _LOOKS[name], strict=True))
-    shift, index = divmod(zlib.crc32(name.encode()) % (7 * 8), 8)
-    other = (index + 1 + shift) % 8  # never the line and marker that go with that colour above
-    return {"color": COLOURS[index], "linestyle": _LINES[other], "marker": _MARKERS[other]}
+    line, colour = divmod(zlib.crc32(name.encode()) % 48, 8)
+    return {"color": COLOURS[colour], "linestyle": _LINES[line], "marker": _OTHERS[(line + colour) % 6]}
 
 
 def readable(colour: str) -> tuple[float, float, float]:

@@ -53,7 +53,9 @@ def accuracy_parameters(spec: Mapping[str, Any], results: Path) -> Figure:
         above.margins(y=0.12)
         if alone:
             below.set_xticks([_place(0, i, len(methods)) for i in range(len(methods))])
-            below.set_xticklabels(methods.values(), rotation=40, ha="right", rotation_mode="anchor")
+            below.set_xticklabels(
+                [shortened(v, SMALL, 90) for v in methods.values()], rotation=40, ha="right", rotation_mode="anchor"
+            )
         else:
             below.set_xticks(range(len(sizes)), sized)
             below.set_xlabel("Hidden size / layers")
