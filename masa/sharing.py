@@ -157,7 +157,8 @@ def fold(model: nn.Module) -> nn.Module:
     embeddings and the training mode are left behind (the result is in ``eval()``).
 
     Args:
-        model: what :func:`masa.share`, :func:`masa.compress` or :func:`masa.load` returned; of a plain model, a copy.
+        model: what :func:`masa.share`, :func:`masa.compression.compress` or :func:`masa.load` returned; a plain model
+            is copied.
 
     Returns:
         A new model on the same device and of the same dtype; every W (out, in) of
