@@ -3,10 +3,12 @@
 import itertools
 import json
 import re
+import shutil
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from conftest import ROOT
 from figure_results import spec_of, write_results
 from matplotlib.colors import to_hex
 from matplotlib.text import Text
@@ -14,7 +16,7 @@ from PIL import Image
 
 import masa
 from masa import config, run
-from masa.report import canvas, figures, labels, style
+from masa.report import canvas, figures, gallery, labels, style
 
 PAPER = ["config/paper.yaml"]
 ANIMALS = ["airplane", "automobile", "bird", "European fire salamander, Salamandra", "deer", "dog", "frog", "horse"]
@@ -298,3 +300,30 @@ def test_every_table_and_figure_has_a_caption_which_reruns_no_training():
     assert runs == {
         name: experiments.run_spec(base, *experiments.parse_run(name)) for name in experiments.all_runs(base)
     }
+
+
+# -------------------------------------------------------------------------------------------------------- gallery
+
+
+def test_the_gallery_is_up_to_date_and_its_links_lead_somewhere():
+    text = (ROOT / "docs" / "gallery.md").read_text(encoding="utf-8")
+    assert text == gallery.page(), "run: python docs/make_gallery.py"
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    assert len(links) > 30 and all((ROOT / "docs" / link).is_file() for link in links)
+    for name, figure in config.load()["figures"].items():
+        assert text.count(f"### {figure['title']}\n") == 1 and figure["caption"] in text
+        assert re.search(rf"`[^`]*snakemake --cores all {name}( --configfile config/mirror.yaml)?`", text)
+
+
+def test_the_gallery_says_what_is_missing_or_old(tmp_path):
+    shutil.copytree(ROOT / "config", tmp_path / "config")
+    assert gallery.page(tmp_path).count("the default run: no picture is kept; ") == 12
+    old = tmp_path / "results" / "reference" / "laptop" / "figures" / "kl_drift.png"
+    old.parent.mkdir(parents=True)
+    for width, said in ((1150, True), (2025, False)):
+        Image.new("L", (width, 10)).save(old)
+        entry = gallery.page(tmp_path).partition("### Divergence of")[2]
+        assert (
+            f"![Divergence of neighbouring blocks, and the groups of layers](../{old.relative_to(tmp_path)})" in entry
+        )
+        assert ("an earlier version" in entry) == said
