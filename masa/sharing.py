@@ -1,7 +1,7 @@
-"""Share, fold and count: the mechanism that everything else in this project uses.
+"""Share, fold and count: the mechanism that everything else in this project uses. ::
 
-model = masa.share(model, masa.SharingSpec(method="masa", projections="qkvo", atoms=4))   # train it
-plain = masa.fold(model)                                                                  # masa no longer needed
+    model = masa.share(model, masa.SharingSpec(method="masa", projections="qkvo", atoms=4))   # train it
+    plain = masa.fold(model)                                                                  # masa no longer needed
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Where data comes from: ``pypi:``, ``hub:``, ``file:`` and ``mirror:`` sources, pinned, checked, never half-written.
+"""Where data comes from: ``pypi:``, ``hub:``, ``file:`` and ``mirror:`` sources, pinned, checked, never half-written. ::
 
-pypi:botocore==1.43.11          one wheel, downloaded by pip (any index, proxy or cache that pip is set up for)
-hub:ORG/NAME@COMMIT             a Hugging Face repository at one commit; read from the mirror where that has it
-file:PATH or GLOB               local files
-mirror:PATH or GLOB             files below the mirror directory
+    pypi:botocore==1.43.11          one wheel, downloaded by pip (any index, proxy or cache that pip is set up for)
+    hub:ORG/NAME@COMMIT             a Hugging Face repository at one commit; read from the mirror where that has it
+    file:PATH or GLOB               local files
+    mirror:PATH or GLOB             files below the mirror directory
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Training-free compression: solve for the weight sources of a model that is trained already.
+"""Training-free compression: solve for the weight sources of a model that is trained already. ::
 
     calibration = calibrate(model, tokens)                                  # one pass over the data, for all methods
     model, report = compress(model, "svd-global", calibration, reduction=0.2)           # or a make_compressor(...)
