@@ -217,7 +217,9 @@ def replace(app: Sphinx, name: str, content: list[str]) -> None:
             raise ExtensionError(f"{name}: nothing is made from code under the name {what!r}: {', '.join(WRITERS)}")
         return WRITERS[what]()
 
-    content[0] = PLACE.sub(fill, content[0])
+    if PLACE.search(content[0]):
+        app.env.note_reread()  # the code may have changed where the page has not
+        content[0] = PLACE.sub(fill, content[0])
 
 
 def markdown_tables(app: Sphinx, what: str, name: str, documented: object, options: object, lines: list[str]) -> None:
