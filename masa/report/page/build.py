@@ -13,6 +13,7 @@ from markupsafe import Markup
 from masa.cost import Plan
 from masa.cost.report import duration, size
 from masa.cost.workflow import jobs as all_jobs
+from masa.errors import MasaError
 from masa.report.page import assets, budgets, curves, figures, graph, origins, tables
 from masa.report.page.found import Found
 from masa.sources import whole_file
@@ -33,6 +34,8 @@ def write(config: Mapping[str, Any], results: Path, out: Path, overlays: Iterabl
     Raises:
         MasaError: no such directory, or the page cannot be written.
     """
+    if out.is_dir():
+        raise MasaError(f"{out} is a directory; --out names the page itself, e.g. {out / 'report.html'}.")
     found = Found(config, results, overlays)
     text = page(found)
     with whole_file(out) as path:
