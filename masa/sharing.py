@@ -1,4 +1,6 @@
-"""Share, fold and count: the mechanism that everything else in this project uses. ::
+"""Share, fold and count: the mechanism that everything else in this project uses.
+
+::
 
     model = masa.share(model, masa.SharingSpec(method="masa", projections="qkvo", atoms=4))   # train it
     plain = masa.fold(model)                                                                  # masa no longer needed

@@ -1,4 +1,6 @@
-"""Where data comes from: ``pypi:``, ``hub:``, ``file:`` and ``mirror:`` sources, pinned, checked, never half-written. ::
+"""Where data comes from: ``pypi:``, ``hub:``, ``file:`` and ``mirror:`` sources, pinned, checked, never half-written.
+
+::
 
     pypi:botocore==1.43.11          one wheel, downloaded by pip (any index, proxy or cache that pip is set up for)
     hub:ORG/NAME@COMMIT             a Hugging Face repository at one commit; read from the mirror where that has it
