@@ -44,7 +44,7 @@ def inline(self: HTML5Translator, node: nodes.math) -> None:
 def display(self: HTML5Translator, node: nodes.math_block) -> None:
     """Write a displayed equation, with its number and a link to it if it has a label."""
     self.body.append(self.starttag(node, "div", CLASS="math math-display"))
-    self.body.append(f'<div class="formula">{_mathml(node, block=True)}</div>')
+    self.body.append(_mathml(node, block=True))
     if number := node.get("number"):
         self.body.append(f'<span class="eqno">({number})')
         self.add_permalink_ref(node, "Link to this equation")
