@@ -125,6 +125,13 @@ licence of the data{% if compressed %} and of the model that was compressed{% en
 _ABSOLUTE = re.compile(r"(?:(?<![\w:/.*~-])|(?<=file:))(?:~|[A-Za-z]:)?[/\\](?=[^\s/\\])(?:[^/\\\s,\"']+[/\\])*")
 """The folders of an absolute path, or of one in the home directory."""
 
+_GGUF = {
+    "converter": "converter",
+    "sha256": "sha256 of the converter",
+    "architecture": "architecture in llama.cpp",
+    "pre_tokenizer": "text is split as llama.cpp's",
+}
+
 
 def write(source: Source, kind: Any, usage: str, account: Mapping[str, Any], license: str, out: Path) -> None:
     """Write the card.
@@ -178,11 +185,11 @@ def write(source: Source, kind: Any, usage: str, account: Mapping[str, Any], lic
                 "parameters in this folder, folded": fact["folded"],
                 "weights": account["dtype"],
             }
-            | (account.get("gguf") or {})
+            | {_GGUF[key]: value for key, value in account.get("gguf", {}).items()}
         ),
         usage=usage,
         data=_table(kind.describe_data(source) or _calibration(source)),
-        data_notes=_notes(source, "data", "Not known.") if source.data is None and not source.compression else [],
+        data_notes=_data_notes(source),
         recipe=_table(_recipe(source)),
         scores=scores,
         evaluated_on=_evaluated_on(source),
@@ -218,6 +225,16 @@ def _summary(source: Source, count: Mapping[str, Any]) -> str:
 
 def _scores(source: Source) -> Iterator[dict[str, Any]]:
     """One row a metric of the evaluation."""
+    for when in ("before", "after"):
+        if found := (source.compression or {}).get(f"perplexity_{when}"):
+            for name in ("token_perplexity", "word_perplexity"):
+                yield {
+                    "data": "text given to masa compress",
+                    "name": f"{name}_{when}",
+                    "label": f"{name.replace('_', ' ')}, {when} compression",
+                    "number": found[name],
+                    "value": f"{found[name]:,.2f}",
+                }
     if source.metrics is None:
         return
     metrics = source.metrics
@@ -259,6 +276,15 @@ def _evaluated_on(source: Source) -> str:
     metrics = source.metrics or {}
     limit = metrics.get("settings", {}).get("limit")
     return f"Scored on at most {limit} examples of each data set or task, not on all of them." if limit else ""
+
+
+def _data_notes(source: Source) -> list[str]:
+    if source.compression:
+        return [
+            "What the original was trained on is not known here."
+            + " Compression read no data." * (not _calibration(source))
+        ]
+    return _notes(source, "data", "Not known.") if source.data is None else []
 
 
 def _calibration(source: Source) -> dict[str, Any]:

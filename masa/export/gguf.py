@@ -29,8 +29,9 @@ _DIGITS = {"type": "Digits", "individual_digits": True}
 PRE_TOKENIZERS = {"gpt-2": [_BYTES], "smollm": [_DIGITS, _BYTES]}
 """llama.cpp's name of a way to split text -> the same as ``tokenizer.json`` writes it.
 
-The converter knows tokenizers by a hash of what they make of one text, so one that was trained by masa (byte-level BPE,
-split by GPT-2's regular expression) is not in its table. How it splits is written in the tokenizer itself.
+The converter knows tokenizers by a hash of what they make of one text. One that masa trained (byte-level BPE, split by
+GPT-2's regular expression) is not in its table, and one that differs in rare numerals only is taken for another. How a
+tokenizer splits is written in it, so that is asked first.
 """
 
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import sys
+import urllib.error
 import urllib.request
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from masa.errors import MasaError
 from masa.export.gguf import EXTRA
@@ -78,21 +80,28 @@ class LlamaCpp:
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text, without special tokens at its ends."""
-        body = json.dumps({"content": text, "add_special": False, "parse_special": False}).encode()
-        request = urllib.request.Request(
-            f"{self.server.listening_address}/tokenize", body, {"Content-Type": "application/json"}
-        )
-        with self.opener.open(request) as answer:
-            return json.load(answer)["tokens"]
+        return self._post("/tokenize", {"content": text, "add_special": False, "parse_special": False})["tokens"]
 
-    def continue_(self, ids: list[int], tokens: int) -> list[tuple[int, float]]:
-        """Greedy tokens after ``ids`` and their log-probabilities, until one that ends the text."""
-        asked = {"prompt": ids, "n_predict": tokens, "temperature": 0, "top_k": 1, "n_probs": 1, "cache_prompt": False}
-        answer = self.server.handle_completions(asked)
-        if "choices" not in answer:
-            raise MasaError(f"llama.cpp does not continue a text: {answer}")
-        found = (answer["choices"][0].get("logprobs") or {}).get("content") or []
-        return [(step["id"], step["logprob"]) for step in found]
+    def continue_(self, ids: list[int], tokens: int) -> list[tuple[int, float | None]]:
+        """Greedy tokens after ``ids`` with their log-probabilities, until one that ends the text.
+
+        llama.cpp tells no probability of a token that is half a character; there all are None.
+        """
+        asked = {"prompt": ids, "n_predict": tokens, "temperature": 0, "top_k": 1, "n_probs": 1, "return_tokens": True}
+        answer = self._post("/completion", asked | {"cache_prompt": False})
+        found = [step["logprob"] for step in answer.get("completion_probabilities") or []]
+        made = answer["tokens"]
+        return list(zip(made, found if len(found) == len(made) else [None] * len(made), strict=True))
+
+    def _post(self, path: str, asked: dict[str, Any]) -> dict[str, Any]:
+        request = urllib.request.Request(
+            self.server.listening_address + path, json.dumps(asked).encode(), {"Content-Type": "application/json"}
+        )
+        try:
+            with self.opener.open(request) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            raise MasaError(f"llama.cpp refuses {path}: {error.read().decode(errors='replace')}") from error
 
 
 def check(file: Path, plain: Path, dtype: str, prompts: tuple[str, ...] = PROMPTS, tokens: int = TOKENS) -> dict:
@@ -138,7 +147,12 @@ def check(file: Path, plain: Path, dtype: str, prompts: tuple[str, ...] = PROMPT
             pad_token_id=tokenizer.eos_token_id,
         )
         expected = made.sequences[0, len(ids) :].tolist()
-        for place, (token, logprob) in enumerate(llama.continue_(ids, count)):
+        theirs = llama.continue_(ids, count)
+        if len(theirs) < len([token for token in expected if token != tokenizer.eos_token_id]):
+            raise MasaError(
+                f"After {prompt!r} llama.cpp stops at token {len(theirs)}, transformers at {len(expected)}."
+            )
+        for place, (token, logprob) in enumerate(theirs[: len(expected)]):
             chances = made.logits[place][0].log_softmax(-1)
             if token != expected[place]:
                 gap = float(chances[expected[place]] - chances[token])
@@ -149,7 +163,9 @@ def check(file: Path, plain: Path, dtype: str, prompts: tuple[str, ...] = PROMPT
                     )
                 ties.append({"prompt": prompt, "token": place, "nats": gap})
                 break  # the texts are different ones from here on
-            largest, compared = max(largest, abs(float(chances[token]) - logprob)), compared + 1
+            compared += 1
+            if logprob is not None:
+                largest = max(largest, abs(float(chances[token]) - logprob))
     return {
         "texts": len(TEXTS) + len(prompts),
         "prompts": len(prompts),
