@@ -116,7 +116,7 @@ rule report:
         ENVIRONMENT
     params:
         spec=as_json(config),
-        code=meaning("report.page.build"),
+        code=lambda wildcards: meaning("report.page.build"),
         assets=assets.digest(),
         results=RESULTS,
         overlays=["--configfile", *OVERLAYS] if OVERLAYS else [],
