@@ -118,7 +118,7 @@ rule report:
         spec=as_json(config),
         code=lambda wildcards: meaning("report.page.build"),
         assets=assets.digest(),
-        results=RESULTS,
+        results=lambda wildcards: RESULTS,
         overlays=["--configfile", *OVERLAYS] if OVERLAYS else [],
     message:
         "All results as one page: {output}"
