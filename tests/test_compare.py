@@ -1,7 +1,10 @@
 """masa compare: against pandas on the same files, at the last common step, over seeds, compressions, pictures."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pandas as pd
 import pytest
@@ -262,6 +265,19 @@ def test_a_wrong_kind_of_picture_is_refused_before_anything_is_written(results, 
     command = ["compare", "test/vanilla", "test/masa", "--results", str(results)]
     assert cli.main([*command, "--csv", str(tmp_path / "c.csv"), "--out", str(tmp_path / "c.jpeg")]) == 2
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_is_no_file_to_write(results, tmp_path, capsys):
+    for option in ("--out", "--csv"):
+        assert cli.main(["compare", "test/vanilla", "--results", str(results), option, str(tmp_path)]) == 2
+        assert f"{option} {tmp_path} is a directory" in capsys.readouterr().err
+
+
+def test_a_pipe_without_unicode(results):
+    command = [sys.executable, "-m", "masa.cli", "compare", "test/vanilla", "test/masa", "--results", str(results)]
+    said = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True)
+    assert said.returncode == 0, said.stderr
+    assert b"mean ? standard deviation" in said.stdout
 
 
 def test_json_has_what_the_documentation_says(results, capsys):

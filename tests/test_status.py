@@ -1,5 +1,6 @@
 """masa status: what it says of runs that wait, train, are stopped, killed, fail and end, seen from another process."""
 
+import codecs
 import fcntl
 import json
 import os
@@ -393,7 +394,14 @@ def test_it_neither_imports_torch_nor_needs_a_results_directory(tmp_path):
         cwd=ROOT, capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
     assert said.splitlines()[-1] == "False 0"
+    assert "There is nothing yet in" in said
     assert "0 of 0 runs done" in said
+
+
+def test_a_file_is_no_directory_of_results(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MasaError, match="file is no directory"):
+        see(tmp_path / "file")
 
 
 def test_words_of_files_cannot_move_the_cursor(finished, results):
@@ -445,6 +453,7 @@ class Terminal:
 
     def __init__(self, *command, columns=80, rows=24):
         self.said, self.status = "", None
+        self.decoder = codecs.getincrementaldecoder("utf-8")()
         self.pid, self.file = pty.fork()
         if not self.pid:
             for name in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR"):
@@ -465,7 +474,7 @@ class Terminal:
                     piece = b""
                 if not piece:
                     break
-                self.said += piece.decode()
+                self.said += self.decoder.decode(piece)
 
     def wait(self):
         self.read(lambda _: False)

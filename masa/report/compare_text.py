@@ -64,6 +64,8 @@ def _cells(found: Comparison, column: str) -> list[str]:
 def _number(column: str, value: float, sign: str = "") -> str:
     if column == "training_hours":
         return f"{value:{sign}.3g}"
+    if isinstance(value, float) and abs(value) >= 1e6:  # perplexities of models that know nothing
+        return f"{value:{sign}.2e}"
     return f"{value:{sign},.{HEADINGS[column].digits}f}"
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from masa import experiments
 from masa.compression import plan
-from masa.errors import unknown
+from masa.errors import MasaError, unknown
 from masa.status.clock import FileClock
 from masa.status.runs import OVER, STATES, Place, Status, is_run_directory, look
 
@@ -80,7 +80,7 @@ class Surveyor:
         named: whether ``results`` are of this configuration; of others, only what lies there is shown.
 
     Raises:
-        MasaError: nothing is known by such a name.
+        MasaError: nothing is known by such a name, or ``results`` is a file.
     """
 
     def __init__(self, results: Path, config: Config, wanted: Sequence[str] = (), named: bool = True) -> None:
@@ -99,12 +99,15 @@ class Surveyor:
                 for run in plan.artefact_runs(config, artefact)
             )
         ]
+        if results.exists() and not results.is_dir():
+            raise MasaError(f"{results} is no directory; --results takes the one that holds runs/.")
         self.notes: tuple[str, ...] = ()
         if not named:
-            self.notes = (f"These are the runs that lie in {results}; --configfile adds those that have not begun.",)
+            what = "These are the runs that lie" if results.is_dir() else "There is nothing yet"
+            self.notes = (f"{what} in {results}; --configfile adds those that have not begun.",)
             self.specs, self.compressions = {}, []
         self._done: dict[Path, tuple[int, Status]] = {}
-        self.survey()
+        self._places()  # unknown names are said at once
 
     def survey(self) -> Survey:
         """Look at all of them now."""

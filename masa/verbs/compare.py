@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from masa import config
+from masa.errors import MasaError
 from masa.verbs.base import Verbs
 
 
@@ -35,6 +36,11 @@ def add(verbs: Verbs) -> None:
 def _compare(given: argparse.Namespace) -> None:
     from masa.report import compare, compare_text, run_sources
 
+    for option, path in (("--out", given.out), ("--csv", given.csv)):
+        if path and Path(path).is_dir():
+            raise MasaError(f"{option} {path} is a directory; name a file in it.")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode shows ? for ± and …
     results = Path(given.results or config.load(given.configfile)["results"])
     found = compare.compare(run_sources.find(given.runs, results))
     if given.out:
