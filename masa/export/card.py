@@ -10,117 +10,9 @@ from typing import Any
 
 from masa import __version__
 from masa.errors import redact
+from masa.export.card_template import TEMPLATE
 from masa.export.source import Source
 from masa.report.metrics import METRICS, every_score, flatten, standard_errors
-
-TEMPLATE = """\
----
-{{ card_data }}
----
-
-# {{ name }}
-
-{{ summary }}
-
-| | |
-|---|---|
-{% for key, value in facts.items() -%}
-| {{ key }} | {{ value }} |
-{% endfor %}
-## How to load it
-
-masa is not needed. In this folder:
-
-```python
-{{ usage }}```
-
-## Data
-
-{% if data -%}
-| | |
-|---|---|
-{% for key, value in data.items() -%}
-| {{ key }} | {{ value }} |
-{% endfor %}
-{% endif -%}
-{% for note in data_notes -%}
-{{ note }}
-
-{% endfor -%}
-## Recipe
-
-{% if recipe -%}
-| | |
-|---|---|
-{% for key, value in recipe.items() -%}
-| {{ key }} | {{ value }} |
-{% endfor %}
-{% else -%}
-Not known: this folder was exported from a checkpoint without a run.
-
-{% endif -%}
-## Metrics
-
-{% if scores -%}
-{% if evaluated_on %}{{ evaluated_on }}
-
-{% endif -%}
-| data | metric | value | standard error | examples |
-|---|---|---|---|---|
-{% for row in scores -%}
-| {{ row.data }} | {{ row.label }} | {{ row.value }} | {{ row.error or "" }} | {{ row.examples or "" }} |
-{% endfor %}
-Measured on the folded model before it was exported{% if dtype != "float32" %}, not in {{ dtype }}{% endif %}.
-{%- else -%}
-Not evaluated{% if trained %}, beyond what its training measured{% endif %}.
-{%- endif %}
-{% if trained %}
-| at the end of training | |
-|---|---|
-{% for key, value in trained.items() -%}
-| {{ key }} | {{ value }} |
-{% endfor -%}
-{% endif %}
-{%- for note in metric_notes %}
-{{ note }}
-{% endfor %}
-## Provenance
-
-{% if provenance -%}
-| | |
-|---|---|
-{% for key, value in provenance.items() -%}
-| {{ key }} | {{ value }} |
-{% endfor %}
-{% else -%}
-Not known.
-
-{% endif -%}
-Exported by masa {{ version }} at revision {{ revision }}; `export.json` holds every file's sha256.
-
-## Limits
-
-{% for line in limits -%}
-- {{ line }}
-{% endfor %}
-## Licence
-
-masa, which made this model, is Apache-2.0. That says nothing of the weights: what they may be used for follows from the
-licence of the data{% if compressed %} and of the model that was compressed{% endif %}, which masa does not know.
-{%- if license == "unknown" %} Find out before you share them, and state it above.{% endif %}
-
-## Citation
-
-```bibtex
-@article{zhussip2025share,
-  title  = {Share Your Attention: Transformer Weight Sharing via Matrix-based Dictionary Learning},
-  author = {Zhussip, Magauiya and Shopkhoev, Dmitriy and Ali, Ammar and Lefkimmiatis, Stamatios},
-  year   = {2025},
-  url    = {https://arxiv.org/abs/2508.04581}
-}
-```
-
-"""
 
 _ABSOLUTE = re.compile(r"(?:(?<![\w:/.*~-])|(?<=file:))(?:~|[A-Za-z]:)?[/\\](?=[^\s/\\])(?:[^/\\\s,\"']+[/\\])*")
 """The folders of an absolute path, or of one in the home directory."""
@@ -317,8 +209,8 @@ def _limits(source: Source, account: Mapping[str, Any]) -> list[str]:
         lines.append("One run of one seed; it was made to compare ways of sharing weights, not to be used.")
     if account["format"] == "gguf" and account["gguf"]["architecture"] == "starcoder2":
         lines.append(
-            "llama.cpp computes GELU by its tanh approximation, this model was trained with the exact one: "
-            "probabilities differ a little, and near-ties may be decided otherwise."
+            "llama.cpp computes GELU by its tanh approximation (on a CPU from a table in half precision), this model "
+            "was trained with the exact one: probabilities differ a little, and near-ties may be decided otherwise."
         )
     if check := account.get("check"):
         lines.append(

@@ -80,7 +80,7 @@ def find(name: str, results: Path, tokenizer: Path | None = None, data: Path | N
         folder = results / "runs" / name
         if not folder.is_dir():
             known = [str(p.parent.relative_to(results / "runs")) for p in results.glob("runs/*/*/*/spec.json")]
-            raise unknown(f"Neither as a directory nor in {results / 'runs'}, run", name, known)
+            raise unknown(f"Directory, or run in {results / 'runs'},", name, known)
     folder = folder.resolve()
     if folder.name == "model" and (folder.parent / "spec.json").is_file():
         folder = folder.parent
