@@ -38,6 +38,7 @@ class Canvas:
 
     def label_ends(self, axis: Any, ends: Sequence[End]) -> None:
         """Name lines at their right ends, outside of the panel."""
+        ends = sorted(ends, key=lambda end: end.y)  # the order of those that are above the panel
         texts = add_ends(axis, ends)
         self._settle.append(lambda: settle_ends(axis, ends, texts))
 

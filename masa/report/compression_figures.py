@@ -41,7 +41,7 @@ def perplexity_reduction(spec: Mapping[str, Any], results: Path) -> Figure:
             dense.append(row["experiment"])
     labels = {row["experiment"]: row["label"] for row in rows}
     texts = list(next(iter(lines.values()))[0][1])
-    canvas = Canvas(TEXT, max(2.6, 0.3 + 0.13 * len(lines)), 1, len(texts))
+    canvas = Canvas(TEXT, max(2.2, 0.3 + 0.19 * len(lines)), 1, len(texts))
     for axis, text in zip(canvas.axes[0], texts, strict=True):
         values = {n: sorted((p, t[text]["token_perplexity"]) for p, t in points) for n, points in lines.items()}
         lowest = min(y for points in values.values() for _, y in points)
