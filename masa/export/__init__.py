@@ -147,10 +147,8 @@ def _plain(source: Source, kind: Any, folder: Path, options: Options) -> dict[st
     counts = count_parameters(factored).to_dict()
     model = fold(factored)
     del factored
-    for parameter in model.parameters():  # not model.to(dtype), which would round RoPE's buffers too
-        if options.dtype is not None:
-            parameter.data = parameter.data.to(getattr(torch, options.dtype))
-        parameter.requires_grad_(True)
+    for parameter in model.parameters() if options.dtype else ():  # model.to(dtype) would round RoPE's buffers too
+        parameter.data = parameter.data.to(getattr(torch, options.dtype))
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     _say(f"export: folded, {counts['total']:,} -> {sum(p.numel() for p in model.parameters()):,} parameters, {dtype}")
     tokenizer = kind.write(model, folder, source)
