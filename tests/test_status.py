@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import termios
+import textwrap
 import threading
 import time
 from pathlib import Path
@@ -371,6 +372,14 @@ def test_runs_are_chosen_by_id_beginning_pattern_or_directory(wanted, count, fin
     assert list(see(finished, wanted)) == [RUN] * count
 
 
+def test_two_directories_of_one_id_are_two_runs(finished, results):
+    out = elsewhere(finished, results, 5)
+    found = Surveyor(results, config.load(), [str(out), str(finished / "runs" / RUN)], named=False).survey()
+    assert [(s.run, s.state) for s in found.runs] == [(RUN, "running"), (RUN, "done")]
+    bars = [line for line in view.rendered(found, 80).plain.splitlines() if "masa/seed0" in line]
+    assert ["20/40" in line for line in bars] == [True, False]
+
+
 def test_what_does_not_exist_is_said(finished):
     with pytest.raises(MasaError, match=r"'test/mesa/seed0' does not exist\. Did you mean 'test/masa/seed0'"):
         see(finished, "test/mesa/seed0")
@@ -418,7 +427,7 @@ def test_lines_fit_the_terminal(width, height):
     many = tuple(
         runs.Status(
             run=f"digits-compact/masa-qkv-common-qkv-budget-{i}/seed{i}",
-            directory="x",
+            directory=str(i),
             state=state,
             note="the reason of it, " * 9 if state == "failed" else "",
             step=123_456,
@@ -441,7 +450,7 @@ def test_lines_fit_the_terminal(width, height):
     assert all(len(line) <= width for line in body)
     assert foot.startswith("3 of 18 runs done")
     if height:
-        assert len(body) + -(-len(foot) // width) <= max(height, 4)
+        assert len(body) + len(textwrap.wrap(foot, width)) <= max(height, 4)
         assert f"and {18 - sum('seed' in line for line in body)} more" in body[-1]
     else:
         assert sum("seed" in line for line in body) == 18

@@ -45,7 +45,7 @@ def rendered(survey: Survey, width: int, height: int | None = None) -> Text:
     body, owners = _body(survey, width, whole=height is None)
     foot = Text(summary(survey), "bold")
     if height is not None:
-        notes_and_summary = sum(math.ceil(max(1, len(text)) / width) for text in (*head, foot))
+        notes_and_summary = sum(len(textwrap.wrap(text.plain, width)) for text in (*head, foot))
         room = max(1, height - notes_and_summary - 1)
         if len(body) > room:
             hidden = len({run for run in owners[room - 1 :] if run is not None})
@@ -82,7 +82,7 @@ def notes(survey: Survey) -> list[str]:
 def _body(survey: Survey, width: int, whole: bool) -> tuple[list[Text], list[str | None]]:
     """Lines, and the run that each of them is about; ``whole`` wraps notes that are too long for one line."""
     heading = ("step", "loss", "held-out", "per second", "ETA", "age")
-    cells = {run.run: _cells(run) for run in survey.runs}
+    cells = {run.directory: _cells(run) for run in survey.runs}
     widths = [max(map(len, column)) for column in zip(heading, *cells.values(), strict=True)]
     longest = max((len(_short(run)) for run in survey.runs), default=0)
     host = max((len(run.host or "") for run in survey.runs), default=0) if width >= HOST else 0
@@ -101,16 +101,16 @@ def _body(survey: Survey, width: int, whole: bool) -> tuple[list[Text], list[str
         lines.append(Text(title, "bold"))
         owners.append(None)
         for run in runs:
-            words = (cell.rjust(w) for cell, w in zip(cells[run.run], widths, strict=True))
+            words = (cell.rjust(w) for cell, w in zip(cells[run.directory], widths, strict=True))
             line = Text("  " + _fit(_short(run), name) + " ")
             line.append(_bar(run, bar), COLOURS.get(run.state, "cyan"))
             line.append(" " + " ".join([*words, clean(run.host or "") if host else ""]).rstrip())
             lines.append(line)
-            owners.append(run.run)
+            owners.append(run.directory)
             if note := _note(run):
                 parts = textwrap.wrap(note, max(20, width - 4)) if whole else [note]
                 lines += [Text(f"    {part}", COLOURS.get(run.state, "")) for part in parts]
-                owners += [run.run] * len(parts)
+                owners += [run.directory] * len(parts)
     return lines, owners
 
 
