@@ -13,10 +13,11 @@ from masa import __version__  # noqa: E402
 
 project, author, release = "masa", "the masa authors", __version__
 copyright = "the masa authors, Apache-2.0"
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 extensions += ["mathml", "from_code", "repository"]  # in _ext
 
 exclude_patterns = ["_ext", "_static"]
+smartquotes = False  # what is quoted is often to be typed
 myst_enable_extensions = ["dollarmath", "deflist", "colon_fence"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # notebooks are kept with their outputs, and run by the tests
