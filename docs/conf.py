@@ -21,6 +21,7 @@ smartquotes = False  # what is quoted is often to be typed
 myst_enable_extensions = ["dollarmath", "deflist", "colon_fence"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # notebooks are kept with their outputs, and run by the tests
+nb_render_markdown_format = "myst"  # tables in outputs are tables
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
