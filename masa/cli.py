@@ -20,6 +20,7 @@ from masa.verbs.base import EXIT, Parser, Verbs
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of ``masa``."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars would drown the progress lines of parallel jobs
+    os.environ.setdefault("MPLBACKEND", "Agg")  # figures go to files, also where there is a screen
     parser = make_parser()
     given, left = parser.parse_known_args(arguments)
     if left:

@@ -17,6 +17,7 @@ from masa.cost import devices
 from masa.errors import MasaError, unknown
 from masa.fingerprint import ROOT
 from masa.report.metrics import METRIC_NAMES
+from masa.spec import SharingSpec
 
 BASE = tuple(f"config/{name}.yaml" for name in ("config", "experiments", "vision", "compression", "artefacts"))
 SCHEMA = ROOT / "config" / "schemas" / "config.schema.yaml"
@@ -171,7 +172,12 @@ def _check_artefacts(config: Config) -> None:
 
 
 def _check_names(config: Config) -> None:
-    """Experiments and scales that are named elsewhere exist."""
+    """Experiments and scales that are named elsewhere exist; experiments that no run needs make sense as well."""
+    for name, entry in config["experiments"].items():
+        try:
+            SharingSpec.coerce(experiments.sharing_of(entry))
+        except MasaError as error:
+            raise MasaError(f"experiments.{name}: {error}") from error
     for where, names in (
         ("throughput.methods", config["throughput"]["methods"]),
         ("parameters.experiments", config["parameters"]["experiments"]),

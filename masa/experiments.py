@@ -86,6 +86,11 @@ def vanilla_parameters(model: Mapping[str, Any], vocab_size: int) -> int:
     return vocab_size * d + layers * (4 * (d * d + d) + 2 * d * ffn + ffn + d + 4 * d) + 2 * d
 
 
+def sharing_of(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of :class:`masa.SharingSpec` in an experiment, whatever the scale."""
+    return {k: v for k, v in entry.items() if k not in ("label", "paper", "per_scale", "only")}
+
+
 def run_spec(config: Config, scale: str, experiment: str, seed: int) -> dict[str, Any]:
     """Everything that decides a run's bits, apart from the data: model, sharing, recipe and seed.
 
@@ -98,8 +103,7 @@ def run_spec(config: Config, scale: str, experiment: str, seed: int) -> dict[str
     if experiment not in config["experiments"]:
         raise unknown("Experiment", experiment, config["experiments"])
     size, entry = known[scale], config["experiments"][experiment]
-    sharing = {k: v for k, v in entry.items() if k not in ("label", "paper", "per_scale", "only")}
-    sharing |= (entry.get("per_scale") or {}).get(scale, {})
+    sharing = sharing_of(entry) | (entry.get("per_scale") or {}).get(scale, {})
     kind = kinds.of(size)
     if kind.resolve:
         model, training = size["model"], size["training"]

@@ -91,7 +91,7 @@ def decoder(model: nn.Module) -> nn.Module:
         names = " or ".join(repr(name) for name in dict.fromkeys(f.blocks for f in FAMILIES))
         raise MasaError(
             f"{type(model).__name__} has no list of transformer blocks at {names}. masa shares the projections of "
-            f"models built like {' or '.join(f.name for f in FAMILIES)}; see 'How to add a model family' in the README."
+            f"models built like {' or '.join(f.name for f in FAMILIES)}; docs/howto/family.md says how to add another."
         )
     return base
 

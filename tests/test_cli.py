@@ -140,14 +140,6 @@ def test_the_whole_path_works_without_snakemake(tmp_path, cache):
     assert "n/a" in (r / "tables" / "table1.md").read_text()
 
 
-def test_the_readmes_library_examples_run(tmp_path):
-    library, vision = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    result = subprocess.run([sys.executable, "-c", library], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "66.7% fewer attention parameters"
-    assert (tmp_path / "plain" / "model.safetensors").is_file()
-    subprocess.run([sys.executable, "-c", vision], cwd=tmp_path, capture_output=True, check=True)
-
-
 @pytest.mark.parametrize(
     "page", ["README.md", "config/README.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
 )
