@@ -84,7 +84,8 @@ def test_harness_scores_equal_log_likelihoods_by_hand(prepared, tokenizer):
 
 def test_a_window_shorter_than_an_answer_is_an_error_that_says_what_to_set(prepared, tokenizer):
     model = language_model(vocab_size=len(tokenizer), eos_token_id=0).eval()
-    with pytest.raises(masa.MasaError, match=r"max_length = 4 is too small: .* has (\d+) tokens\. Set it to \1 or more"):
+    said = r"max_length = 4 is too small: .* has (\d+) tokens\. Set it to \1 or more"
+    with pytest.raises(masa.MasaError, match=said):
         evaluation.harness(model, tokenizer, {"piqa": prepared["piqa"]}, SETTINGS | {"max_length": 4}, "cpu")
 
 
