@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from masa import config
 from masa.errors import MasaError
@@ -122,10 +123,27 @@ def _surveyor(given: argparse.Namespace) -> Surveyor:
 
 
 def _again(look: Callable[[], bool], seconds: float | None) -> None:
-    """Once, or until it says that all is over or Ctrl-C is pressed."""
+    """Once, or until it says that all is over or Ctrl-C is pressed: a look that has begun is finished, then.
+
+    A second Ctrl-C ends it at once.
+    """
+    if seconds is None:
+        look()
+        return
+    enough = False
+
+    def stop(number: int, _: Any) -> None:
+        nonlocal enough
+        enough = True
+        signal.signal(number, before)
+
+    before = signal.signal(signal.SIGINT, stop)
     try:
-        while not look() and seconds is not None:
-            time.sleep(seconds)
-    except KeyboardInterrupt:
-        if seconds is None:
-            raise
+        while not look():
+            until = time.monotonic() + seconds
+            while not enough and (left := until - time.monotonic()) > 0:
+                time.sleep(min(left, 0.1))
+            if enough:
+                return
+    finally:
+        signal.signal(signal.SIGINT, before)
