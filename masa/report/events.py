@@ -41,7 +41,7 @@ class Events:
         except ImportError as error:
             raise MasaError(
                 f"masa tensorboard needs the package tensorboard ({error}). Install it with `pip install tensorboard`, "
-                "or, in a clone of masa, the version that was tested: `pip install '.[tensorboard]'`."
+                "or, in a clone of masa, the version that was tested: `pip install --editable '.[tensorboard]'`."
             ) from error
         self.out, self._writer_class = out, SummaryWriter
         self._runs: dict[str, _Written] = {}
