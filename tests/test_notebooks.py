@@ -165,17 +165,27 @@ def test_a_configuration_goes_with_its_results(tmp_path):
 
 def test_rows_that_are_not_evaluated_are_left_out(tmp_path):
     spec = experiments.artefact_spec(notebooks.configuration(tmp_path / "results"), "figures", "validation_loss")
-    for run in ("nano/vanilla/seed0", "nano/vanilla/seed1", "nano/masa-qkvo/seed1"):
+    for run in ("nano/vanilla/seed0", "nano/vanilla/seed1", "nano/masa-qkvo/seed1", "nano/gqa/seed0"):
         folder = tmp_path / "evaluations" / run
         folder.mkdir(parents=True)
         (folder / "metrics.json").write_text("{}")
     found = notebooks.finished_rows(spec, tmp_path)
     runs = {row["experiment"]: row["runs"] for row in found["rows"]}
-    assert runs == {
-        "vanilla": ["nano/vanilla/seed0", "nano/vanilla/seed1"],
-        "masa-qkvo": ["nano/masa-qkvo/seed1"],
-    }
+    assert runs == {"vanilla": ["nano/vanilla/seed0"], "gqa": ["nano/gqa/seed0"]}, "differences are of the same seed"
+    assert all(row["records"] == [f"evaluations/{run}" for run in row["runs"]] for row in found["rows"])
     assert len(spec["rows"]) == 7, "the spec itself stays"
+    shutil.rmtree(tmp_path / "evaluations/nano/gqa")
+    runs = {row["experiment"]: row["runs"] for row in notebooks.finished_rows(spec, tmp_path)["rows"]}
+    assert runs == {"vanilla": ["nano/vanilla/seed1"], "masa-qkvo": ["nano/masa-qkvo/seed1"]}
+
+
+def test_compressions_have_no_seeds_to_pair(tmp_path):
+    spec = experiments.artefact_spec(notebooks.configuration(tmp_path / "results"), "tables", "table3")
+    kept = [row["records"][0] for row in spec["rows"] if row["experiment"] in ("original", "svd-llm")]
+    for record in kept:
+        (tmp_path / record).mkdir(parents=True)
+        (tmp_path / record / "metrics.json").write_text("{}")
+    assert [row["records"] for row in notebooks.finished_rows(spec, tmp_path)["rows"]] == [[record] for record in kept]
 
 
 def test_pictures_are_small_and_keep_their_shape(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,13 +71,32 @@ def configuration(results: Path) -> dict[str, Any]:
 
 
 def finished_rows(spec: Mapping[str, Any], results: Path) -> dict[str, Any]:
-    """A table's or figure's spec with what is evaluated already: of its rows, and of their seeds."""
+    """A table's or figure's spec with what is evaluated already: of its rows, and of their seeds.
 
-    def there(row: Mapping[str, Any]) -> dict[str, Any]:
-        kept = [i for i, record in enumerate(row["records"]) if (results / record / "metrics.json").is_file()]
+    Rows of trainings keep the seeds that all of them have, so that differences between rows are paired; one that has no
+    seed in common with those before it is left out.
+    """
+
+    def only(row: Mapping[str, Any], wanted: Callable[[str], bool]) -> dict[str, Any]:
+        kept = [i for i, record in enumerate(row["records"]) if wanted(record)]
         return dict(row) | {key: [row[key][i] for i in kept] for key in ("records", "runs") if key in row}
 
-    return dict(spec) | {"rows": [row for row in map(there, spec["rows"]) if row["records"]]}
+    rows, common = [], None
+    for row in (only(row, lambda record: (results / record / "metrics.json").is_file()) for row in spec["rows"]):
+        seeds = {_seed(record) for record in row["records"]} if "runs" in row else set()
+        if "runs" in row and common is not None:
+            seeds &= common
+        if row["records"] and (seeds or "runs" not in row):
+            common = seeds or common
+            rows.append(row)
+    return dict(spec) | {
+        "rows": [only(row, lambda record: _seed(record) in (common or ())) if "runs" in row else row for row in rows]
+    }
+
+
+def _seed(record: str) -> str:
+    """The last part of a run's or its evaluation's path."""
+    return record.rpartition("/")[2]
 
 
 def picture(path: Path, dots: float = 100, colours: int = 32) -> Image:
