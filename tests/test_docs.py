@@ -320,7 +320,7 @@ def test_every_field_that_a_run_writes_is_described(smoke_results):
     missing = set()
     for path in smoke_results.rglob("*.json"):
         if path.stem in named and "benchmarks" not in path.parts:
-            missing |= {f"{path.name}: {key}" for key in json.loads(path.read_text()) if f"{key}" not in text}
+            missing |= {f"{path.name}: {key}" for key in json.loads(path.read_text()) if f"`{key}`" not in text}
     for path in smoke_results.rglob("metrics.jsonl"):
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         missing |= {f"{path.name}: {key}" for line in lines for key in line if f"`{key}`" not in text}
