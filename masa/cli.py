@@ -21,6 +21,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of ``masa``."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars would drown the progress lines of parallel jobs
     os.environ.setdefault("MPLBACKEND", "Agg")  # figures go to files, also where there is a screen
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal without Unicode shows ? for ± and …
     parser = make_parser()
     given, left = parser.parse_known_args(arguments)
     if left:

@@ -43,8 +43,18 @@ def read_json(path: str | Path, made_by: str | None = None) -> Any:
 
 
 def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
-    """Records of a metrics log; a line cut short by a kill or a full disk is passed over."""
-    for line in Path(path).read_text(encoding="utf-8", errors="replace").split("\n"):
+    """Records of a metrics log; a line cut short by a kill or a full disk is passed over.
+
+    Raises:
+        MasaError: there is no such file.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError as error:
+        raise MasaError(
+            f"{path} does not exist; the run's training (`masa pretrain`, `masa train-vit`) writes it."
+        ) from error
+    for line in text.split("\n"):
         try:
             record = json.loads(line)
         except json.JSONDecodeError:

@@ -39,8 +39,6 @@ def _compare(given: argparse.Namespace) -> None:
     for option, path in (("--out", given.out), ("--csv", given.csv)):
         if path and Path(path).is_dir():
             raise MasaError(f"{option} {path} is a directory; name a file in it.")
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode shows ? for ± and …
     results = Path(given.results or config.load(given.configfile)["results"])
     found = compare.compare(run_sources.find(given.runs, results))
     if given.out:

@@ -67,8 +67,6 @@ def _status(given: argparse.Namespace) -> None:
 
     from masa.status import view
 
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode shows ? for the bars
     console = Console(highlight=False, soft_wrap=False)
     if given.watch is not None and console.is_terminal:
         from rich.live import Live
