@@ -152,6 +152,15 @@ def test_a_command_does_what_it_says(command, project):
             assert (project / made).exists()
 
 
+def test_the_artefacts_of_the_table_can_be_made(project):
+    """All at once; the whole smoke run, which ``project`` is a copy of, has made each of them."""
+    made = re.findall(r"\| `snakemake --cores all (\w+)` \|", README)
+    assert len(made) == 8
+    done = run(project, ["snakemake", "--cores", "2", "-n", "--force", *made, *SMOKE])
+    listed = set(re.findall(r"^(\w+) +1$", done.stdout + done.stderr, re.MULTILINE))
+    assert set(made) <= listed
+
+
 def test_an_overlay_is_checked(project):
     assert "masa config --configfile mine.yaml" in README
     run(project, ["masa", "config", "--configfile", "mine.yaml"])
