@@ -100,7 +100,7 @@ FORMS: dict[str, dict[str, Any]] = {
     ),
     "parameters": _list(_object({key: _RUN["properties"][key] for key in ("run", "seed", "model", "sharing")})),
     "table runs": _list(_RUN_ID),
-    "table metrics": _list(_RUN_ID, 1),
+    "table metrics": _list(_RUN_ID),
     "table throughput": _object({"scales": _list(_NAME), "labels": _LABELS}),
     "table parameters": _object({"labels": _LABELS}),
     "artefact": _object(

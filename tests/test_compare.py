@@ -33,6 +33,7 @@ def results(tokens, digits, tmp_path_factory):
             loss = manifest["training"]["validation_loss"]
             scores = {"corpus": {"loss": loss, "word_perplexity": 9.0 + seed, "byte_perplexity": 2.0}}
             scores |= {k: manifest[k] for k in ("run", "parameters", "training")}
+            scores["provenance"] = {"inputs": {"run": manifest["identity"]}}
             run.write_json(folder / "evaluations" / spec["run"] / "metrics.json", scores)
     image_training.pretrain(image_spec("vanilla"), digits, folder / "runs" / "digits" / "vanilla" / "seed0")
     for percent, ppl in ((20, 30.0), (30, 35.0)):
@@ -141,6 +142,52 @@ def test_runs_without_a_common_point(results, tmp_path):
     assert "no point yet at which all" in compare_text.text(two)
     with pytest.raises(MasaError, match=r"test/masa/seed0 has no held-out loss yet"):
         compare_figure.draw(two, tmp_path / "x.png")
+
+
+def test_last_lines_of_different_points_are_not_compared(results, tmp_path):
+    """Batches of other sizes: no line of one run is at the tokens of any line of the other."""
+    for seed in (0, 1):
+        shutil.copytree(results / "runs" / "test" / "masa" / f"seed{seed}", tmp_path / "masa" / f"seed{seed}")
+        log = tmp_path / "masa" / f"seed{seed}" / "metrics.jsonl"
+        records = [r | {"tokens": r["tokens"] + 1} for r in run.read_jsonl(log)]
+        log.write_text("".join(json.dumps(r) + "\n" for r in records))
+    four = found(results, "test/vanilla", str(tmp_path / "masa" / "seed0"), str(tmp_path / "masa" / "seed1"))
+    assert four.at == {}
+    for column in ("training_loss", "held_out_loss"):
+        assert None not in four.numbers[column]
+        assert four.differences(column) == [None] * 4
+        assert not any("*" in cell for cell in compare_text._cells(four, column))
+    metrics = {p.metric for p in four.paired}
+    assert not metrics & {"training_loss", "held_out_loss"}
+    assert "validation_loss" not in metrics, "these directories have no evaluations"
+
+
+def test_seeds_of_other_data_are_not_paired(results, tmp_path):
+    folders = []
+    for seed in (0, 1):
+        folders.append(tmp_path / "masa" / f"seed{seed}")
+        shutil.copytree(results / "runs" / "test" / "masa" / f"seed{seed}", folders[-1])
+        provenance = run.read_json(folders[-1] / "provenance.json")
+        run.write_json(folders[-1] / "provenance.json", provenance | {"inputs": {"tokens": str(seed)}})
+    assert found(results, "test/vanilla", *map(str, folders)).paired == ()
+
+
+def test_scores_of_an_earlier_training_are_not_shown(results, tmp_path):
+    shutil.copytree(results, tmp_path / "results")
+    manifest = tmp_path / "results" / "runs" / "test" / "masa" / "seed0" / "manifest.json"
+    run.write_json(manifest, run.read_json(manifest) | {"identity": "trained again"})
+    two = found(tmp_path / "results", "test/vanilla/seed0", "test/masa/seed0")
+    assert two.numbers["validation_loss"][1] is None
+    assert two.numbers["held_out_loss"][1] is not None
+    assert "not evaluated" in compare_text.text(two)
+
+
+def test_seeds_stay_together_where_one_of_them_is_named_from_two_results(results, tmp_path):
+    shutil.copytree(results / "runs" / "test" / "vanilla" / "seed0", tmp_path / "vanilla" / "seed0")
+    three = found(results, "test/vanilla", str(tmp_path / "vanilla" / "seed0"))
+    groups = [r.group for r in three.runs]
+    assert groups[0] == groups[1] != groups[2]
+    assert {p.seeds for p in three.paired} == {1}
 
 
 def test_the_same_run_of_two_results_is_told_apart_by_its_directory(results, tmp_path):

@@ -164,6 +164,15 @@ def test_two_directories_of_one_run_do_not_mix(results, tmp_path):
     assert cli.main(command) == 2
 
 
+def test_two_directories_of_one_name_do_not_mix(results, tmp_path):
+    for place in ("a", "b"):
+        shutil.copytree(results / "runs" / RUN, tmp_path / place / "run")
+        (tmp_path / place / "run" / "spec.json").unlink()  # which would say its id
+    folders = [str(tmp_path / place / "run") for place in ("a", "b")]
+    command = ["tensorboard", *folders, "--results", str(results), "--out", str(tmp_path / "board")]
+    assert cli.main(command) == 2
+
+
 def test_without_the_package_it_says_how_to_get_it(results, tmp_path, monkeypatch):
     from masa.report.events import Events
 

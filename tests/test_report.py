@@ -114,6 +114,17 @@ def test_runs_table_keeps_acc_and_acc_norm(results, tmp_path):
     assert list(frame["seed"]) == [0, 1]
 
 
+def test_the_table_of_curves_has_every_line(results, tmp_path):
+    own_tables.metrics(["S/vanilla/seed0", "S/masa-qkvo/seed1"], results, tmp_path)
+    frame = pd.read_csv(tmp_path / "metrics.csv")
+    assert list(frame.columns)[:5] == ["run", "scale", "method", "seed", "step"]
+    assert list(frame["run"]) == ["S/vanilla/seed0"] * 2 + ["S/masa-qkvo/seed1"] * 2
+    assert list(frame["validation_loss"]) == pytest.approx([4.0, 3.5, 4.1, 3.6])
+    own_tables.metrics([], results, tmp_path)  # of a configuration that compresses only
+    with pytest.raises(masa.MasaError, match=r"S/gqa/seed0/metrics.jsonl does not exist; the run's training"):
+        own_tables.metrics(["S/gqa/seed0"], results, tmp_path)
+
+
 def test_an_ambiguous_paper_row_is_an_error(spec, results):
     spec["paper"] = {"file": "config/paper/table2.csv", "match": ["scale", "method"]}
     with pytest.raises(masa.MasaError, match=r"rows match .* add columns"):

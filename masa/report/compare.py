@@ -73,14 +73,13 @@ class Comparison:
         return [None if v is None or values[0] is None else v - values[0] for v in values]
 
     def comparable(self, column: str) -> bool:
-        """Whether the values of all runs are of the same point of training; else there is a column ``*_at``."""
-        return f"{column}_at" not in self.numbers
+        """Whether the values of all runs are of the same point of training; else there may be a column ``*_at``."""
+        return _comparable(column, self.at, self.numbers)
 
     def pairs(self, index: int) -> bool:
         """Whether a run had the seed and data of the first: chance that is common to both leaves the difference."""
         one, first = self.runs[index], self.runs[0]
-        inputs = [r.provenance.get("inputs") for r in (one, first)]
-        return one.seed is not None and one.seed == first.seed and None not in inputs and inputs[0] == inputs[1]
+        return one.seed is not None and one.seed == first.seed and _same_data(one, first) is True
 
     def heading(self, column: str) -> str:
         """Of a table."""
@@ -133,7 +132,18 @@ def compare(runs: Sequence[Run]) -> Comparison:
     for column in ("training_loss", "held_out_loss"):  # said once where all have come equally far
         if numbers.get(f"{column}_at") == numbers.get(column):
             numbers.pop(f"{column}_at", None)
-    return Comparison(tuple(runs), _differs(runs), at, numbers, tuple(_paired(runs, numbers)))
+    return Comparison(tuple(runs), _differs(runs), at, numbers, tuple(_paired(runs, at, numbers)))
+
+
+def _comparable(column: str, at: Mapping[str, int], numbers: Mapping[str, Any]) -> bool:
+    """Losses of the last lines are so only if those are of one point, which ``*_at`` then need not repeat."""
+    return f"{column}_at" not in HEADINGS or (f"{column}_at" in at and f"{column}_at" not in numbers)
+
+
+def _same_data(one: Run, other: Run) -> bool | None:
+    """Whether two runs were trained on the same data; None while one of them does not say."""
+    inputs = [r.provenance.get("inputs") for r in (one, other)]
+    return None if None in inputs else inputs[0] == inputs[1]
 
 
 def write_csv(found: Comparison, path: Path) -> None:
@@ -190,8 +200,10 @@ def _dotted(data: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any
             yield f"{above}{key}", value
 
 
-def _paired(runs: Sequence[Run], numbers: Mapping[str, Sequence[float | None]]) -> Iterator[Paired]:
-    """Differences of groups over their common seeds, if any group has more than one."""
+def _paired(
+    runs: Sequence[Run], at: Mapping[str, int], numbers: Mapping[str, Sequence[float | None]]
+) -> Iterator[Paired]:
+    """Differences of groups over their common seeds, if any group has more than one; none between other data."""
     groups: dict[str, dict[int, int]] = {}
     for index, r in enumerate(runs):
         if r.seed is not None:
@@ -200,9 +212,9 @@ def _paired(runs: Sequence[Run], numbers: Mapping[str, Sequence[float | None]]) 
         return
     (base, first), *others = groups.items()
     for group, seeds in others:
-        common = [seed for seed in seeds if seed in first]
+        common = [s for s, i in seeds.items() if s in first and _same_data(runs[i], runs[first[s]]) is not False]
         for column, values in numbers.items():
-            if f"{column}_at" in numbers:
+            if not _comparable(column, at, numbers):
                 continue
             pairs = [(values[seeds[s]], values[first[s]]) for s in common]
             found = [a - b for a, b in pairs if a is not None and b is not None]

@@ -44,7 +44,7 @@ class Events:
                 "or, in a clone of masa, the version that was tested: `pip install --editable '.[tensorboard]'`."
             ) from error
         self.out, self._writer_class = out, SummaryWriter
-        self._runs: dict[str, _Written] = {}
+        self._runs: dict[Path, _Written] = {}
 
     @property
     def count(self) -> int:
@@ -55,17 +55,17 @@ class Events:
         """Write what is new.
 
         Raises:
-            MasaError: a folder that cannot be written, or two directories of the same run id.
+            MasaError: a folder that cannot be written, or two directories that would be written into the same one.
         """
         for run in runs:
             directory = Path(run.directory)
-            known = self._runs.get(run.run)
+            name = _folder_name(run.run)
+            known = self._runs.get(name)
             if known is None:
-                folder = self.out / _folder_name(run.run)
-                known = self._runs[run.run] = _Written(folder, directory, self._writer_class)
+                known = self._runs[name] = _Written(self.out / name, directory, self._writer_class)
             elif known.directory != directory:
                 raise MasaError(
-                    f"{known.directory} and {directory} are both {run.run}; write them into different folders (--out)."
+                    f"{known.directory} and {directory} are both {name}; write them into different folders (--out)."
                 )
             known.update()
 

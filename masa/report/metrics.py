@@ -224,6 +224,14 @@ def load(results: Path, record: str) -> dict[str, Any]:
     return metrics
 
 
+def is_of(metrics: Any, identity: Any) -> bool:
+    """Whether an evaluation is of the training with this identity, and of no earlier one in the same directory."""
+    try:
+        return identity is not None and metrics["provenance"]["inputs"]["run"] == identity
+    except (KeyError, TypeError):
+        return False
+
+
 def below(results: Path, record: str) -> Path:
     """A directory below ``results``.
 

@@ -34,9 +34,8 @@ def runs(run_ids: Sequence[str], results: Path, folder: Path) -> None:
     rows = []
     for run_id in run_ids:
         record = m.load(results, f"evaluations/{run_id}")
-        scale, experiment, seed = run_id.split("/")
         rows.append(
-            {"run": run_id, "scale": scale, "method": experiment, "seed": int(seed[4:])}
+            _of_run(run_id)
             | m.flatten(record)
             | {f"training_{k}": v for k, v in record["training"].items() if "second" in k}
             | m.every_score(record)
@@ -47,17 +46,18 @@ def runs(run_ids: Sequence[str], results: Path, folder: Path) -> None:
 
 def metrics(run_ids: Sequence[str], results: Path, folder: Path) -> None:
     """``metrics.csv``: the curves of all runs, one row a logged step; empty where a line does not have a column."""
-    frames = []
+    rows: list[dict[str, Any]] = []
     for run_id in run_ids:
-        frame = pd.DataFrame(run.read_jsonl(m.below(results / "runs", run_id) / "metrics.jsonl"))
-        scale, experiment, seed = run_id.split("/")
-        for place, (key, value) in enumerate(
-            {"run": run_id, "scale": scale, "method": experiment, "seed": int(seed[4:])}.items()
-        ):
-            frame.insert(place, key, value)
-        frames.append(frame)
+        log = m.below(results / "runs", run_id) / "metrics.jsonl"
+        rows += [_of_run(run_id) | record for record in run.read_jsonl(log)]
     with whole_file(folder / "metrics.csv") as path:
-        pd.concat(frames, ignore_index=True).to_csv(path, index=False)
+        pd.DataFrame(rows).to_csv(path, index=False)
+
+
+def _of_run(run_id: str) -> dict[str, Any]:
+    """The first columns of a run's rows."""
+    scale, experiment, seed = run_id.split("/")
+    return {"run": run_id, "scale": scale, "method": experiment, "seed": int(seed[4:])}
 
 
 def throughput(spec: Mapping[str, Any], results: Path, folder: Path) -> None:

@@ -38,7 +38,8 @@ class Run:
         log: lines of its metrics log.
         parameters: counted; None of a run that is still trained.
         training: steps, seconds and speed of a run that is done.
-        scores: column of :data:`masa.report.metrics.METRICS` -> number; empty before it is evaluated.
+        scores: column of :data:`masa.report.metrics.METRICS` -> number; empty before it is evaluated, and where the
+            evaluation that is there is of an earlier training.
         done: whether it is whole.
     """
 
@@ -84,7 +85,8 @@ def find(words: Iterable[str], results: Path) -> list[Run]:
         pair = " and ".join(f"{r.name} ({r.unit})" for r in (runs[0], other))
         raise MasaError(f"{pair} count in different units and cannot be compared; name runs of one kind.")
     names = [r.name for r in runs]
-    return [r if names.count(r.name) == 1 else _renamed(r) for r in runs]
+    twice = {r.group for r in runs if names.count(r.name) > 1}  # seeds of one directory stay together
+    return [_renamed(r) if r.group in twice else r for r in runs]
 
 
 def _renamed(r: Run) -> Run:
@@ -139,7 +141,7 @@ def read(directory: Path) -> Run:
     done = (directory / "manifest.json").is_file()
     manifest = _object(directory / "manifest.json") if done else {}
     scored = Path(*parts[:-4], "evaluations", *parts[-3:]) if parts[-4:-3] == ("runs",) else None
-    scores = m.flatten(_metrics(scored)) if done and scored and (scored / "metrics.json").is_file() else {}
+    metrics = _metrics(scored) if done and scored and (scored / "metrics.json").is_file() else None
     provenance = directory / "provenance.json"
     return Run(
         name=spec["run"],
@@ -152,7 +154,7 @@ def read(directory: Path) -> Run:
         log=log,
         parameters=manifest.get("parameters"),
         training=manifest.get("training", {}),
-        scores=scores,
+        scores=m.flatten(metrics) if m.is_of(metrics, manifest.get("identity")) else {},
         done=done,
     )
 
