@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -221,6 +222,8 @@ def test_half_precision(results, tmp_path):
 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert account["dtype"] == "bfloat16"
+    written = (tmp_path / "out/README.md").read_text()
+    assert "Measured before the export, in float32; the weights here are bfloat16." in written
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     whole = masa.fold(masa.load(results / "runs/tiny/masa/seed0/model")).state_dict()
     for name, tensor in model.state_dict().items():
@@ -253,6 +256,8 @@ with torch.no_grad():
     assert account["tokenizer"] is None
     with pytest.raises(MasaError, match=r"a Vision Transformer, which has no format 'gguf': use --format hf"):
         export("digits/masa/seed0", tmp_path / "gguf", "gguf", results=results)
+    with pytest.raises(MasaError, match="has no tokenizer: leave --tokenizer away"):
+        export("digits/masa/seed0", tmp_path / "gguf", results=results, tokenizer=tmp_path)
     assert not (tmp_path / "gguf").exists()
 
 
@@ -325,6 +330,50 @@ def test_a_compressed_llama(compressed, tmp_path):
     assert "Starcoder2" not in written
 
 
+def test_a_model_of_a_sweep(compressed, results, tmp_path):
+    """Each score is said to be of its own text, in the sweep's arithmetic, and healing is not kept silent."""
+    shutil.copytree(compressed, tmp_path / "20/model")
+    report = run.read_json(tmp_path / "20/model/compression.json")
+    (tmp_path / "20/model/compression.json").unlink()
+    del report["model"]  # a sweep's report does not have it
+    counts = masa.count_parameters(masa.load(compressed)).to_dict()
+    settings = {"dtype": "bfloat16", "limit": 12, "limit_per_task": {"mmlu": 1}}  # mmlu: of each subject
+    score = {"loss": 3.0, "word_perplexity": 9.0, "byte_perplexity": 2.0, "token_perplexity": 20.0}
+    record = {"run": "tiny/svd/20", "requested_pct": 20, "compression": report, "parameters": counts, "corpus": score}
+    record |= {"healing": {"steps": 12, "seconds": 3.0}, "task_data": {}}
+    record |= {"tasks": {"mmlu": {"acc": 0.25}}, "examples": {"mmlu": 57}}
+    record |= {"texts": {"held_out": score, "wikitext": {"token_perplexity": 30.0}}, "settings": settings}
+    run.write_json(tmp_path / "20/metrics.json", record | {"provenance": {"inputs": {}}})
+    export(str(tmp_path / "20"), tmp_path / "out")
+    written = (tmp_path / "out/README.md").read_text()
+    assert "tiny, its attention compressed by `svd` and healed by a short training: 20." in written
+    assert "| healing steps | 12 |" in written
+    assert "| held-out text | Held-out perplexity (token) | 20.00 |" in written
+    assert "| wikitext | WikiText-2 perplexity (token) | 30.00 |" in written
+    assert "| mmlu | acc | 0.25 |  | 57 |" in written
+    assert "Tasks are scored on the first of their examples alone; the last column says on how many." in written
+    assert "Measured before the export, in bfloat16; the weights here are float32." in written
+
+
+def test_fewer_heads_are_not_called_sharing(tmp_path):
+    from conftest import language_model
+
+    masa.save(masa.share(language_model(), {"method": "gqa", "num_key_value_heads": 1}), tmp_path / "gqa")
+    account = export(str(tmp_path / "gqa"), tmp_path / "out")
+    assert account["parameters"]["folded"] == account["parameters"]["total"]
+    written = (tmp_path / "out/README.md").read_text()
+    assert "fewer numbers in Q, K, V and O (`gqa`). Nothing had to be written out: it is as small here." in written
+    assert "as large as one that shares nothing" not in written
+
+
+def test_a_run_directory_beside_the_root(results, tmp_path):
+    """Nothing is looked for above it."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        shutil.copytree(results / "runs/tiny/masa/seed0", folder, dirs_exist_ok=True)
+        account = export(folder, tmp_path / "out", tokenizer=results / "data/tokenizer")
+    assert account["run"] == "tiny/masa/seed0"
+
+
 def test_a_bare_checkpoint_without_tokenizer(tmp_path):
     from conftest import language_model
 
@@ -337,6 +386,8 @@ def test_a_bare_checkpoint_without_tokenizer(tmp_path):
     assert "(1, 1, 64)" in without_masa(usage(tmp_path / "out"), tmp_path / "out").replace("[", "(").replace("]", ")")
     with pytest.raises(MasaError, match="holds its tokenizer, and none came with this model"):
         export(str(tmp_path / "bare"), tmp_path / "gguf", "gguf", options=Options(cache=ROOT / "cache"))
+    with pytest.raises(MasaError, match="is no run, and nothing says what it was trained on: leave --data away"):
+        export(str(tmp_path / "bare"), tmp_path / "gguf", data=tmp_path)
     assert not (tmp_path / "gguf").exists()
 
 
@@ -523,6 +574,11 @@ def test_only_earlier_exports_are_replaced(results, tmp_path):
     export("tiny/masa/seed0", other, results=results)
     export("tiny/vanilla/seed0", other, results=results)
     assert run.read_json(other / "export.json")["run"] == "tiny/vanilla/seed0"
+    (other / ".git").mkdir()
+    (other / ".git/HEAD").write_text("mine")
+    with pytest.raises(MasaError, match=r"holds .*\.git/HEAD, which is not of the earlier export"):
+        export("tiny/masa/seed0", other, results=results)
+    shutil.rmtree(other / ".git")
     assert [p.name for p in tmp_path.iterdir()] == ["other"], "nothing temporary is left"
 
 

@@ -62,7 +62,7 @@ def export(
     Args:
         run: a run directory, a run id (``SCALE/EXPERIMENT/seedN``) below ``results``, or a folder that
             :func:`masa.load` reads, such as a compressed model's.
-        out: folder; it appears whole. An earlier export there is replaced, anything else refused.
+        out: folder; it appears whole. An earlier export there is replaced; any other file there is refused.
         format: a key of :data:`FORMATS`.
         results: where run ids are looked up.
         tokenizer, data: what the run was trained with, where they are not at their places below its results. Each is
@@ -147,9 +147,10 @@ def _plain(source: Source, kind: Any, folder: Path, options: Options) -> dict[st
     counts = count_parameters(factored).to_dict()
     model = fold(factored)
     del factored
+    stored = _dtype(model)
     for parameter in model.parameters() if options.dtype else ():  # model.to(dtype) would round RoPE's buffers too
         parameter.data = parameter.data.to(getattr(torch, options.dtype))
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    dtype = _dtype(model)
     _say(f"export: folded, {counts['total']:,} -> {sum(p.numel() for p in model.parameters()):,} parameters, {dtype}")
     tokenizer = kind.write(model, folder, source)
     return {
@@ -157,11 +158,16 @@ def _plain(source: Source, kind: Any, folder: Path, options: Options) -> dict[st
         "format": "hf",
         "method": source.method,
         "dtype": dtype,
+        "dtype_stored": stored,
         "parameters": counts | {"folded": sum(p.numel() for p in model.parameters())},
         "tokenizer": tokenizer,
         "evaluated": source.metrics is not None,
         "provenance": runs.provenance({"run": source.identity} if source.identity else {}),
     }
+
+
+def _dtype(model: Any) -> str:
+    return str(next(model.parameters()).dtype).removeprefix("torch.")
 
 
 def _write_card(source: Source, kind: Any, usage: str, account: dict[str, Any], folder: Path, options: Options) -> None:
@@ -171,8 +177,18 @@ def _write_card(source: Source, kind: Any, usage: str, account: dict[str, Any], 
 
 
 def _check_out(out: Path) -> None:
-    if out.exists() and not (out / ACCOUNT).is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise MasaError(f"{out} exists and is no earlier export: choose another --out, or remove it.")
+    """See that nothing is lost if ``out`` is replaced: all in it is what an earlier export says that it wrote."""
+    if not out.exists():
+        return
+    try:
+        ours = {ACCOUNT, *runs.read_json(out / ACCOUNT)["files"]}
+    except (MasaError, OSError, KeyError, TypeError):
+        ours = set()
+    there = [path for path in out.rglob("*") if path.is_symlink() or not path.is_dir()] if out.is_dir() else [out]
+    other = next((str(path) for path in sorted(there) if str(path.relative_to(out)) not in ours), None)
+    if other:
+        why = f"holds {other}, which is not of the earlier export" if ours else "exists and is no earlier export"
+        raise MasaError(f"{out} {why}: choose another --out, or remove it.")
 
 
 def _say(line: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from masa import __version__
+from masa.compression.plan import HEAL
 from masa.errors import redact
 from masa.export.card_template import TEMPLATE
 from masa.export.source import Source
@@ -85,6 +86,7 @@ def write(source: Source, kind: Any, usage: str, account: Mapping[str, Any], lic
         recipe=_table(_recipe(source)),
         scores=scores,
         evaluated_on=_evaluated_on(source),
+        measured=_measured(source, account),
         trained=_table(source.trained or {}),
         metric_notes=_notes(source, "metrics"),
         provenance=_table(_provenance(source)),
@@ -93,26 +95,27 @@ def write(source: Source, kind: Any, usage: str, account: Mapping[str, Any], lic
         limits=[*kind.limits(source, config), *_limits(source, account)],
         compressed=source.compression is not None,
         license=license,
-        dtype=account["dtype"],
     ).save(out)
 
 
 def _summary(source: Source, count: Mapping[str, Any]) -> str:
     what = f"{source.kind.label[0].upper()}{source.kind.label[1:]}"
+    fewer = f"{count['attention_reduction']:.1%} fewer numbers in Q, K, V and O"
     if source.compression:
         origin = Path(str(source.compression.get("model") or source.name.split("/")[0])).name
+        how = "and healed by a short training" if _healing(source) else "without training"
         return (
-            f"{origin}, its attention compressed by `{source.method}` without training: "
-            f"{count['attention_reduction']:.1%} fewer numbers in Q, K, V and O. Here "
-            "the matrices are written out again, so it is as large as its origin."
+            f"{origin}, its attention compressed by `{source.method}` {how}: {fewer}. Here the matrices are written "
+            "out again, so it is as large as its origin."
+        )
+    if count["folded"] != count["total"]:
+        return (
+            f"{what} whose matrices are made of fewer numbers (`{source.method}`): trained with {fewer}. Here every "
+            "matrix is written out, so that the model is an ordinary one, and as large as one that shares nothing."
         )
     if count["attention"] == count["attention_dense"]:
         return f"{what}, trained without sharing weights (`{source.method}`)."
-    return (
-        f"{what} whose attention matrices share weights across layers (`{source.method}`): trained with "
-        f"{count['attention_reduction']:.1%} fewer numbers in Q, K, V and O. Here every matrix is written out, so that "
-        "the model is an ordinary one, and as large as one that shares nothing."
-    )
+    return f"{what}, trained with {fewer} (`{source.method}`). Nothing had to be written out: it is as small here."
 
 
 def _scores(source: Source) -> Iterator[dict[str, Any]]:
@@ -132,12 +135,12 @@ def _scores(source: Source) -> Iterator[dict[str, Any]]:
     metrics = source.metrics
     errors = standard_errors(metrics)
     flat = flatten({k: v for k, v in metrics.items() if k != "tasks"})
-    held_out = _data_name(source)
+    held_out, texts = _data_name(source), metrics.get("texts", {})
     for metric in METRICS:
         if metric.better and metric.name in flat:
             number, error = flat[metric.name], errors.get(f"{metric.name}_se")
             yield {
-                "data": held_out,
+                "data": next((name for name in texts if metric.name == f"{name}_token_ppl"), held_out),
                 "name": metric.name,
                 "label": metric.label,
                 "number": number,
@@ -166,8 +169,24 @@ def _data_name(source: Source) -> str:
 
 def _evaluated_on(source: Source) -> str:
     metrics = source.metrics or {}
-    limit = metrics.get("settings", {}).get("limit")
-    return f"Scored on at most {limit} examples of each data set or task, not on all of them." if limit else ""
+    settings = metrics.get("settings", {})
+    limit = settings.get("limit")
+    if metrics.get("tasks") and any((limit, *settings.get("limit_per_task", {}).values())):
+        return "Tasks are scored on the first of their examples alone; the last column says on how many."
+    return f"Scored on at most {limit} images, not on all of them." if limit and "dataset" in metrics else ""
+
+
+def _measured(source: Source, account: Mapping[str, Any]) -> str:
+    """In which arithmetic the scores were computed: the evaluation's own, else that of the stored weights."""
+    dtype = (source.metrics or {}).get("settings", {}).get("dtype", account["dtype_stored"])
+    other = f"; the weights here are {account['dtype']}" if dtype != account["dtype"] else ""
+    return f"Measured before the export, in {dtype}{other}."
+
+
+def _healing(source: Source) -> dict[str, Any]:
+    """How a compressed model was trained a little after its compression; empty if it was not."""
+    found = (source.metrics or {}).get("healing") or {}
+    return {f"healing {key}": found[key] for key in HEAL if key in found}
 
 
 def _data_notes(source: Source) -> list[str]:
@@ -192,7 +211,7 @@ def _recipe(source: Source) -> dict[str, Any]:
         return {key: "none" if value is None else value for key, value in rows.items()}
     keys = ("method", "options", "projections", "reduction_requested", "reduction_achieved", "seconds")
     found = source.compression or {}
-    return {key.replace("_", " "): found[key] for key in keys if key in found}
+    return {key.replace("_", " "): found[key] for key in keys if key in found} | _healing(source)
 
 
 def _provenance(source: Source) -> dict[str, Any]:

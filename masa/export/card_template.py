@@ -57,7 +57,7 @@ Not known: this folder was exported from a checkpoint without a run.
 {% for row in scores -%}
 | {{ row.data }} | {{ row.label }} | {{ row.value }} | {{ row.error or "" }} | {{ row.examples or "" }} |
 {% endfor %}
-Measured on the folded model before it was exported{% if dtype != "float32" %}, not in {{ dtype }}{% endif %}.
+{{ measured }}
 {%- else -%}
 Not evaluated{% if trained %}, beyond what its training measured{% endif %}.
 {%- endif %}

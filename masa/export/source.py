@@ -10,6 +10,7 @@ from typing import Any
 
 from masa import kinds, run
 from masa.errors import MasaError, unknown
+from masa.report.metrics import is_of
 from masa.sources import sha256_of, verify
 
 
@@ -86,6 +87,8 @@ def find(name: str, results: Path, tokenizer: Path | None = None, data: Path | N
         folder = folder.parent
     if (folder / "spec.json").is_file():
         return _run(folder, tokenizer, data)
+    if data is not None:
+        raise MasaError(f"{folder} is no run, and nothing says what it was trained on: leave --data away.")
     if (folder / "metrics.json").is_file() and (folder / "model").is_dir():  # of `masa sweep`
         folder /= "model"
     return _checkpoint(folder, tokenizer)
@@ -106,11 +109,13 @@ def _run(folder: Path, tokenizer: Path | None, data: Path | None) -> Source:
         trained_with = dict(provenance["inputs"])
     except (KeyError, TypeError, ValueError) as error:
         raise MasaError(f"{folder} is no finished run ({type(error).__name__}: {error}); train it again.") from error
-    results, notes = folder.parents[2].parent, {}
+    results, notes = folder.parent.parent.parent.parent, {}  # ``parents[3]`` is an error near the root
     default = results / "data" / kind.data / str(spec.get("data") or name.split("/")[0])
     found = _data(kind, data or default, trained_with, data is not None, notes)
     metrics = _evaluation(results / "evaluations" / name / "metrics.json", identity, notes)
     wanted = trained_with.get("tokenizer")
+    if tokenizer is not None and wanted is None:
+        raise MasaError(f"{name} is {kind.label}, which has no tokenizer: leave --tokenizer away.")
     return Source(
         name=name,
         model=folder / "model",
@@ -208,7 +213,7 @@ def _evaluation(path: Path, identity: str, notes: dict[str, str]) -> Mapping[str
     if not path.is_file():
         return None
     metrics = run.read_json(path, "masa evaluate")
-    if isinstance(metrics, dict) and metrics.get("provenance", {}).get("inputs", {}).get("run") == identity:
+    if is_of(metrics, identity):
         return metrics
     notes["metrics"] = "The evaluation found beside the run is of another training, and is not shown here."
     return None
