@@ -256,6 +256,11 @@ def test_tables_of_numbers_that_are_not_judged(smoke, results):
     assert (view["title"], view["judged"], view["note"]) == ("Parameter counts", "", "A note.")
     cell = view["rows"][0]["cells"][1]
     assert (cell["text"], cell["paper"], cell["difference"]) == ("109.6", "110", "-0.368")
+    rows[0] |= {"parameters_m_difference": -0.368, "verdict": "agrees"}
+    write_table(results / "parts" / "tables", "parameters", rows, title="Parameter counts")
+    view = next(v for v in tables.views(Found(smoke, results)) if v["name"] == "parameters")
+    assert view["judged"] == "counts and reductions: agrees at the paper's own precision"
+    assert (view["rows"][0]["standing"], view["rows"][0]["cells"][1]["difference"]) == ("agrees", "-0.368")
 
 
 def test_results_of_several_revisions_and_processors_are_warned_of(smoke, results):

@@ -1,10 +1,12 @@
 """Tables and figures from metrics files with known numbers."""
 
+import json
+
 import pandas as pd
 import pytest
 
 import masa
-from masa import config, experiments, run
+from masa import accounting, config, experiments, job_specs, run
 from masa.report import figures, metrics, own_tables, tables
 
 
@@ -123,6 +125,30 @@ def test_the_table_of_curves_has_every_line(results, tmp_path):
     own_tables.metrics([], results, tmp_path)  # of a configuration that compresses only
     with pytest.raises(masa.MasaError, match=r"S/gqa/seed0/metrics.jsonl does not exist; the run's training"):
         own_tables.metrics(["S/gqa/seed0"], results, tmp_path)
+
+
+def test_counted_parameters_are_judged_by_the_papers_own_digits(tmp_path):
+    """Counts of the real models at S; a model of another size differs."""
+    c = config.load()
+    c["parameters"]["scales"] = ["S"]
+    accounting.count(job_specs.parameters_spec(c), tmp_path / "parameters.json")
+    spec = job_specs.table_spec(c, "parameters")
+    own_tables.parameters(spec, tmp_path, tmp_path)
+    frame = pd.read_csv(tmp_path / "parameters.csv").set_index("method")
+    assert set(frame.loc[frame["verdict"] == "agrees"].index) == {
+        "vanilla", "gqa", "masa-qkv", "low-rank", "sequential", "repeat-all-over", "masa-qkvo",
+    }  # fmt: skip
+    assert frame.loc["low-rank-text", "verdict"] == "not in the paper"
+    assert frame.loc["vanilla", "parameters_m_difference"] == pytest.approx(-0.37, abs=0.01)
+    assert "| 109.63           | 110 " in (tmp_path / "parameters.md").read_text()
+    counts = json.loads((tmp_path / "parameters.json").read_text())
+    for record in counts:
+        record["total"] *= 1.01
+        record["attention_reduction"] += 0.002 * (record["experiment"] == "gqa")
+    (tmp_path / "parameters.json").write_text(json.dumps(counts))
+    own_tables.parameters(spec, tmp_path, tmp_path)
+    verdicts = pd.read_csv(tmp_path / "parameters.csv").set_index("method")["verdict"]
+    assert set(verdicts.index[verdicts == "differs"]) == {"vanilla", "gqa"}
 
 
 def test_an_ambiguous_paper_row_is_an_error(spec, results):

@@ -20,6 +20,9 @@ CURVES = "metrics"
 LARGEST = 400_000
 """Bytes of a CSV up to which the page holds a copy to download."""
 
+JUDGED = {"parameters": "counts and reductions: agrees at the paper's own precision"}
+"""How rows of a table are judged that no entry of the configuration says that of."""
+
 SUFFIXES = ("_std", "_se", "_paper", "_difference")
 HIDDEN = {"label", "method", "unavailable_tasks", "paper_scale", "verdict"}
 VERDICTS = {"agrees": "agrees", "differs": "differs", "incomplete": "incomplete"}
@@ -102,7 +105,7 @@ def _view(found: Found, name: str) -> dict[str, Any]:
         return view
     tolerance, judged = float(spec.get("tolerance", 1.0)), spec.get("judged", "avg_pct")
     if "verdict" in records[0]:
-        view["judged"] = f"{_label(judged)}: agrees within ± {tolerance:g}"
+        view["judged"] = JUDGED.get(name, f"{_label(judged)}: agrees within ± {tolerance:g}")
     keys = _keys(records[0], spec.get("columns"))
     view["columns"] = [{"label": _label(key), "number": _numeric(records, key)} for key in keys]
     view["rows"] = [_row(record, keys, judged, tolerance, _reasons(found, record)) for record in records]
