@@ -10,6 +10,7 @@ from typing import Any
 
 from masa import resuming
 from masa.cost.report import duration
+from masa.report.metrics import is_of
 from masa.status.holder import Holder, holder_of
 from masa.status.numbers import interval, is_number, newest, seconds_per_step
 from masa.status.tail import last_records
@@ -38,11 +39,11 @@ class Status:
         loss, validation_loss: the newest; of training and held-out data, in nats.
         per_second: tokens or images a second, lately, of the steps alone; of a run that is done, on average.
         training_seconds: of all steps so far.
-        eta_seconds: until the last step at that speed; of a running one.
+        eta_seconds: until the last step at that speed; of a running one. It stands still where the next line is late.
         age_seconds: since the last line of its log, by the clock of the disk.
         host, pid: of the process that trains it, or did so last.
         checkpoint: step that the same command goes on from.
-        evaluated: whether it has been scored.
+        evaluated: whether it is done and has been scored; an evaluation of an earlier training does not count.
         configured: whether the configuration names it.
         outdated: whether the configuration now asks for another model, recipe or seed than it was trained with.
     """
@@ -101,23 +102,25 @@ def look(place: Place, now: float) -> Status:
     records = _records(directory / "metrics.jsonl")
     numbers = newest(records) | {"steps": _steps(spec) or _steps(place.expected)}
     changed = _changed(directory / "metrics.jsonl")
+    done = bool(manifest) and isinstance(manifest.get("training"), dict)
     common = {
         "run": place.run,
         "directory": str(directory),
         "age_seconds": max(0.0, now - changed) if changed is not None else None,
         "host": (holder and holder.host) or None,
         "pid": holder and holder.pid,
-        "evaluated": place.evaluation is not None and place.evaluation.is_file(),
+        "evaluated": done and _is_evaluated(place, manifest),
         "configured": place.expected is not None,
         "outdated": bool(place.expected and spec and _differs(place.expected, spec)),
     }
-    if manifest and isinstance(manifest.get("training"), dict):
+    if done:
         return Status(state="done", **common | numbers | _of_manifest(manifest, numbers))
     checkpoint = _checkpoint(directory / "checkpoints")
     state, note = _state(place, holder, records, checkpoint, now)
     rest = (numbers["steps"] or 0) - (numbers["step"] or 0)
     if state == "running" and (seconds := seconds_per_step(records)) is not None and numbers["steps"]:
-        numbers["eta_seconds"] = max(0.0, rest * seconds - (common["age_seconds"] or 0.0))
+        since = min(common["age_seconds"] or 0.0, interval(records) or 0.0)  # of more we do not know that it was steps
+        numbers["eta_seconds"] = max(0.0, rest * seconds - since)
     return Status(state=state, note=note, checkpoint=checkpoint, **common | numbers)
 
 
@@ -188,6 +191,10 @@ def _records(path: Path) -> list[dict[str, Any]]:
         return last_records(path, "validation_loss")
     except OSError:
         return []
+
+
+def _is_evaluated(place: Place, manifest: Mapping[str, Any]) -> bool:
+    return place.evaluation is not None and is_of(_mapping(place.evaluation), manifest.get("identity"))
 
 
 def _of_manifest(manifest: Mapping[str, Any], numbers: Mapping[str, Any]) -> dict[str, Any]:

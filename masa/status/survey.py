@@ -106,7 +106,7 @@ class Surveyor:
             what = "These are the runs that lie" if results.is_dir() else "There is nothing yet"
             self.notes = (f"{what} in {results}; --configfile adds those that have not begun.",)
             self.specs, self.compressions = {}, []
-        self._done: dict[Path, tuple[int, Status]] = {}
+        self._done: dict[Path, tuple[tuple[int | None, ...], Status]] = {}
         self._places()  # unknown names are said at once
 
     def survey(self) -> Survey:
@@ -118,18 +118,14 @@ class Surveyor:
         return Survey(str(self.results), tuple(found), (done, len(self.compressions)), self.clock.source, self.notes)
 
     def _look(self, place: Place, now: float) -> Status:
-        try:
-            written = (place.directory / "manifest.json").stat().st_mtime_ns
-        except OSError:
-            return look(place, now)
+        written = tuple(_written(path) for path in (place.directory / "manifest.json", place.evaluation) if path)
         known = self._done.get(place.directory)
-        if known is None or known[0] != written:
-            status = look(place, now)
-            if status.state != "done":
-                return status
-            self._done[place.directory] = known = (written, status)
-        evaluated = place.evaluation is not None and place.evaluation.is_file()
-        return dataclasses.replace(known[1], evaluated=evaluated)
+        if known and known[0] == written:
+            return known[1]
+        status = look(place, now)
+        if status.state == "done":
+            self._done[place.directory] = (written, status)
+        return status
 
     def _places(self) -> list[Place]:
         everything = list(dict.fromkeys([*self.specs, *runs_on_disk(self.results)]))
@@ -171,6 +167,13 @@ def run_id_of(directory: Path) -> str:
     except (OSError, ValueError, RecursionError, TypeError, KeyError):
         return str(directory)
     return found if isinstance(found, str) else str(directory)
+
+
+def _written(path: Path) -> int | None:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return None
 
 
 def _matches(run: str, word: str) -> bool:

@@ -74,7 +74,7 @@ def notes(survey: Survey) -> list[str]:
     extra = sum(not run.configured for run in survey.runs)
     if extra and not survey.notes:
         found.append(f"{extra} of these runs {'are' if extra > 1 else 'is'} not in the configuration.")
-    if survey.runs and survey.clock != "file system":
+    if survey.clock != "file system" and any(run.age_seconds is not None for run in survey.runs):
         found.append("Nothing can be written beside the results: ages are by this machine's clock, not by the disk's.")
     return found
 
