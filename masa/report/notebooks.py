@@ -56,7 +56,7 @@ def find_results(*experiments: str) -> Path:
         what = f"runs of {' and '.join(experiments)} at one scale" if experiments else "runs"
         raise MasaError(
             f"No finished {what} in {' or '.join(names)}{' (MASA_RESULTS)' if wanted else ''}. `make results` makes "
-            "them, in about 40 minutes on two cores; `snakemake --cores all --configfile config/smoke.yaml`, in three "
+            "them, in about 35 minutes on two cores; `snakemake --cores all --configfile config/smoke.yaml`, in three "
             "minutes, makes small ones whose numbers mean nothing."
         )
     if not wanted and folder != ROOT / names[0]:
