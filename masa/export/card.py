@@ -218,7 +218,7 @@ def _provenance(source: Source) -> dict[str, Any]:
     found = source.provenance or {}
     rows = {key: found[key] for key in ("revision", "python", "platform", "cpu", "dtype", "processes") if key in found}
     rows |= {"packages": ", ".join(f"{n} {v}" for n, v in found.get("packages", {}).items())} if found else {}
-    rows |= {f"sha256 of the {name}": digest for name, digest in found.get("inputs", {}).items()}
+    rows |= {f"checksum of the {name} in provenance.json": digest for name, digest in found.get("inputs", {}).items()}
     return rows | ({"run identity": source.identity} if source.identity else {})
 
 

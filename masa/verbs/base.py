@@ -97,14 +97,23 @@ def spec_of(given: argparse.Namespace, default: Callable[[config.Config], Any], 
     """
     if given.spec is None:
         return default(config.load(given.configfile))
-    inline = given.spec.lstrip()[:1] in ("{", "[")
-    try:
-        text = given.spec if inline else Path(given.spec).read_text(encoding="utf-8")
-        spec = json.loads(text, parse_constant=_no_number)
-    except (ValueError, RecursionError) as error:
-        raise MasaError(f"--spec is not valid JSON ({error}).") from error
+    spec = read_spec(given.spec)
     check_spec(what, spec)
     return spec
+
+
+def read_spec(text: str) -> Any:
+    """JSON text, or a file of it.
+
+    Raises:
+        MasaError: it is not JSON, or there is no such file.
+    """
+    inline = text.lstrip()[:1] in ("{", "[")
+    try:
+        text = text if inline else Path(text).read_text(encoding="utf-8")
+        return json.loads(text, parse_constant=_no_number)
+    except (OSError, ValueError, RecursionError) as error:
+        raise MasaError(f"--spec is not valid JSON ({error}); give JSON text or a file of it.") from error
 
 
 def _no_number(name: str) -> NoReturn:

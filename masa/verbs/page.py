@@ -10,7 +10,7 @@ from typing import Any
 
 from masa import config
 from masa.errors import MasaError
-from masa.verbs.base import Verbs
+from masa.verbs.base import Verbs, read_spec
 
 
 def add(verbs: Verbs) -> None:
@@ -45,10 +45,7 @@ def _whole(text: str) -> config.Config:
     Raises:
         MasaError: it is no JSON object, or no configuration.
     """
-    try:
-        data = json.loads(text if text.lstrip()[:1] == "{" else Path(text).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise MasaError(f"--spec is not valid JSON ({error}).") from error
+    data = read_spec(text)
     if not isinstance(data, dict):
         raise MasaError(f"--spec must hold a mapping of keys, found {type(data).__name__}.")
     config.check(data)

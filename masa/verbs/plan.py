@@ -24,8 +24,9 @@ def add(verbs: Verbs) -> None:
     v.add_argument("--device", help="cpu, h100, a100, rtx4090, …; default: plan.device of the configuration")
     v.add_argument("--cores", type=int, help="CPU cores that share the work (default: all)")
     v.add_argument("--typical", action="store_true", help="a typical core instead of ten seconds of measuring this one")
-    v.add_argument("--measured", action="store_true", help="beside what the jobs of a finished workflow took")
-    v.add_argument("--artefacts", action="store_true", help="what each table and figure costs by itself")
+    which = v.add_mutually_exclusive_group()
+    which.add_argument("--measured", action="store_true", help="beside what the jobs of a finished workflow took")
+    which.add_argument("--artefacts", action="store_true", help="what each table and figure costs by itself")
     v.add_argument("--json", action="store_true", help="print all numbers as JSON")
 
     v = verbs.add(
