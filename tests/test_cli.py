@@ -48,6 +48,7 @@ def test_help_shows_an_example_that_parses(verb, capsys):
         (["pretrian"], "Did you mean 'pretrain'"),
         (["pretrain", "--tokns", "x", "--run", "a/b/seed0", "--tokens", "y", "--out", "z"], "Did you mean '--tokens'"),
         (["plan", "quickly"], "takes no argument 'quickly'"),
+        (["plan", "--measured", "--artefacts"], "not allowed with argument --measured"),
         (["tables", "table1", "table2", "--spec", "{}", "--out", "x"], "--spec is of one artefact"),
         (["pretrain", "--tokens", "x", "--out", "y"], "one of the arguments --run --spec is required"),
         (["pretrain", "--run", "nano/masa", "--tokens", "x", "--out", "y"], "not of the form SCALE/EXPERIMENT/seedN"),
@@ -82,7 +83,7 @@ def test_bad_input_is_a_message_and_status_2(arguments, message):
 
 
 def test_an_error_is_also_in_the_log(tmp_path):
-    result = masa("table", "tabel1", "--out", str(tmp_path), "--log", str(tmp_path / "logs" / "a.log"))
+    result = masa("tables", "tabel1", "--out", str(tmp_path), "--log", str(tmp_path / "logs" / "a.log"))
     assert result.returncode == 2
     assert "Did you mean 'table1'" in (tmp_path / "logs" / "a.log").read_text()
 
