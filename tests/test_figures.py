@@ -164,6 +164,11 @@ def test_no_two_known_methods_look_the_same_and_unknown_ones_like_none():
     assert style.look("mine") == style.look("mine")
 
 
+def test_trainings_of_the_configuration_differ_also_where_no_markers_are_drawn():
+    names = config.load()["experiments"]
+    assert len({str(style.look(name) | {"marker": ""}) for name in names}) == len(names) > 15
+
+
 def test_words_are_dark_enough():
     assert style.contrast([0, 0, 0]) == pytest.approx(21) and style.contrast([1, 1, 1]) == pytest.approx(1)
     for colour in style.COLOURS:

@@ -58,6 +58,20 @@ _LOOKS = {
     "repeat-all-over": (PINK, _SHORT, "P"),
     "masa-qkvo": (BLUE, _SOLID, "X"),
     "masa-qkvo-s4": (BLUE, _DOTTED, "*"),
+    # further trainings: their family's colour while it has lines, and no two alike without markers, as in the page
+    "low-rank-text": (GREEN, _DASHED, "^"),
+    "masa-qkv-s2": (SKY, _DOTTED, "v"),
+    "masa-qkv-s6": (SKY, _DASHED, "s"),
+    "masa-qkv-s8": (SKY, _LONG, "P"),
+    "masa-qkv-common-qv": (SKY, _SOLID, "v"),
+    "masa-qkv-common-qk": (SKY, _SHORT, "^"),
+    "masa-qkv-common-qkv": (GREY, _DASHDOT, "D"),
+    "masa-qkv-common-qv-budget": (GREY, _DOTTED, "s"),
+    "masa-qkvo-s2": (BLUE, _DASHED, "v"),
+    "masa-qkvo-s6": (BLUE, _DASHDOT, "s"),
+    "masa-qkvo-s8": (BLUE, _LONG, "P"),
+    "masa-qkvo-mlp": (BLUE, _SHORT, "^"),
+    "masa-qkvo-fixed-norm": (GREY, _SOLID, "X"),
     # compressions: a colour a family
     "original": (GREY, _DASHED, ""),
     "svd": (BLACK, _DASHED, "s"),
@@ -77,7 +91,7 @@ _LOOKS = {
 
 
 def look(name: str) -> dict[str, Any]:
-    """The look of one experiment, the same in every figure; a name that is not known here has one of its own.
+    """The look of one experiment, the same in every figure; a name that is not known here gets one by its hash.
 
     Returns:
         ``color``, ``linestyle`` and ``marker``, as matplotlib's ``plot`` takes them.
