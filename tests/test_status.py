@@ -269,7 +269,11 @@ def test_only_the_end_of_a_log_is_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"\n\n", b"{", b"\xff\x00\n[1]\n7\nnull\n", b'{"step": "x", "loss": []}\n', b"[" * 9999]
+    "content",
+    [
+        *(b"", b"\n\n", b"{", b"\xff\x00\n[1]\n7\nnull\n", b'{"step": "x", "loss": []}\n', b"[" * 9999),
+        b'{"step": 1, "loss": 2, "training_seconds": 1}\n{"step": 2, "loss": Infinity, "training_seconds": Infinity}\n',
+    ],
 )
 def test_damaged_files_are_no_reason_to_fail(content, results, capsys):
     out = results / "runs" / RUN

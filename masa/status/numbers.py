@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 RECENT = 10
@@ -10,7 +11,7 @@ RECENT = 10
 
 def is_number(value: Any) -> bool:
     """Whether a value of a log may be counted with; logs may be damaged."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _losses(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
