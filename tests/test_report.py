@@ -108,6 +108,12 @@ def test_files_of_a_table(spec, results, tmp_path):
     assert "%)" not in latex.replace("\\%)", "")
 
 
+def test_latex_has_no_character_that_it_reads_otherwise():
+    assert tables._escape("a\\b_{c} 5 % ± ~^") == (
+        r"a\textbackslash{}b\_\{c\} 5 \% $\pm$ \textasciitilde{}\textasciicircum{}"
+    )
+
+
 def test_runs_table_keeps_acc_and_acc_norm(results, tmp_path):
     own_tables.runs(["S/vanilla/seed0", "S/masa-qkvo/seed1"], results, tmp_path)
     frame = pd.read_csv(tmp_path / "runs.csv")

@@ -170,10 +170,14 @@ def _latex(shown: pd.DataFrame, title: str, note: str) -> str:
     )
 
 
+_LATEX = str.maketrans(
+    {c: "\\" + c for c in "&%$#_{}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "‖": r"$\|$"}
+)
+
+
 def _escape(text: str) -> str:
-    for old, new in (("\\", r"\textbackslash{}"), *((c, "\\" + c) for c in "&%$#_{}"), ("±", r"$\pm$"), ("‖", r"$\|$")):
-        text = text.replace(old, new) if old != "\\" else text
-    return text
+    return text.translate(_LATEX)
 
 
 NOTE = (

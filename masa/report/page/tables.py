@@ -210,7 +210,7 @@ def _show(value: float, key: str, sign: str = "") -> str:
     if abs(value) >= 1e7:
         return f"{value:{sign},.0f}" if key.endswith(("parameters", "tokens", "images")) else f"{value:{sign}.3g}"
     if key in METRICS:
-        return f"{value:{sign},.{METRICS[key].digits}f}"
+        return f"{value:{sign}z,.{METRICS[key].digits}f}"
     if value == int(value) or abs(value) >= 1000:
         return f"{value:{sign},.0f}"
     return f"{value:{sign}.4g}"
