@@ -236,6 +236,13 @@ def test_what_cannot_be_compared(words, message, results):
         found(results, *words)
 
 
+def test_results_that_are_not_there_are_said(tmp_path):
+    with pytest.raises(MasaError, match=r"results, .*nowhere, does not exist here\. Call masa in the directory"):
+        found(tmp_path / "nowhere", "test/masa", "test/vanilla")
+    with pytest.raises(MasaError, match="holds no runs yet"):
+        found(tmp_path, "test/masa", "test/vanilla")
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [

@@ -346,7 +346,7 @@ def test_all_runs_of_the_configuration_and_those_beside_it(configured, capsys):
     said = capsys.readouterr().out
     assert "1 of these runs is not in the configuration." in said
     assert f"2 of {len(named) + 1} runs done (0 evaluated), {len(named) - 1} waiting" in said
-    assert "0 of 5 compressions done" in said
+    assert "0 of 5 compression sweeps done" in said
     assert len([line for line in said.splitlines() if line.startswith(("done", "waiting"))]) == len(named) + 1
     assert "\x1b" not in said
 
@@ -390,6 +390,10 @@ def test_two_directories_of_one_id_are_two_runs(finished, results):
 def test_what_does_not_exist_is_said(finished):
     with pytest.raises(MasaError, match=r"'test/mesa/seed0' does not exist\. Did you mean 'test/masa/seed0'"):
         see(finished, "test/mesa/seed0")
+    with pytest.raises(MasaError) as long:  # the configuration has 38
+        Surveyor(finished, config.load(), ["nano/vanila/seed0"])
+    assert re.search(r"Did you mean 'nano/vanilla/seed0' .*\? There are \d\d; `masa status` lists", str(long.value))
+    assert len(str(long.value)) < 250
     for arguments, message in (
         (["--watch", "0"], "--watch = 0 must be above 0"),
         (["--watch", "nan"], "must be above 0"),
@@ -412,6 +416,15 @@ def test_it_neither_imports_torch_nor_needs_a_results_directory(tmp_path):
     assert said.splitlines()[-1] == "False 0"
     assert "There is nothing yet in" in said
     assert "0 of 0 runs done" in said
+
+
+def test_results_that_are_not_there_are_said(tmp_path):
+    nowhere = tmp_path / "results"
+    found = Surveyor(nowhere, config.load()).survey()
+    assert found.runs and {run.state for run in found.runs} == {"waiting"}
+    assert f"{nowhere} does not exist here: nothing has run yet" in view.plain(found)
+    nowhere.mkdir()
+    assert "does not exist" not in view.plain(Surveyor(nowhere, config.load()).survey())
 
 
 def test_a_file_is_no_directory_of_results(tmp_path):

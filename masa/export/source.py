@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from masa import kinds, run
-from masa.errors import MasaError, unknown
+from masa.errors import MasaError
 from masa.report.metrics import is_of
+from masa.run_names import unknown_run
 from masa.sources import sha256_of, verify
 
 
@@ -81,7 +82,7 @@ def find(name: str, results: Path, tokenizer: Path | None = None, data: Path | N
         folder = results / "runs" / name
         if not folder.is_dir():
             known = [str(p.parent.relative_to(results / "runs")) for p in results.glob("runs/*/*/*/spec.json")]
-            raise unknown(f"Directory, or run in {results / 'runs'},", name, known)
+            raise unknown_run(f"Directory, or run in {results / 'runs'},", name, known, results)
     folder = folder.resolve()
     if folder.name == "model" and (folder.parent / "spec.json").is_file():
         folder = folder.parent

@@ -10,8 +10,9 @@ from typing import Any
 
 from masa import run
 from masa.compression.plan import HEAL
-from masa.errors import MasaError, is_plain, unknown
+from masa.errors import MasaError, is_plain
 from masa.report import metrics as m
+from masa.run_names import unknown_run
 from masa.status.numbers import is_number
 from masa.status.runs import is_run_directory
 
@@ -102,7 +103,7 @@ def _directories(word: str, results: Path) -> list[Path]:
                 return [folder]
             if below := [path for path in folder.glob("*") if re.fullmatch(SEVERAL, path.name) and _is_one(path)]:
                 return sorted(below, key=lambda path: float(path.name.removeprefix("seed")))
-    raise unknown("Run", word, known(results))
+    raise unknown_run("Run", word, known(results), results)
 
 
 def _is_one(path: Path) -> bool:

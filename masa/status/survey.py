@@ -13,7 +13,8 @@ from typing import Any
 
 from masa import experiments
 from masa.compression import plan
-from masa.errors import MasaError, unknown
+from masa.errors import MasaError
+from masa.run_names import unknown_run
 from masa.status.clock import FileClock
 from masa.status.runs import OVER, STATES, Place, Status, is_run_directory, look
 
@@ -104,8 +105,10 @@ class Surveyor:
         self.notes: tuple[str, ...] = ()
         if not named:
             what = "These are the runs that lie" if results.is_dir() else "There is nothing yet"
-            self.notes = (f"{what} in {results}; --configfile adds those that have not begun.",)
+            self.notes = (f"{what} in {results}; --configfile adds the runs that have not begun.",)
             self.specs, self.compressions = {}, []
+        elif not results.is_dir():
+            self.notes = (f"{results} does not exist here: nothing has run yet, or the project lies elsewhere.",)
         self._done: dict[Path, tuple[tuple[int | None, ...], Status]] = {}
         self._places()  # unknown names are said at once
 
@@ -137,7 +140,7 @@ class Surveyor:
             if not chosen and is_run_directory(Path(word)):
                 chosen = [Place(run_id_of(Path(word)), Path(word))]
             if not chosen:
-                raise unknown("Run", word, everything)
+                raise unknown_run("Run", word, everything, self.results)
             found |= {place.directory: place for place in chosen}
         return list(found.values())
 

@@ -65,7 +65,7 @@ def summary(survey: Survey) -> str:
     if survey.eta_seconds is not None:
         line += f"; the last of the running in {clock(survey.eta_seconds)}"
     done, every = survey.compressions
-    return f"{line}; {done} of {every} compressions done" if every else line
+    return f"{line}; {done} of {every} compression sweeps done" if every else line
 
 
 def notes(survey: Survey) -> list[str]:

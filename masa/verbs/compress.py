@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from masa.compression import plan
+from masa.compression.names import METHODS
 from masa.verbs.base import Verbs, spec_of
 from masa.verbs.train import benchmarks_of
 
@@ -42,7 +43,7 @@ def add(verbs: Verbs) -> None:
         gpu=True,
     )
     v.add_argument("model", metavar="MODEL", help="folder, GGUF file, or ORG/NAME on the hub with --revision")
-    v.add_argument("--method", default="svd-global", help="a key of masa.compression.COMPRESSORS (default svd-global)")
+    v.add_argument("--method", default="svd-global", help=f"{', '.join(METHODS)} (default svd-global)")
     v.add_argument("--reduction", type=float, default=0.2, help="fraction of attention to save (default 0.2)")
     data = v.add_mutually_exclusive_group()
     data.add_argument("--calibration", metavar="DIR", help="what `masa calibrate` wrote")
