@@ -89,8 +89,11 @@ def test_an_error_is_also_in_the_log(tmp_path):
 
 
 def test_config_lists_runs_and_prints_json():
-    listed = masa("config", "--configfile", "config/smoke.yaml").stdout.splitlines()
+    said = masa("config", "--configfile", "config/smoke.yaml")
+    listed = said.stdout.splitlines()
     assert listed[0].split("\t") == ["smoke/vanilla/seed0", "10 steps", "2,560 tokens"]
+    assert listed[-1].split("\t") == ["SmolLM2-135M/matrix-pca-healed", "compression"]
+    assert "the configuration is right: 10 runs of training, 5 compressions" in said.stderr
     assert json.loads(masa("config", "--json").stdout) == config.load()
 
 

@@ -343,7 +343,7 @@ def test_json_has_what_the_documentation_says(results, capsys):
     assert data["numbers"]["held_out_loss"]["minus_first"][0] == 0
 
 
-@pytest.mark.parametrize("width", [60, 80, 100])
+@pytest.mark.parametrize("width", [60, 80, 90])
 def test_tables_are_parted_to_fit_the_terminal(width, results):
     four = found(results, "test/vanilla", "test/masa")
     whole, parted = compare_text.text(four), compare_text.text(four, width)

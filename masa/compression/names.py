@@ -26,3 +26,11 @@ METHODS = {
     "matrix-pca-aligned": "aligned_pca",
 }
 """Method -> its module below :mod:`masa.compression`."""
+
+GRADIENT_SAMPLES = 12
+"""Calibration sequences that also run backward, where a method needs gradients and nobody said how many."""
+
+
+def needs_gradients(method: str) -> bool:
+    """Whether a method truncates in the metric of the loss, whose calibration also runs backward."""
+    return "fisher" in method

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from masa.compression.names import METHODS, ORIGINAL
+from masa.compression.names import METHODS, ORIGINAL, needs_gradients
 from masa.errors import MasaError, unknown
 
 Config = Mapping[str, Any]
@@ -37,7 +37,7 @@ def check(config: Config) -> None:
                 raise MasaError(f"{where}: calibration may only be null for method {ORIGINAL}.")
         elif chosen not in config["calibrations"]:
             raise unknown(f"{where}: calibration", chosen, config["calibrations"])
-        elif "fisher" in entry["method"] and not config["calibrations"][chosen]["gradient_samples"]:
+        elif needs_gradients(entry["method"]) and not config["calibrations"][chosen]["gradient_samples"]:
             raise MasaError(f"{where}: {entry['method']} needs calibrations.{chosen}.gradient_samples of at least 1.")
         elif extra := set(_projections(entry)) - set(config["calibrations"][chosen]["projections"]):
             raise MasaError(f"{where}: calibrations.{chosen} has no projection {', '.join(sorted(extra))}.")

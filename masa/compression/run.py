@@ -12,6 +12,7 @@ import torch
 from masa.checkpoint import save
 from masa.compression.api import compress
 from masa.compression.base import make_compressor
+from masa.compression.names import GRADIENT_SAMPLES, needs_gradients
 from masa.compression.scoring import perplexity
 from masa.compression.terminal import terminal
 from masa.compression.texts import load_tokens, read_documents
@@ -76,9 +77,10 @@ def run_compress(
     chosen = {"method": method} if isinstance(method, str) else dict(method)
     compressor = make_compressor(**{**chosen, **(options or {})})
     if calibration is None and (compressor.needs_calibration or compressor.needs_tokens):
+        gradients = f"--gradient-samples {GRADIENT_SAMPLES} " if needs_gradients(compressor.name) else ""
         raise MasaError(
             f"{compressor.name!r} needs calibration statistics: make them with `masa calibrate {model} --text FILE "
-            "--out statistics`, then pass --calibration statistics."
+            f"{gradients}--out statistics`, then pass --calibration statistics."
         )
     documents = read_documents(evaluate) if evaluate is not None else None
     _check_output(Path(output))

@@ -73,7 +73,8 @@ class Calibration:
         """
         if not self.gradient_samples:
             raise MasaError(
-                "This calibration has no gradients, which this method needs: calibrate with gradient_samples > 0."
+                "This calibration has no gradients, which this method needs: calibrate anew with `masa calibrate … "
+                "--gradient-samples 12` (gradient_samples of the calibration)."
             )
         return self._read(layer, f"gradient.{letter}").to(torch.float64, copy=True)
 
@@ -124,7 +125,7 @@ class Calibration:
         directory = Path(directory)
         path = directory / "calibration.json"
         if not path.is_file():
-            raise MasaError(f"{path} is missing: {directory} is no finished calibration. Run the calibration first.")
+            raise MasaError(f"{path} is missing: {directory} is no finished calibration; `masa calibrate` makes one.")
         try:
             data = json.loads(path.read_text())
             found = data.pop("format", None)

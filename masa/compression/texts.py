@@ -55,7 +55,7 @@ def draw_tokens(tokenizer: Any, documents: Sequence[str], samples: int, length: 
     if windows < samples:
         raise MasaError(
             f"Calibration on {samples} x {length} tokens needs {samples * length}, but the text has {len(ids)}. "
-            "Give more text, or ask for fewer samples."
+            f"Give more text, or ask for at most {windows} samples (masa calibrate --samples)."
         )
     chosen = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))[:samples]
     return torch.tensor(ids[: windows * length]).view(windows, length)[chosen]

@@ -21,7 +21,7 @@ def jobs(plan: Plan) -> list[Job]:
 
 def _needed(config: Config) -> Iterator[tuple[Name, tuple[Name, ...]]]:
     """(rule, name) of each job, and what it needs."""
-    runs, compressions = experiments.all_runs(config), _compressions(config)
+    runs, compressions = experiments.all_runs(config), compression_runs(config)
     language = [run for run in runs if _kind(config, run) is kinds.LANGUAGE]
     if language or compressions:
         yield ("benchmarks", ""), ()
@@ -88,7 +88,7 @@ def _evaluation(config: Config, run: str) -> Name:
     return ("evaluate" if _kind(config, run) is kinds.LANGUAGE else "evaluate_vision"), run
 
 
-def _compressions(config: Config) -> list[str]:
+def compression_runs(config: Config) -> list[str]:
     """Compression runs of all tables and figures, each once."""
     return list(
         dict.fromkeys(

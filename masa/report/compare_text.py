@@ -63,7 +63,7 @@ def _cells(found: Comparison, column: str) -> list[str]:
 
 def _number(column: str, value: float, sign: str = "") -> str:
     if column == "training_hours":
-        return f"{value:{sign}.3g}"
+        return f"{value:{sign}z.3f}" if abs(value) < 10 else f"{value:{sign},.3g}"
     if isinstance(value, float) and abs(value) >= 1e6:  # perplexities of models that know nothing
         return f"{value:{sign}.2e}"
     return f"{value:{sign},.{HEADINGS[column].digits}f}"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from masa.compression import plan
-from masa.compression.names import METHODS
+from masa.compression.names import GRADIENT_SAMPLES, METHODS, needs_gradients
 from masa.verbs.base import Verbs, spec_of
 from masa.verbs.train import benchmarks_of
 
@@ -107,7 +107,7 @@ def _compress(given: argparse.Namespace) -> None:
     shared |= {"revision": given.revision}
     with tempfile.TemporaryDirectory() as folder:
         if given.text:
-            gradients = 12 if "fisher" in given.method else 0
+            gradients = GRADIENT_SAMPLES if needs_gradients(given.method) else 0
             run_calibrate(given.model, folder, given.text, gradient_samples=gradients, **shared)
         summary = run_compress(
             given.model,

@@ -67,6 +67,8 @@ def _plan(given: argparse.Namespace) -> None:
 
 
 def _config(given: argparse.Namespace) -> None:
+    from masa.cost.workflow import compression_runs
+
     if given.describe:
         print(config.describe(), end="")
         return
@@ -74,7 +76,7 @@ def _config(given: argparse.Namespace) -> None:
     if given.json:
         print(json.dumps(c, indent=2, ensure_ascii=False))
         return
-    for run_id in experiments.all_runs(c):
+    for run_id in (runs := experiments.all_runs(c)):
         recipe = experiments.run_spec(c, *experiments.parse_run(run_id))["training"]
         length = f"{recipe['steps']:,} steps" if recipe["steps"] else f"{recipe['epochs']:g} epochs"
         batch = recipe["batch_size"]
@@ -83,3 +85,8 @@ def _config(given: argparse.Namespace) -> None:
         else:
             amount = f"batches of {batch:,} images"
         print(f"{run_id}\t{length}\t{amount}")
+    for name in (compressions := compression_runs(c)):
+        print(f"{name}\tcompression")
+    print(
+        f"the configuration is right: {len(runs)} runs of training, {len(compressions)} compressions", file=sys.stderr
+    )
