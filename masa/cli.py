@@ -20,7 +20,8 @@ from masa.verbs.base import EXIT, Parser, Verbs
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of ``masa``."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars would drown the progress lines of parallel jobs
-    os.environ.setdefault("MPLBACKEND", "Agg")  # figures go to files, also where there is a screen
+    if arguments is None:  # a process of our own
+        os.environ["MPLBACKEND"] = "Agg"  # figures go to files, also where there is a screen or a notebook
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without Unicode shows ? for ± and …

