@@ -43,9 +43,15 @@ class Interrupted(MasaError):
     """A signal stopped the work where it can go on; the command line exits with status 75."""
 
 
+def did_you_mean(name: str, options: Iterable[str], count: int = 3) -> str:
+    """The nearest names that exist as a sentence with a space before it; empty where none is near."""
+    near = difflib.get_close_matches(str(name), list(options), n=count, cutoff=0.6)
+    return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
 def unknown(what: str, name: str, options: Iterable[str]) -> MasaError:
     """Build the error for a name that does not exist, with the nearest ones that do."""
     options = sorted(str(option) for option in options)
-    near = difflib.get_close_matches(str(name), options, n=3, cutoff=0.6)
-    hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-    return MasaError(f"{what} {name!r} does not exist.{hint} Available: {', '.join(options) or 'none'}.")
+    return MasaError(
+        f"{what} {name!r} does not exist.{did_you_mean(name, options)} Available: {', '.join(options) or 'none'}."
+    )

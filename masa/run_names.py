@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
-from masa.errors import MasaError, unknown
+from masa.errors import MasaError, did_you_mean, unknown
 
 MANY = 24
 """Names that a message still lists; of more it says how many there are."""
@@ -29,8 +28,7 @@ def unknown_run(what: str, name: str, known: Sequence[str], results: Path) -> Ma
         )
     if len(known) <= MANY:
         return unknown(what, name, known)
-    near = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.6)
-    hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+    hint = did_you_mean(name, sorted(known))
     return MasaError(
         f"{what} {name!r} does not exist.{hint} There are {len(known)}; `masa status` lists those of trainings."
     )

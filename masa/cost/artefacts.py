@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +67,12 @@ def _measured(job: Job, logs: Path) -> Job | None:
 def text(plan: Plan, cores: int, logs: Path) -> str:
     """For people: one line an artefact."""
     whole = "GPU-hours" if plan.device.gpu else f"on {cores} core{'s' if cores > 1 else ''}"
-    rows: list[Sequence[str]] = [["artefact", "jobs", "added up", whole, "measured"]]
+    rows = [["artefact", "jobs", "added up", whole, "measured"]]
     for name, cost in costs(plan, cores, logs).items():
         one = f"{cost['gpu_hours']:,.1f}" if plan.device.gpu else duration(cost["seconds"])
         measured = duration(cost["measured_seconds"]) if cost["measured_seconds"] else ""
         rows.append([name, f"{cost['jobs']:,}", duration(cost["job_seconds"]), one, measured])
-    return aligned([list(row) for row in rows])
+    return aligned(rows)
 
 
 def as_json(plan: Plan, cores: int, logs: Path) -> str:

@@ -84,7 +84,7 @@ METRICS = (
 
 METRIC_NAMES = tuple(metric.name for metric in METRICS)
 
-_TASKS = {
+TASKS = {
     "piqa": ("piqa", "acc_norm"),
     "hellaswag": ("hellaswag", "acc_norm"),
     "lambada_acc": ("lambada_openai", "acc"),
@@ -129,7 +129,7 @@ def _of_text(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 def _of_tasks(metrics: Mapping[str, Any]) -> dict[str, float]:
     tasks = metrics["tasks"]
-    flat = {column: tasks[task][name] for column, (task, name) in _TASKS.items() if name in tasks.get(task, {})}
+    flat = {column: tasks[task][name] for column, (task, name) in TASKS.items() if name in tasks.get(task, {})}
     return flat | averages(flat)
 
 
@@ -179,7 +179,7 @@ def standard_errors(metrics: Mapping[str, Any]) -> dict[str, float]:
     if "tasks" not in metrics:
         return {}
     found: dict[str, float] = {}
-    for column, (task, name) in _TASKS.items():
+    for column, (task, name) in TASKS.items():
         examples = metrics["examples"].get(task)
         if name.startswith("acc") and name in metrics["tasks"].get(task, {}) and examples:
             share = metrics["tasks"][task][name]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import sys
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from masa import config
-from masa.errors import MasaError
+from masa.errors import MasaError, did_you_mean
 from masa.verb_specs import check as check_spec
 
 EXIT = """\
@@ -44,7 +43,8 @@ class Parser(argparse.ArgumentParser):
         for action in self._actions:
             if isinstance(action, argparse._SubParsersAction) and "invalid choice" in message:
                 verb = message.split("'")[1]
-                message = f"there is no verb {verb!r}.{_near(verb, action.choices)} Verbs: {', '.join(action.choices)}."
+                hint = did_you_mean(verb, action.choices, 1)
+                message = f"there is no verb {verb!r}.{hint} Verbs: {', '.join(action.choices)}."
         verb = self.prog.removeprefix("masa").strip() or "VERB"
         print(f"masa: error: {message}\nTry 'masa --help' or 'masa {verb} --help'.", file=sys.stderr)
         raise SystemExit(2)
@@ -54,12 +54,7 @@ class Parser(argparse.ArgumentParser):
         options = [name for action in self._actions for name in action.option_strings]
         word = next((w for w in words if w.startswith("-")), words[0])
         what = "option" if word.startswith("-") else "argument"
-        self.error(f"{self.prog} takes no {what} {word!r}.{_near(word.partition('=')[0], options)}")
-
-
-def _near(word: str, options: Any) -> str:
-    near = difflib.get_close_matches(word, options, n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""
+        self.error(f"{self.prog} takes no {what} {word!r}.{did_you_mean(word.partition('=')[0], options, 1)}")
 
 
 class Verbs:

@@ -181,7 +181,7 @@ def _reasons(found: Found, record: Mapping[str, str]) -> dict[str, str]:
     missing = [task for task in record.get("unavailable_tasks", "").split(";") if task]
     said = {task: why for task in missing if (why := _unavailable(found, task))}
     reasons = {"": "does not apply to this row, or was not measured"}
-    for column, (task, _) in m._TASKS.items():
+    for column, (task, _) in m.TASKS.items():
         if task in missing:
             reasons[column] = f"{task}: no data here{f' ({said[task]})' if task in said else ''}"
     if missing:
