@@ -43,11 +43,12 @@ class Row:
 
     @property
     def met(self) -> str:
-        """yes, no, or nothing where there is no target; of the number as it is printed."""
+        """yes, no, or nothing where there is no target; of the value with as many decimals as the target has."""
         if not self.target:
             return ""
-        value, (low, high) = float(f"{self.value:.4g}"), _limits(self.target)
-        return "yes" if low <= value <= high else "no"
+        decimals = len(self.target.split()[-1].partition(".")[2])
+        low, high = _limits(self.target)
+        return "yes" if low <= round(self.value, decimals) <= high else "no"
 
 
 def _limits(target: str) -> tuple[float, float]:

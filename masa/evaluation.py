@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from masa import analysis, benchmarks, run
+from masa import analysis, benchmarks, memory, run
 from masa.errors import MasaError
 from masa.perplexity import held_out_loss
 from masa.progress import Progress
@@ -33,6 +33,7 @@ def evaluate(
     """
     manifest = run.read_json(run_dir / "manifest.json")
     spec = run.read_json(run_dir / "spec.json")
+    memory.keep_freed()
     torch.set_num_threads(spec["training"]["threads"])
     model = analysis.folded_run(run_dir, manifest, out)
     ids, record = validation_tokens(tokens)

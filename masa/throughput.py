@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from masa import models, run, trainer
+from masa import memory, models, run, trainer
 from masa.progress import Progress
 from masa.sharing import fold
 
@@ -29,6 +29,7 @@ def measure(runs: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], thre
     The ratio of a method is the median over rounds of (reference's seconds / its seconds in the same round), so that a
     machine that slows down for a while slows both.
     """
+    memory.keep_freed()
     torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape = (settings["batch_size"], settings["context"])
@@ -90,7 +91,7 @@ def _time(work: Any, *arguments: Any) -> float:
 
 def _step(model: nn.Module, optimizer: torch.optim.Optimizer, ids: torch.Tensor, precision: Any) -> None:
     with precision():
-        loss = model(input_ids=ids, labels=ids).loss
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss  # as the Trainer does
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()

@@ -68,11 +68,12 @@ class Task:
 
 
 def set_up(spec: Mapping[str, Any]) -> None:
-    """Threads and deterministic algorithms of a run; called before anything is computed.
+    """Threads, memory and deterministic algorithms of a run; called before anything is computed.
 
     A dead worker of a data loader is noticed when its data are missed, and not by a signal, which would raise an error
     anywhere, even in the middle of a checkpoint.
     """
+    memory.keep_freed()
     signal_handling._SIGCHLD_handler_set = True
     torch.set_num_threads(spec["training"]["threads"])
     torch.use_deterministic_algorithms(True, warn_only=True)
