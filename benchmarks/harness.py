@@ -43,12 +43,11 @@ class Row:
 
     @property
     def met(self) -> str:
-        """yes, no, or nothing where there is no target; of the value with as many decimals as the target has."""
+        """yes, no, or nothing where there is no target; of the value rounded to two decimals."""
         if not self.target:
             return ""
-        decimals = len(self.target.split()[-1].partition(".")[2])
         low, high = _limits(self.target)
-        return "yes" if low <= round(self.value, decimals) <= high else "no"
+        return "yes" if low <= round(self.value, 2) <= high else "no"
 
 
 def _limits(target: str) -> tuple[float, float]:

@@ -216,6 +216,15 @@ def seeded():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(autouse=True)
+def memory_goes_back(monkeypatch):
+    """A training in this process must not make it keep all memory: tests forked later count what they can get.
+
+    That it does so otherwise is tested in a process of its own (test_training.py).
+    """
+    monkeypatch.setattr("masa.memory.keep_freed", lambda: False)
+
+
 @pytest.fixture(scope="session")
 def mirror():
     """The offline data mirror, where this machine has one."""

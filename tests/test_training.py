@@ -275,3 +275,33 @@ def test_two_processes_stop_together_and_go_on_to_the_same_bits(parallel, tokens
     assert start(spec, tokens, tmp_path / "cut").wait(timeout=120) == 0
     first, again = (run.read_json(tmp_path / name / "manifest.json") for name in ("whole", "cut"))
     assert again["sha256"] == first["sha256"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mallopt is of glibc")
+def test_freed_memory_is_kept_for_the_next_step():
+    """Counted in pages that the kernel had to give, which do not depend on how busy the machine is."""
+    pages = subprocess.run([sys.executable, "-c", PAGES], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    before, after = (int(number) for number in pages.split())
+    assert before > 10_000  # of 4 KiB each; tensors of 64 MiB are more than malloc ever keeps by itself
+    assert after < 100
+
+
+PAGES = """
+import resource, torch
+from masa import trainer
+
+def pages():
+    began = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        some = [torch.ones(2**24) for _ in range(2)]
+        other = [x + 1 for x in some]
+        del some, other
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - began
+
+torch.set_num_threads(1)
+pages()
+before = pages()
+trainer.set_up({"training": {"threads": 1}})
+pages()
+print(before, pages())
+"""

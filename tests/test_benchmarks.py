@@ -1,0 +1,67 @@
+"""The benchmarks run and write what they say; no number of theirs is judged here, since nothing timed is tested."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+QUICK = ["calibration_speed", "compression_growth", "growth", "inference", "mixing", "tokenization"]
+QUICK += ["training_loop", "training_step"]
+SLOW = ["default_run", "workflow"]
+"""They run whole workflows, as tests/test_workflow.py does."""
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import harness  # noqa: E402
+
+
+def test_every_benchmark_is_known() -> None:
+    scripts = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
+    assert scripts == {*QUICK, *SLOW, "harness", "table"}
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_quick(name: str, tmp_path: Path) -> None:
+    command = [sys.executable, f"benchmarks/{name}.py", "--quick", "--out", str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode in (0, 1), done.stderr  # 1: a target was missed, as may be at such sizes
+    with (tmp_path / f"{name}.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows and list(rows[0]) == harness.COLUMNS
+    assert all(math.isfinite(float(row["value"])) for row in rows)
+    assert all(row["what"] in done.stdout for row in rows)
+    assert (done.returncode == 1) == any(row["met"] == "no" for row in rows)
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_help(name: str) -> None:
+    done = subprocess.run([sys.executable, f"benchmarks/{name}.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "--out" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("value", "target", "met"),
+    [
+        (0.966, ">= 0.97", "yes"),  # rounded to two decimals
+        (0.964, ">= 0.97", "no"),
+        (1.004, "0.98 to 1.02", "yes"),
+        (1.03, "0.98 to 1.02", "no"),
+        (3.0, "<= 3", "yes"),
+        (3.1, "<= 3", "no"),
+        (5.0, "", ""),
+    ],
+)
+def test_targets(value: float, target: str, met: str) -> None:
+    assert harness.Row("", value, target=target).met == met
+
+
+def test_table_is_that_of_the_committed_numbers() -> None:
+    done = subprocess.run([sys.executable, "benchmarks/table.py", "--check"], cwd=ROOT)
+    assert done.returncode == 0, "run python benchmarks/table.py"
