@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from masa.run import write_json
 from masa.tokens import load_tokenizer
 
 EOS = "</s>"
+BATCH = 256
+"""Documents that are encoded at once."""
 SHARD = 2**26
 """Tokens a shard; also what is lost at most when tokenization is interrupted."""
 
@@ -128,12 +131,16 @@ def tokenize(
     return manifest
 
 
-def _encode(texts: Iterable[str], tokenizer: Any, batch: int = 256) -> Iterator[tuple[str, list[int]]]:
+def _encode(
+    texts: Iterable[str], tokenizer: Any, dtype: np.dtype, batch: int = BATCH
+) -> Iterator[tuple[str, np.ndarray]]:
     """Pairs of a document and its tokens with the end-of-sequence token; a batch is encoded on all cores."""
     fast, eos = tokenizer.backend_tokenizer, tokenizer.eos_token_id
     for group in _batched(texts, batch):
         for text, encoding in zip(group, fast.encode_batch_fast(list(group), add_special_tokens=False), strict=True):
-            yield text, [*encoding.ids, eos]
+            ids = encoding.ids  # a new list at every look
+            ids.append(eos)
+            yield text, np.array(ids, dtype)
 
 
 def _batched(texts: Iterable[str], size: int) -> Iterator[tuple[str, ...]]:
@@ -144,16 +151,16 @@ def _batched(texts: Iterable[str], size: int) -> Iterator[tuple[str, ...]]:
 
 def _write_validation(texts: Iterable[str], tokenizer: Any, limit: int, dtype: np.dtype, out: Path) -> dict[str, Any]:
     """Whole documents until ``limit`` tokens, with their words and bytes, which perplexities are taken over."""
-    ids: list[int] = []
+    parts: list[np.ndarray] = []
     ends: list[int] = []
     words = size = 0
-    for text, tokens in _encode(texts, tokenizer, batch=16):
-        ids += tokens
-        ends.append(len(ids))
+    for text, ids in _encode(texts, tokenizer, dtype, batch=16):
+        parts.append(ids)
+        ends.append(len(ids) + (ends[-1] if ends else 0))
         words, size = words + len(text.split()), size + len(text.encode())
-        if len(ids) >= limit:
+        if ends[-1] >= limit:
             break
-    record = _write_shard(out / "validation.bin", np.array(ids, dtype))
+    record = _write_shard(out / "validation.bin", parts)
     return record | {"documents": len(ends), "words": words, "bytes": size, "document_ends": ends}
 
 
@@ -170,31 +177,43 @@ def _write_train(
     if state.get("identity") != identity or not whole:
         state = {"identity": identity, "documents": 0, "rest": [], "shards": []}
     shards: list[dict[str, Any]] = state["shards"]
-    buffer: list[int] = state["rest"]
+    rest, count = np.array(state["rest"], dtype), state["documents"]  # the last document's tokens beyond its shard
     done = sum(s["tokens"] for s in shards)
-    count = state["documents"]
     progress = Progress("tokenize", tokens, "tokens")
-    for _, ids in _encode(itertools.islice(texts, count, None) if done < tokens else (), tokenizer):
-        buffer += ids
-        count += 1
-        size = min(SHARD, tokens - done)
-        if len(buffer) >= size:
-            shards.append(_write_shard(out / f"train-{len(shards):05d}.bin", np.array(buffer[:size], dtype)))
-            buffer, done = buffer[size:], done + size
-            write_json(state_file, state | {"documents": count, "rest": buffer, "shards": shards})
-            if done >= tokens:
-                break
-        progress.update(done + len(buffer))
+    encoded = _encode(itertools.islice(texts, count, None), tokenizer, dtype)
+
+    def take(size: int) -> Iterator[np.ndarray]:
+        nonlocal rest, count, done
+        while size:
+            if not len(rest):
+                _, rest = next(encoded, (None, None))
+                if rest is None:
+                    progress.close(done)
+                    raise MasaError(
+                        f"{source} holds only {done:,} training tokens, but the run needs {tokens:,}. Lower the "
+                        "scale's training.tokens or use a larger corpus."
+                    )
+                count += 1
+            part, rest = rest[:size], rest[size:]
+            size, done = size - len(part), done + len(part)
+            yield part
+            progress.update(done)
+
+    while done < tokens:
+        path = out / f"train-{len(shards):05d}.bin"
+        for left in out.glob(f".{path.name}.*"):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        shards.append(_write_shard(path, take(min(SHARD, tokens - done))))
+        write_json(state_file, state | {"documents": count, "rest": rest.tolist(), "shards": shards})
     progress.close(done)
-    if done < tokens:
-        raise MasaError(
-            f"{source} holds only {done + len(buffer):,} training tokens, but the run needs {tokens:,}. Lower the "
-            "scale's training.tokens or use a larger corpus."
-        )
     return shards
 
 
-def _write_shard(path: Path, ids: np.ndarray) -> dict[str, Any]:
-    with sources.whole_file(path) as temporary:
-        ids.tofile(temporary)
-    return {"name": path.name, "tokens": len(ids), "sha256": sources.sha256_of(path)}
+def _write_shard(path: Path, parts: Iterable[np.ndarray]) -> dict[str, Any]:
+    """Write a file of tokens as they come, so that no shard is ever whole in memory."""
+    count = 0
+    with sources.whole_file(path) as temporary, temporary.open("wb") as file:
+        for part in parts:
+            file.write(part)
+            count += part.size
+    return {"name": path.name, "tokens": count, "sha256": sources.sha256_of(path)}
