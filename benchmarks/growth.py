@@ -15,8 +15,6 @@ rates of the plan's standard CPU, and bytes of weights, moments and activations.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import gc
 import sys
 from collections.abc import Callable, Sequence
@@ -32,12 +30,12 @@ from masa import models, trainer
 from masa.cost import transformer
 from masa.cost.devices import DEVICES
 from masa.cost.sizes import Sizes, of_run
+from masa.memory import keep_freed
 
 VOCABULARY, CONTEXT, OF_HEAD = 512, 128, 16
 RECIPE = {"learning_rate": 1e-3, "weight_decay": 0.1, "coefficients_learning_rate_ratio": 1.0}
 KINDS = {"time": "s", "memory": "MiB"}
 MIB = 2**20
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 LOOSE = 0.3
 """How far a slope may be from the expected one: overheads and caches count, a wrong power does not pass."""
 
@@ -151,7 +149,7 @@ def main() -> int:
             name = f"{kind} of a step against {sweep.what}"
             target = f"{expected - LOOSE:.2f} to {expected + LOOSE:.2f}" if expected > LOOSE else f"<= {LOOSE}"
             of_rounds = spread(sweep, timed) if kind == "time" else None
-            rows.append(Row(f"{name}: slope measured", found, "slope", of_rounds, target))
+            rows.append(Row(f"{name}: slope measured", found, "slope", of_rounds, "" if given.quick else target))
             rows.append(Row(f"{name}: slope expected", expected, "slope"))
     given.out.mkdir(parents=True, exist_ok=True)
     draw(sweeps, measured, given.out / "growth.png")
@@ -166,15 +164,11 @@ def main() -> int:
 def settle() -> None:
     """What one step of one size does must not depend on which came before it, as in a training it does not.
 
-    Freed memory is kept (glibc), else steps of a large model would give it back and fetch it again after every small
-    one; and the garbage collector has nothing to do with models that wait for their turn.
+    Freed memory is kept, as in a training; and the garbage collector has nothing to do with models that wait.
     """
     gc.collect()
     gc.freeze()
-    with contextlib.suppress(AttributeError, OSError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        libc.mallopt(M_MMAP_MAX, 0)
+    keep_freed()
 
 
 def slopes(sweep: Sweep, measured: dict[Setting, float], kind: str) -> tuple[float, float]:
