@@ -15,7 +15,7 @@ time, whatever L. These are no measurements: with --shape and two counts of --la
 measured, and L alone is extrapolated.
 
 L starts at 8, where Matrix PCA has several groups of layers, as in whole models. It runs without the option to leave
-layers dense: a group whose layers all stay dense is factorised a second time, which at most doubles the time, and in
+layers dense: a group whose layers all stay dense is factorised a second time, which can about double the time, and in
 random models it is chance which groups these are.
 
 Matrix PCA could be written with the covariance of vectorised matrices, (d h x d h) for matrices (d, h). A row says how
@@ -532,7 +532,7 @@ def draw(
             "Slopes: least squares on log-log axes; expected: of FLOPs, and d^2 of memory. Lines: a + b L, powers "
             f"of d. Right: from L = {widest.layers}, d = {widest.width} by the line in L and, for d, FLOPs or d^2 "
             "(marker and number), or the fitted power (dash). One thread, 512 tokens of calibration, attention "
-            "reduced by 20 %.",
+            "reduced by 20 %, Matrix PCA without the option of dense layers.",
             handles=handles,
         )
         figure.savefig(path, metadata={"Software": None})
