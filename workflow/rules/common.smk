@@ -1,4 +1,4 @@
-# Helpers of all rules. Everything here is cheap: no torch, no file is written.
+# Helpers of all rules. Everything here is cheap: no torch, and nothing is written but what masa.fingerprint keeps.
 
 import functools
 import json
@@ -84,7 +84,8 @@ def kind_of(run):
     return experiments.kind_of(config, run.split("/")[0])
 
 
-RESOURCES = ("mem_mb", "runtime", "gpu", "nodes", "tasks", "tasks_per_gpu", "mpi")
+RESOURCES = ("mem_mb", "runtime")
+ACROSS_NODES = ("nodes", "tasks", "tasks_per_gpu", "mpi")
 ON_GPU = (
     "pretrain",
     "evaluate",
@@ -95,29 +96,41 @@ ON_GPU = (
 )
 
 
+def recipes():
+    """The recipe of all trainings, and what scales change of it."""
+    own = (size.get("training") or {} for size in experiments.sizes(config).values())
+    return [config["training"], *own]
+
+
 def asks_for(kind):
-    """Resources of a rule's jobs: what the cost model says of each, and GPUs where the configuration plans with them."""
+    """Resources of a rule's jobs: what the cost model says of each, and GPUs where the configuration plans with them.
+
+    Snakemake asks each function here for each job, so there are none of what no job of the rule needs.
+    """
 
     def one(key):
         return lambda wildcards, attempt: job_resources(
             kind, "/".join(wildcards), attempt
         )[key]
 
-    return {key: one(key) for key in RESOURCES}
+    keys = [*RESOURCES]
+    if kind in ON_GPU and config["plan"]["device"] != "cpu":
+        keys.append("gpu")
+    if kind == "pretrain" and any(recipe.get("nodes", 1) > 1 for recipe in recipes()):
+        keys += ACROSS_NODES
+    return {"gpu": 0} | {key: one(key) for key in keys}
 
 
 @functools.cache
 def job_resources(kind, name, attempt):
     """What one job asks for; a resource of None is not asked for."""
-    found = dict.fromkeys(RESOURCES) | cost.resources(config, kind, name, attempt)
+    found = dict.fromkeys(ACROSS_NODES)
+    found |= cost.resources(config, kind, name, attempt)
     nodes, processes = launch.layout(spec_of(name)) if kind == "pretrain" else (1, 1)
     if nodes > 1:
         # no srun around the job: it starts one itself, with a task on each node
         found |= {"nodes": nodes, "tasks": nodes, "tasks_per_gpu": 0, "mpi": "srun"}
-    gpus = nodes * processes
-    if kind not in ON_GPU or config["plan"]["device"] == "cpu":
-        gpus = 0
-    return found | {"gpu": gpus}
+    return found | {"gpu": nodes * processes}
 
 
 def threads_of(run):
