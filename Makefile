@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 CORES ?= all
 
-.PHONY: env results report smoke docs test lint clean
+.PHONY: env results report smoke docs test benchmarks lint clean
 
 env: .venv/.done
 
@@ -30,6 +30,11 @@ docs: env # the documentation: build/docs/index.html
 
 test: env
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -n 2
+
+# one after the other, to themselves; a missed target is no error here, and stands in the table
+BENCHMARKS = training_step training_loop inference tokenization calibration_speed mixing growth compression_growth workflow
+benchmarks: env
+	for name in $(BENCHMARKS); do PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$name.py || test $$? -eq 1 || exit; done
 
 lint: env
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -104,7 +104,7 @@ def variants(width: int, ids: Tensor) -> dict[str, Callable[[], dict[str, Callab
         return {method: stepper(change(build(method, width, ids.device)), ids, **options) for method in METHODS}
 
     def checkpointed(model: nn.Module) -> nn.Module:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
         return model
 
     return {
@@ -170,7 +170,7 @@ def main() -> int:
     batch = 2 if given.quick else BATCH
     ids = torch.randint(0, VOCABULARY, (batch, CONTEXT), generator=torch.Generator().manual_seed(0)).to(device)
     narrow, wide, model_widths = (768, 1536, (768,)) if cuda else (64, 128, (64, 192))
-    rounds = 2 if given.quick else 16
+    rounds = 2 if given.quick else 24
     rows = []
     for name, make in variants(narrow, ids).items():
         if given.quick and name == "torch.compile":

@@ -331,6 +331,40 @@ def test_fingerprint_follows_meaning(tmp_path, monkeypatch):
         cached.cache_clear()
 
 
+def test_what_is_kept_of_a_module_changes_no_fingerprint(tmp_path, monkeypatch):
+    """Cold, kept, damaged, of another form, and where nothing can be kept: the same hash, and an edit is seen."""
+    (tmp_path / "masa").mkdir()
+    (tmp_path / "masa" / "__init__.py").write_text("")
+    source = tmp_path / "masa" / "a.py"
+    source.write_text("def f(x):\n    return x\n")
+    monkeypatch.setattr(fingerprint, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+
+    def now():
+        for cached in (fingerprint.fingerprint, fingerprint._imports, fingerprint._meaning, fingerprint._kept):
+            cached.cache_clear()
+        return fingerprint.fingerprint("masa.a")
+
+    kept = fingerprint._store()
+    first = now()
+    assert kept.is_file() and now() == first
+    with monkeypatch.context() as without:
+        without.setattr(fingerprint, "_parse", lambda source: pytest.fail("parsed again"))
+        assert now() == first
+    for damaged in ("", "[]", '{"masa/a.py": 3}', '{"masa/a.py": ["x"]}', kept.read_text()[:-9]):
+        kept.write_text(damaged)
+        assert now() == first, damaged
+    source.write_text("def f(x):\n    return x + 1\n")
+    assert now() != first
+    source.write_text("def f(x):  # the same\n    return x\n")
+    assert now() == first
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    kept.unlink()
+    assert now() == first and not kept.exists()
+    monkeypatch.undo()
+    now()
+
+
 def test_an_overlay_changes_one_of_several_places_that_yaml_names_together(tmp_path):
     """As Snakemake merges: the anchor `heal` of config/compression.yaml stays what it is."""
     overlay = tmp_path / "overlay.yaml"
