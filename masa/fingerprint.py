@@ -106,8 +106,9 @@ class _Kept:
 
     def __init__(self, file: Path) -> None:
         self._file, self._changed, self._found = file, False, {}
-        with suppress(OSError, ValueError, TypeError):  # not there yet, or damaged
-            self._found = dict(json.loads(file.read_text(encoding="utf-8")))
+        with suppress(OSError, ValueError, AttributeError, TypeError):  # not there yet, or damaged
+            kept = json.loads(file.read_text(encoding="utf-8"))
+            self._found = {name: [text, list(names), mark] for name, (text, names, mark) in kept.items()}
 
     def of(self, path: Path) -> list[Any]:
         source, name = path.read_bytes(), str(path.relative_to(ROOT))
