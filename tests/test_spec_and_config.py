@@ -340,9 +340,12 @@ def test_what_is_kept_of_a_module_changes_no_fingerprint(tmp_path, monkeypatch):
     monkeypatch.setattr(fingerprint, "ROOT", tmp_path)
     monkeypatch.setattr(sys, "dont_write_bytecode", False)
 
-    def now():
+    def forget():
         for cached in (fingerprint.fingerprint, fingerprint._imports, fingerprint._meaning, fingerprint._kept):
             cached.cache_clear()
+
+    def now():
+        forget()
         return fingerprint.fingerprint("masa.a")
 
     kept = fingerprint._store()
@@ -362,7 +365,7 @@ def test_what_is_kept_of_a_module_changes_no_fingerprint(tmp_path, monkeypatch):
     kept.unlink()
     assert now() == first and not kept.exists()
     monkeypatch.undo()
-    now()
+    forget()
 
 
 def test_an_overlay_changes_one_of_several_places_that_yaml_names_together(tmp_path):
