@@ -78,8 +78,9 @@ def _read_yaml(path: Path) -> Config:
 
 def _yaml(text: str) -> Any:
     """Read by libyaml where PyYAML was built with it: ten times as fast, and Snakemake has it done at every call."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        return loader(text).get_single_data()
     except yaml.YAMLError:
         return yaml.safe_load(text)  # whose message shows the line
 

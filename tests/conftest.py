@@ -22,12 +22,23 @@ import tqdm
 from filelock import FileLock
 from projects import ROOT, run_smoke
 
+from masa import memory
+
 VERB = {"tokens": "pretrain", "images": "train-vit", "boxes": "train-vit"}
 torch.set_num_threads(1)
 
 # tqdm's lock is shared with forked processes: one that a test kills while it holds it would stop this one for good
 tqdm.tqdm.monitor_interval = 0
 tqdm.tqdm.set_lock(threading.RLock())
+
+
+def pytest_configure():
+    """A training in this process must not make it keep all memory: tests forked later count what they can get.
+
+    Not a fixture, which trainings in fixtures of a wider scope would come before. That memory is kept otherwise is
+    tested in a process of its own (test_training.py).
+    """
+    memory.keep_freed = lambda: False
 
 
 def pytest_collection_modifyitems(items):
@@ -214,15 +225,6 @@ def seeded():
     """Every test begins with the same random numbers, and without what a training left switched on."""
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(autouse=True)
-def memory_goes_back(monkeypatch):
-    """A training in this process must not make it keep all memory: tests forked later count what they can get.
-
-    That it does so otherwise is tested in a process of its own (test_training.py).
-    """
-    monkeypatch.setattr("masa.memory.keep_freed", lambda: False)
 
 
 @pytest.fixture(scope="session")
