@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from masa import experiments, kinds, sources
+from masa import claims, experiments, kinds, sources
 from masa.compression import plan
 from masa.cost import devices
 from masa.errors import MasaError, unknown
@@ -121,6 +121,7 @@ def check(config: Config) -> None:
     _check_names(config)
     _check_runs(config)
     plan.check(config)
+    claims.check(config)
     if (name := config.get("plan", {}).get("device")) and name not in devices.DEVICES:
         raise unknown("plan.device: device", name, devices.DEVICES)
 

@@ -12,7 +12,7 @@ import torch
 
 from masa import analysis, benchmarks, memory, run
 from masa.errors import MasaError
-from masa.perplexity import held_out_loss
+from masa.perplexity import held_out_loss, tokens_by_document
 from masa.progress import Progress
 from masa.tokens import load_tokenizer, validation_tokens
 
@@ -43,6 +43,7 @@ def evaluate(
         "word_perplexity": loss.perplexity(record["words"]),
         "byte_perplexity": loss.perplexity(record["bytes"]),
         "loss_by_document": [round(x, 6) for x in loss.by_document(record["document_ends"])],
+        "tokens_by_document": tokens_by_document(record["document_ends"]),
     }
     tokenizer = load_tokenizer(tokenizer_dir)
     raw = harness(model, tokenizer, tasks, settings, model.device.type)

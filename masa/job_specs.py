@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from masa import config, experiments
+from masa import claims, config, experiments
 from masa.errors import unknown
 
 
@@ -80,6 +80,7 @@ OWN_TABLES: dict[str, Callable[[config.Config], Any]] = {
     "metrics": experiments.all_runs,
     "throughput": lambda c: {"scales": c["throughput"]["scales"], "labels": labels(c)},
     "parameters": lambda c: {"labels": labels(c)},
+    "claims": claims.spec,
 }
 """Tables that every configuration has, beside its own -> what each is made of (:mod:`masa.report.own_tables`)."""
 

@@ -33,6 +33,12 @@ class HeldOutLoss:
         return [float(self.nll[a - 1 : b - 1].mean()) for a, b in zip(starts, ends, strict=True) if b > a]
 
 
+def tokens_by_document(ends: list[int]) -> list[int]:
+    """How many tokens of each document are scored: all but the text's first."""
+    starts = [1, *ends[:-1]]
+    return [b - a for a, b in zip(starts, ends, strict=True) if b > a]
+
+
 @torch.no_grad()
 def held_out_loss(model: nn.Module, tokens: np.ndarray, context: int) -> HeldOutLoss:
     """Score tokens in windows of ``context`` that overlap by one token, so that none is left out.

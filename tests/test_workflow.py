@@ -94,7 +94,7 @@ def edit(path, old, new):
         ("masa/trainer.py", "p.ndim >= 2]", "p.ndim >= 1]", {"pretrain": 10}),
         ("masa/vision/pixels.py", ".float() / 255", ".float() / 256", {"pretrain": 4}),
         ("masa/vision/classification.py", "TOP = 5", "TOP = 3", {"evaluate_vision": 2}),
-        ("masa/report/tables.py", 'NA = "n/a"', 'NA = "missing"', {"table": 12}),
+        ("masa/report/tables.py", 'NA = "n/a"', 'NA = "missing"', {"table": 13}),
         ("masa/report/style.py", '"font.size": 8', '"font.size": 9', {"figure": 13}),
         ("config/experiments.yaml", "coefficients: mlp", "coefficients: mlp, embedding_dim: 32", {"pretrain": 1}),
         ("config/experiments.yaml", "label: Vanilla", "label: Dense", {"table": 6, "figure": 8}),

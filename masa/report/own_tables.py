@@ -1,4 +1,4 @@
-"""Tables that every configuration has: all runs, all training curves, throughput, counted parameters."""
+"""Tables that every configuration has: all runs, all training curves, throughput, counted parameters, claims."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pandas as pd
 
 from masa import run
 from masa.fingerprint import ROOT
+from masa.report import claims
 from masa.report import metrics as m
 from masa.report.paper import published_rows
 from masa.report.tables import write_files
@@ -176,5 +177,6 @@ WRITERS: dict[str, Callable[[Any, Path, Path], None]] = {
     "metrics": metrics,
     "throughput": throughput,
     "parameters": parameters,
+    "claims": claims.write,
 }
 """One for each of :data:`masa.job_specs.OWN_TABLES`."""

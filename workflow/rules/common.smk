@@ -11,6 +11,7 @@ from snakemake.exceptions import WorkflowError
 
 sys.path.insert(0, str(Path(workflow.basedir).parent))
 
+from masa import claims
 from masa import config as settings
 from masa import cost
 from masa import experiments
@@ -220,6 +221,9 @@ OWN_INPUTS = {
         f"{RESULTS}/throughput/{{scale}}.json", scale=config["throughput"]["scales"]
     ),
     "parameters": lambda: [f"{RESULTS}/parameters.json"],
+    "claims": lambda: expand(
+        f"{RESULTS}/{{record}}", record=claims.files(job_specs.table_spec(config, "claims"))
+    ),
 }
 
 

@@ -1,0 +1,127 @@
+"""The paper's claims as data: which runs a claim is judged by, and which runs say how much training again changes.
+
+A claim never asks for a run of its own: where its runs are not among those of the tables and figures, it is absent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from masa import experiments
+from masa.compression import plan
+from masa.errors import MasaError, unknown
+from masa.report.metrics import METRICS
+
+Config = Mapping[str, Any]
+
+
+def check(config: Config) -> None:
+    """Check names and weights.
+
+    Raises:
+        MasaError: the first problem found, naming the key.
+    """
+    judged = {metric.name for metric in METRICS if metric.better}
+    for name, claim in config["claims"].items():
+        if claim is None:
+            continue
+        where = f"claims.{name}"
+        if claim["grid"] not in config["grids"]:
+            raise unknown(f"{where}: grid", claim["grid"], config["grids"])
+        if claim["metric"] not in judged:
+            raise unknown(f"{where}: metric", claim["metric"], judged)
+        pretrained = plan.is_compression(config, claim)
+        known = config["compressions" if pretrained else "experiments"]
+        for experiment in claim["contrast"]:
+            if experiment not in known:
+                raise unknown(f"{where}.contrast: {'compression' if pretrained else 'experiment'}", experiment, known)
+        if total := sum(claim["contrast"].values()):
+            raise MasaError(f"{where}.contrast: the weights add up to {total:g}, not to 0, so they compare nothing.")
+        if not any(claim["contrast"].values()):
+            raise MasaError(f"{where}.contrast: all weights are 0.")
+
+
+def spec(config: Config) -> list[dict[str, Any]]:
+    """Every claim at every scale, or at every pretrained model and reduction, of its grid."""
+    found = []
+    for name, claim in config["claims"].items():
+        if claim is None:
+            continue
+        places = list(_compressed(config, claim) if plan.is_compression(config, claim) else _trained(config, claim))
+        known = config["compressions" if plan.is_compression(config, claim) else "experiments"]
+        said = {
+            "name": name,
+            "claim": claim["claim"],
+            "source": claim["source"],
+            "metric": claim["metric"],
+            "margin": claim.get("margin", 0),
+            "weights": dict(claim["contrast"]),
+            "contrast": contrast({known[e]["label"]: w for e, w in claim["contrast"].items()}),
+        }
+        found += [said | place for place in places or [{"scale": "", "trained": True, "records": None, "noise": {}}]]
+    return found
+
+
+def contrast(weights: Mapping[str, float]) -> str:
+    """In words: ``MASA-QKVO − Low-rank``, ``4 MASA-QKV − 3 MASA-QKVO − Vanilla``; what is added comes first."""
+    text = ""
+    for label, weight in sorted(weights.items(), key=lambda item: item[1] < 0):
+        sign = "−" if weight < 0 else "+"
+        text += f" {sign} " if text else "− " if weight < 0 else ""
+        text += label if abs(weight) == 1 else f"{abs(weight):g} {label}"
+    return text
+
+
+def _trained(config: Config, claim: Config) -> Iterator[dict[str, Any]]:
+    runs = set(experiments.all_runs(dict(config)))
+    grid = config["grids"][claim["grid"]]
+    for scale in grid["scales"]:
+        wanted = {name: [f"{scale}/{name}/seed{seed}" for seed in grid["seeds"]] for name in claim["contrast"]}
+        there = all(run in runs for of_one in wanted.values() for run in of_one)
+        yield {
+            "scale": scale,
+            "trained": True,
+            "records": {name: _records(of_one) for name, of_one in wanted.items()} if there else None,
+            "noise": {name: _records(of_one) for name, of_one in several_seeds(runs, scale).items()} if there else {},
+        }
+
+
+def several_seeds(runs: set[str], scale: str) -> dict[str, list[str]]:
+    """Experiment -> its runs with the seeds that all experiments of one scale have which have more than one."""
+    seeds: dict[str, set[int]] = {}
+    for run in runs:
+        at, name, seed = experiments.parse_run(run)
+        if at == scale:
+            seeds.setdefault(name, set()).add(seed)
+    seeds = {name: found for name, found in sorted(seeds.items()) if len(found) > 1}
+    common = sorted(set.intersection(*seeds.values())) if seeds else []
+    return {name: [f"{scale}/{name}/seed{seed}" for seed in common] for name in seeds} if len(common) > 1 else {}
+
+
+def _records(runs: list[str]) -> list[str]:
+    return [f"evaluations/{run}" for run in runs]
+
+
+def _compressed(config: Config, claim: Config) -> Iterator[dict[str, Any]]:
+    grid = config["grids"][claim["grid"]]
+    for model in grid["pretrained"]:
+        made = {name: set(plan.run_spec(config, model, name)["reductions"]) for name in claim["contrast"]}
+        for percent in grid["reductions"]:
+            there = all(percent in found for found in made.values())
+            yield {
+                "scale": f"{model} − {percent:g} %",
+                "trained": False,
+                "records": {n: [f"compression/{model}/{n}/{percent:g}"] for n in made} if there else None,
+                "noise": {},
+            }
+
+
+def files(found: list[dict[str, Any]]) -> list[str]:
+    """The files that judging some claims reads, below the results; of compressions their manifests."""
+    records = [r for claim in found for part in ("records", "noise") for rs in (claim[part] or {}).values() for r in rs]
+    evaluations = [f"{record}/metrics.json" for record in records if record.startswith("evaluations/")]
+    compressed = [
+        f"{record.rpartition('/')[0]}/manifest.json" for record in records if record.startswith("compression/")
+    ]
+    return list(dict.fromkeys(evaluations + compressed))

@@ -1,0 +1,174 @@
+"""The rule by which the paper's claims are judged, against independent references and by simulation."""
+
+import copy
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ROOT
+from scipy import stats
+
+from masa import claims, config, job_specs, run
+from masa.errors import MasaError
+from masa.report import claims as report
+from masa.report import own_tables
+
+
+def test_residual_variance_is_that_of_least_squares():
+    generator = np.random.default_rng(0)
+    values = generator.normal(size=(4, 3))
+    found = report.of_seeds({str(i): row.tolist() for i, row in enumerate(values)})
+    method, seed = np.indices(values.shape)
+    design = np.column_stack([*(method.ravel() == i for i in range(4)), *(seed.ravel() == i for i in range(1, 3))])
+    rest = np.linalg.lstsq(design.astype(float), values.ravel(), rcond=None)[1]
+    assert found.freedom == 12 - 6
+    assert found.value == pytest.approx(rest.item() / 6, rel=1e-12)
+
+
+def test_what_a_seed_does_to_all_alike_is_no_noise():
+    values = {"a": [1.0, 2.0, 3.0], "b": [1.5, 2.5, 3.5]}
+    assert report.of_seeds(values).value == pytest.approx(0, abs=1e-24)
+    assert report.of_seeds({"a": [1.0, 2.0]}) is None
+    assert report.of_seeds({"a": [1.0], "b": [2.0]}) is None
+    assert report.of_seeds({}) is None
+
+
+def test_documents_of_equal_length_are_a_plain_mean():
+    differences = [0.1, -0.2, 0.3, 0.05]
+    found = report.of_documents(differences, [7] * 4)
+    assert found.value == pytest.approx(stats.sem(differences) ** 2, rel=1e-12) and found.freedom == 3
+    assert report.of_documents([0.1], [7]) is None
+
+
+def test_long_documents_weigh_more():
+    """Against the bootstrap over documents."""
+    generator = np.random.default_rng(0)
+    tokens = generator.integers(10, 200, 300)
+    differences = generator.normal(0.01, 0.1, 300) + 0.001 * (tokens > 150)
+    drawn = generator.integers(0, 300, (4000, 300))
+    means = (differences[drawn] * tokens[drawn]).sum(1) / tokens[drawn].sum(1)
+    assert report.of_documents(differences, tokens).value == pytest.approx(means.var(), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("gain", "margin", "verdict"),
+    [
+        (0.03, 0.0, report.HOLDS),
+        (0.01, 0.0, report.OPEN),
+        (-0.01, 0.0, report.OPEN),
+        (-0.03, 0.0, report.FAILS),
+        (-0.03, 0.06, report.HOLDS),
+        (-0.03, 0.04, report.OPEN),
+        (-0.08, 0.04, report.FAILS),
+    ],
+)
+def test_verdicts(gain, margin, verdict):
+    """With an error of 0.01 and 12 degrees of freedom the half width is 2.179 x 0.01."""
+    judged = report.judge(gain, [report.Variance(1e-4, 12)], margin)
+    assert judged.verdict == verdict
+    assert judged.high - judged.gain == pytest.approx(0.01 * stats.t.ppf(0.975, 12))
+
+
+def test_nothing_is_decided_without_a_variance():
+    assert report.judge(5.0, [], 0.0) == report.Judged(5.0, None, None, report.OPEN)
+
+
+def test_one_variance_of_two_decides_the_degrees_of_freedom():
+    small, large = report.Variance(1e-12, 1), report.Variance(1.0, 40)
+    assert report.judge(0.0, [small, large], 0).high == pytest.approx(stats.t.ppf(0.975, 40), rel=1e-4)
+
+
+def metrics(loss, by_document, tokens):
+    parameters = {"total": 1000, "attention": 100, "attention_reduction": 0.5, "model_reduction": 0.2}
+    corpus = {"loss": loss, "word_perplexity": 9.0, "byte_perplexity": 2.0}
+    corpus |= {"loss_by_document": by_document, "tokens_by_document": tokens}
+    return {"run": "x", "parameters": parameters, "training": {"tokens": 1}, "corpus": corpus}
+
+
+def simulated(folder, effects, generator, seeds=3, documents=40):
+    """Evaluations of runs whose losses are effect + seed + noise of training + noise of method and document."""
+    tokens = generator.integers(20, 80, documents)
+    of_seed = generator.normal(0, 0.05, seeds)
+    for name, effect in effects.items():
+        of_document = generator.normal(0, 0.03, documents)
+        for seed in range(seeds):
+            losses = 4 + effect + of_seed[seed] + generator.normal(0, 0.01) + of_document
+            loss = float((losses * tokens).sum() / tokens.sum())
+            path = folder / "evaluations" / "nano" / name / f"seed{seed}" / "metrics.json"
+            run.write_json(path, metrics(loss, losses.tolist(), tokens.tolist()))
+
+
+EXPERIMENTS = ["vanilla", "gqa", "masa-qkv", "low-rank", "sequential", "repeat-all-over", "masa-qkvo"]
+
+
+@pytest.fixture(scope="module")
+def judged_claims():
+    merged = config.load()
+    merged["grids"]["main"]["seeds"] = [0, 1, 2]
+    return [c for c in job_specs.table_spec(merged, "claims") if c["name"].startswith("better-than")]
+
+
+def test_the_interval_covers_the_truth_19_times_of_20(judged_claims, tmp_path):
+    """Of 3 x 80 simulated comparisons whose true gain is 0.02, about 12 intervals miss it; 25 would be absurd."""
+    generator = np.random.default_rng(0)
+    effects = dict.fromkeys(EXPERIMENTS, 0.02) | {"masa-qkvo": 0.0}
+    missed = 0
+    for _ in range(80):
+        simulated(tmp_path, effects, generator)
+        for claim in judged_claims:
+            row = report.row(claim, tmp_path)
+            missed += not row["low"] <= 0.02 <= row["high"]
+    assert 2 <= missed <= 25
+
+
+def test_the_table(judged_claims, tmp_path):
+    generator = np.random.default_rng(1)
+    effects = dict.fromkeys(EXPERIMENTS, 0.0) | {"low-rank": 0.2, "sequential": -0.2}
+    simulated(tmp_path, effects, generator)
+    absent = copy.deepcopy(judged_claims[0]) | {"records": None, "scale": "elsewhere"}
+    own_tables.write("claims", [*judged_claims, absent], tmp_path, tmp_path / "tables")
+    frame = pd.read_csv(tmp_path / "tables" / "claims.csv")
+    assert list(frame["verdict"])[:2] == [report.HOLDS, report.FAILS]
+    assert frame["verdict"].iloc[3] == report.ABSENT and pd.isna(frame["gain"].iloc[3])
+    assert frame["gain"].iloc[0] == pytest.approx(0.2, abs=0.06)
+    shown = (tmp_path / "tables" / "claims.md").read_text()
+    assert "MASA-QKVO − Sequential (validation_loss)" in shown and "[" in shown and not re.search(r"\bnan\b", shown)
+
+
+def test_one_seed_takes_its_noise_from_those_that_have_several():
+    found = {c["name"]: c for c in job_specs.table_spec(config.load(), "claims")}
+    sweep = found["more-atoms-qkvo"]
+    assert len(sweep["records"]["masa-qkvo-s8"]) == 1
+    assert sorted(sweep["noise"]) == sorted(EXPERIMENTS) and all(len(r) == 2 for r in sweep["noise"].values())
+    assert found["pca-better-than-svd-llm"]["noise"] == {}
+
+
+def test_a_claim_asks_for_no_run_of_its_own():
+    smoke = config.load([ROOT / "config" / "smoke.yaml"])
+    found = job_specs.table_spec(smoke, "claims")
+    assert {c["name"] for c in found} == set(smoke["claims"])
+    assert any(c["records"] is None for c in found) and any(c["records"] for c in found)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"contrast": {"masa-qkvo": 1, "vanilla": -2}}, "the weights add up to -1, not to 0"),
+        ({"contrast": {"masa-qkvo": 0, "vanilla": 0}}, "all weights are 0"),
+        ({"contrast": {"masa-qkvo": 1, "vanila": -1}}, "Did you mean 'vanilla'"),
+        ({"grid": "mian"}, "Did you mean 'main'"),
+        ({"metric": "parameters"}, "metric"),
+        ({"margin": -1}, "margin"),
+    ],
+)
+def test_a_wrong_claim_is_one_clear_message(change, message, tmp_path):
+    merged = config.load()
+    merged["claims"]["better-than-low-rank"] |= change
+    with pytest.raises(MasaError, match=r"claims\.better-than-low-rank") as error:
+        config.check(merged)
+    assert message.lower() in str(error.value).lower()
+
+
+def test_contrasts_in_words():
+    assert claims.contrast({"A": -3, "B": 4, "C": -1}) == "4 B − 3 A − C"
