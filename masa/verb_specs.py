@@ -10,6 +10,7 @@ from typing import Any
 
 from masa import config, kinds
 from masa.errors import PLAIN, MasaError
+from masa.report.metrics import METRICS
 
 _TEXT, _OBJECT = {"type": "string"}, {"type": "object"}
 _POSITIVE, _AMOUNT = {"type": "integer", "minimum": 1}, {"type": "number", "minimum": 0}
@@ -72,6 +73,20 @@ _ROW = _object(
 _LABELS = {"type": "object", "additionalProperties": _TEXT}
 _VISION_DATA = {"name": _TEXT, "source": {"type": ["string", "null"]}}
 
+_RECORDS = {"type": ["object", "null"], "additionalProperties": _list(_PATH, 1)}
+_CLAIM = _object(
+    {
+        "name": _NAME,
+        **dict.fromkeys(("claim", "source", "scale", "contrast"), _TEXT),
+        "metric": {"enum": [metric.name for metric in METRICS if metric.better]},
+        "margin": _AMOUNT,
+        "trained": {"type": "boolean"},
+        "weights": {"type": "object", "minProperties": 2, "additionalProperties": {"type": "number"}},
+        "records": _RECORDS,
+        "noise": _RECORDS | {"type": "object"},
+    }
+)
+
 FORMS: dict[str, dict[str, Any]] = {
     "fetch": _object({"tasks": _list(_TEXT), "sources": _list(_TEXT), **_PLACES}),
     "data": _object(
@@ -103,6 +118,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "table metrics": _list(_RUN_ID),
     "table throughput": _object({"scales": _list(_NAME), "labels": _LABELS}),
     "table parameters": _object({"labels": _LABELS}),
+    "table claims": _list(_CLAIM),
     "artefact": _object(
         {"name": _NAME, "title": _TEXT, "rows": _list(_ROW, 1)},
         kind=_TEXT,
