@@ -20,7 +20,10 @@ CURVES = "metrics"
 LARGEST = 400_000
 """Bytes of a CSV up to which the page holds a copy to download."""
 
-JUDGED = {"parameters": "counts and reductions: agrees at the paper's own precision"}
+JUDGED = {
+    "parameters": "counts and reductions: agrees at the paper's own precision",
+    "claims": "the whole 95 % interval of the gain: holds above minus the margin, does not hold below it",
+}
 """How rows of a table are judged that no entry of the configuration says that of."""
 
 SUFFIXES = ("_std", "_se", "_paper", "_difference")
