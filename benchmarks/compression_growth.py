@@ -42,7 +42,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import Row, parser, save
+from harness import Row, parser, save, slope
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -314,11 +314,6 @@ def said(number: float, kind: str) -> str:
     return (
         f"{number:.0f} s" if number < 600 else f"{number / 60:.0f} min" if number < 7200 else f"{number / 3600:,.1f} h"
     )
-
-
-def slope(x: Sequence[float], y: Sequence[float]) -> float:
-    """Exponent of the power law through the points, by least squares of logarithms."""
-    return float(np.polyfit(np.log(x), np.log(y), 1)[0])
 
 
 # -------------------------------------------------------------------------------------------------------- measuring

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import Row, Timed, in_turn, parser, peak_bytes, save
+from harness import Row, Timed, in_turn, parser, peak_bytes, save, slope
 
 from masa import models, trainer
 from masa.cost import transformer
@@ -177,11 +177,6 @@ def slopes(sweep: Sweep, measured: dict[Setting, float], kind: str) -> tuple[flo
         slope(sweep.xs, [measured[setting] for setting in sweep.settings]),
         slope(sweep.xs, [setting.expected(kind) for setting in sweep.settings]),
     )
-
-
-def slope(x: Sequence[float], y: Sequence[float]) -> float:
-    """Exponent of the power law through the points, by least squares of logarithms."""
-    return float(np.polyfit(np.log(x), np.log(y), 1)[0])
 
 
 def spread(sweep: Sweep, timed: Timed) -> float | None:

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from masa import memory, run
 from masa.progress import Progress
 
@@ -80,9 +82,20 @@ def _spread(values: Sequence[float]) -> float | None:
     return (high - low) / 2
 
 
-def in_turn(name: str, ways: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 1) -> Timed:
-    """Call every way once a round, ``rounds`` times after ``warm_up`` rounds that do not count."""
-    clock, wait = _clock()
+def in_turn(
+    name: str,
+    ways: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    warm_up: int = 1,
+    clock: Callable[[], float] | None = None,
+) -> Timed:
+    """Call every way once a round, ``rounds`` times after ``warm_up`` rounds that do not count.
+
+    Args:
+        clock: ``time.perf_counter`` where several threads or other processes do the work.
+    """
+    usual, wait = _clock()
+    clock = clock or usual
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     progress = Progress(name, rounds + warm_up, "rounds")
     for number in range(rounds + warm_up):
@@ -95,6 +108,11 @@ def in_turn(name: str, ways: Mapping[str, Callable[[], Any]], rounds: int, warm_
         progress.update(number + 1)
     progress.close(rounds + warm_up)
     return Timed(seconds)
+
+
+def slope(x: Sequence[float], y: Sequence[float]) -> float:
+    """Exponent of the power law through the points, by least squares of logarithms."""
+    return float(np.polyfit(np.log(x), np.log(y), 1)[0])
 
 
 def _clock() -> tuple[Callable[[], float], Callable[[], Any]]:
@@ -114,11 +132,11 @@ def peak_bytes(work: Callable[[], Callable[[], Any]]) -> int:
     receiver, sender = context.Pipe(duplex=False)
 
     def child() -> None:
-        before = _status("VmRSS")
+        before = status_bytes("VmRSS")
         step = work()
         for _ in range(2):
             step()
-        sender.send(_status("VmHWM") - before)
+        sender.send(status_bytes("VmHWM") - before)
 
     process = context.Process(target=child)
     Path("/proc/self/clear_refs").write_text("5")  # a child inherits the high-water mark
@@ -132,7 +150,8 @@ def peak_bytes(work: Callable[[], Callable[[], Any]]) -> int:
         process.join()
 
 
-def _status(key: str) -> int:
+def status_bytes(key: str) -> int:
+    """A line of /proc/self/status, e.g. VmRSS or VmHWM (Linux)."""
     return int(re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 

@@ -34,10 +34,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import Row, Timed, _status, parser, save
+from harness import Row, in_turn, parser, save, status_bytes
 
 from masa import config, documents, text
-from masa.progress import Progress
 
 TIMES = (1, 4, 16)
 """Sizes of the corpora whose memory is compared."""
@@ -108,9 +107,9 @@ def memory(texts: list[str], unit: int, folder: Path) -> list[Row]:
 def resident(data: Mapping[str, Any], tokens: int, folder: Path) -> tuple[int, int]:
     """Bytes of resident memory before a call and at its peak (Linux)."""
     text.load_tokenizer(folder / "tokenizer")
-    before = _status("VmRSS")
+    before = status_bytes("VmRSS")
     text.tokenize(data, folder / "tokenizer", folder, None, tokens, folder / f"memory-{tokens}")
-    return before, _status("VmHWM")
+    return before, status_bytes("VmHWM")
 
 
 def speed(texts: list[str], tokens: int, rounds: int, cores: int, folder: Path) -> list[Row]:
@@ -139,27 +138,15 @@ def speed(texts: list[str], tokens: int, rounds: int, cores: int, folder: Path) 
     rows = []
     for threads in sorted({1, cores}):
         os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
-        timed, label = in_turn(f"{threads} threads", ways, rounds), f"{threads} thread{'s' * (threads > 1)}"
+        timed, label = (
+            in_turn(f"{threads} threads", ways, rounds, clock=time.perf_counter),
+            f"{threads} thread{'s' * (threads > 1)}",
+        )
         rows += [Row(f"{way}, {label}", tokens / timed.median(way), "tokens/s") for way in ways]
         for way in ("writing", "whole call"):
             rows += [timed.speed(f"{way} : encode_batch, {label}", way, "encode_batch", ">= 0.90")]
             rows += [timed.speed(f"{way} : encode_batch_fast, {label}", way, "encode_batch_fast")]
     return rows
-
-
-def in_turn(name: str, ways: Mapping[str, Callable[[], Any]], rounds: int) -> Timed:
-    """As harness.in_turn, by the clock: processor time would not count what threads gain."""
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
-    progress = Progress(name, rounds + 1, "rounds")
-    for number in range(rounds + 1):  # the first does not count
-        for way in list(ways) if number % 2 else reversed(ways):
-            started = time.perf_counter()
-            ways[way]()
-            if number:
-                seconds[way].append(time.perf_counter() - started)
-        progress.update(number + 1)
-    progress.close(rounds + 1)
-    return Timed(seconds)
 
 
 def _of(tokens: int, stream: Iterator[str], tokenizer: Any) -> Iterator[str]:

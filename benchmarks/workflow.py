@@ -28,12 +28,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from harness import Row, parser, save
-
-from masa.progress import Progress
+from harness import Row, in_turn, parser, save
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | {
@@ -111,21 +109,6 @@ def smoke(folder: Path) -> Path:
     return folder
 
 
-def wall(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of the clock of every way, one a round, after a round that does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    progress = Progress("workflow", rounds + 1, "rounds")
-    for number in range(rounds + 1):
-        for name in list(ways) if number % 2 else reversed(list(ways)):
-            started = time.perf_counter()
-            ways[name]()
-            if number:
-                seconds[name].append(time.perf_counter() - started)
-        progress.update(number + 1)
-    progress.close(rounds + 1)
-    return seconds
-
-
 def main() -> int:
     arguments = parser(__doc__)
     arguments.add_argument("--rounds", type=int, default=3, help="of which the median is printed (default 3)")
@@ -171,7 +154,7 @@ def measure(paper: Path, tiny: Path, default: Path | None, rounds: int) -> list[
     }
     if default is not None:
         ways["nothing, default"] = lambda: nothing(default, "results/tables")
-    seconds = wall(ways, rounds)
+    seconds = in_turn("workflow", ways, rounds, clock=time.perf_counter).seconds
 
     def median(of: Callable[..., float], *names: str) -> float:
         return statistics.median(of(*values) for values in zip(*(seconds[name] for name in names), strict=True))

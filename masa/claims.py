@@ -44,12 +44,13 @@ def check(config: Config) -> None:
 
 def spec(config: Config) -> list[dict[str, Any]]:
     """Every claim at every scale, or at every pretrained model and reduction, of its grid."""
-    found = []
+    found, runs = [], set(experiments.all_runs(dict(config)))
     for name, claim in config["claims"].items():
         if claim is None:
             continue
-        places = list(_compressed(config, claim) if plan.is_compression(config, claim) else _trained(config, claim))
-        known = config["compressions" if plan.is_compression(config, claim) else "experiments"]
+        pretrained = plan.is_compression(config, claim)
+        places = list(_compressed(config, claim) if pretrained else _trained(config, claim, runs))
+        known = config["compressions" if pretrained else "experiments"]
         said = {
             "name": name,
             "claim": claim["claim"],
@@ -73,8 +74,7 @@ def contrast(weights: Mapping[str, float]) -> str:
     return text
 
 
-def _trained(config: Config, claim: Config) -> Iterator[dict[str, Any]]:
-    runs = set(experiments.all_runs(dict(config)))
+def _trained(config: Config, claim: Config, runs: set[str]) -> Iterator[dict[str, Any]]:
     grid = config["grids"][claim["grid"]]
     for scale in grid["scales"]:
         wanted = {name: [f"{scale}/{name}/seed{seed}" for seed in grid["seeds"]] for name in claim["contrast"]}
