@@ -9,8 +9,11 @@ import os
 import shutil
 import socket
 import subprocess
+import tempfile
 import time
 from pathlib import Path
+
+import psutil
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol")
 SYSTEM, FILES = Path("/etc/slurm"), ("slurm.conf", "gres.conf", "cgroup.conf")
@@ -54,7 +57,7 @@ def missing():
         return "Slurm's daemons need root"
     absent = [name for name in PROGRAMS if not shutil.which(name)]
     if not absent:
-        there = [name for name in FILES if (SYSTEM / name).exists()]
+        there = [name for name in FILES if (SYSTEM / name).exists() and not _abandoned(SYSTEM / name)]
         return f"this machine has a Slurm already ({SYSTEM / there[0]})" if there else None
     return f"Slurm is not installed ({', '.join(absent)}): apt-get install slurmctld slurmd slurm-client munge"
 
@@ -127,6 +130,14 @@ class Cluster:
         if check and result.returncode:
             raise RuntimeError(f"{' '.join(map(str, command))}: {result.stdout}{result.stderr}")
         return result.stdout
+
+
+def _abandoned(file):
+    """Whether a file of Slurm's is a link that tests left which were killed: their controller runs no more."""
+    folder = file.resolve().parent
+    ours = file.is_symlink() and folder.is_relative_to(tempfile.gettempdir()) and (folder / "munge.key").is_file()
+    controller = folder / "slurmctld.pid"
+    return ours and not (controller.is_file() and psutil.pid_exists(int(controller.read_text())))
 
 
 def _free_ports(count):

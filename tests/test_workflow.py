@@ -173,7 +173,7 @@ def test_paper_configuration_passes_a_dry_run():
     assert found["evaluate_vision"] == vision
     assert found["images"] == 3
     assert found["tokenize"] == 4
-    assert found["table"] == 12
+    assert found["table"] == 13
     assert found["pretrained"] == 3
     assert found["calibrate"] == 3 + 1
     assert found["compress"] == 3 * 14 + 6

@@ -222,7 +222,8 @@ OWN_INPUTS = {
     ),
     "parameters": lambda: [f"{RESULTS}/parameters.json"],
     "claims": lambda: expand(
-        f"{RESULTS}/{{record}}", record=claims.files(job_specs.table_spec(config, "claims"))
+        f"{RESULTS}/{{record}}",
+        record=claims.files(job_specs.table_spec(config, "claims")),
     ),
 }
 
