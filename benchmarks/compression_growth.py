@@ -28,7 +28,6 @@ import argparse
 import contextlib
 import ctypes
 import itertools
-import multiprocessing
 import re
 import statistics
 import sys
@@ -42,7 +41,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import Row, parser, save, slope
+from harness import Row, apart, parser, save, slope
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -147,7 +146,7 @@ def growth(given: argparse.Namespace) -> int:
     over = {"L": [small(widths[0], L) for L in layers], "d": [small(d, layers[0]) for d in widths]}
     measured = {}
     for shape in dict.fromkeys([*over["L"], *over["d"]]):
-        measured[shape] = apart(shape, given)
+        measured[shape] = apart(lambda shape=shape: measure(shape, given))
         told = ", ".join(f"{stage} {f.seconds:.3g} s {f.gib:.3g} GiB" for stage, f in measured[shape].items())
         print(f"L = {shape.layers}, d = {shape.width}: {told}", flush=True)
     rows, fits, names = [], {}, ["calibration", *given.methods]
@@ -171,7 +170,7 @@ def one_shape(given: argparse.Namespace) -> int:
     shapes = [Shape(*given.shape, count) for count in given.layers]
     measured = {}
     for shape in shapes:
-        measured[shape] = apart(shape, given)
+        measured[shape] = apart(lambda shape=shape: measure(shape, given))
         print(f"{shape.layers} layers: {measured[shape]}", flush=True)
     (a, b), rows = given.layers, []
     for stage in measured[shapes[0]]:
@@ -317,21 +316,6 @@ def said(number: float, kind: str) -> str:
 
 
 # -------------------------------------------------------------------------------------------------------- measuring
-
-
-def apart(shape: Shape, given: argparse.Namespace) -> dict[str, Found]:
-    """:func:`measure` in a process of its own."""
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=lambda: sender.send(measure(shape, given)))
-    process.start()
-    sender.close()
-    try:
-        return receiver.recv()
-    except EOFError:
-        raise SystemExit(f"the process that measured {shape} has failed") from None
-    finally:
-        process.join()
 
 
 def measure(shape: Shape, given: argparse.Namespace) -> dict[str, Found]:

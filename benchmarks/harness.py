@@ -122,32 +122,37 @@ def _clock() -> tuple[Callable[[], float], Callable[[], Any]]:
     return time.process_time, lambda: None
 
 
+def apart(work: Callable[[], Any]) -> Any:
+    """What ``work`` returns in a process of its own, forked from this one."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=lambda: sender.send(work()))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        raise SystemExit("a process that measured has failed; what it said stands above") from None
+    finally:
+        process.join()
+
+
 def peak_bytes(work: Callable[[], Callable[[], Any]]) -> int:
     """Resident memory that a process of its own needs beyond what it starts with (Linux).
 
     Args:
         work: prepares, in that process, and returns what is then called twice. What it prepares counts as well.
     """
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
 
-    def child() -> None:
+    def measured() -> int:
         before = status_bytes("VmRSS")
         step = work()
         for _ in range(2):
             step()
-        sender.send(status_bytes("VmHWM") - before)
+        return status_bytes("VmHWM") - before
 
-    process = context.Process(target=child)
     Path("/proc/self/clear_refs").write_text("5")  # a child inherits the high-water mark
-    process.start()
-    sender.close()
-    try:
-        return receiver.recv()
-    except EOFError:
-        raise SystemExit("a process whose memory was measured has failed") from None
-    finally:
-        process.join()
+    return apart(measured)
 
 
 def status_bytes(key: str) -> int:

@@ -24,6 +24,7 @@ SCHEMA = ROOT / "config" / "schemas" / "config.schema.yaml"
 
 FIGURES = {
     "curves": ("tokens", "images", "boxes"),
+    "gap": ("tokens",),
     "quality": ("tokens",),
     "effective_rank": ("tokens", "images", "boxes"),
     "coefficients": ("tokens", "images", "boxes"),

@@ -11,12 +11,13 @@ from figure_results import spec_of, write_results
 from matplotlib.colors import to_hex
 from matplotlib.text import Text
 from PIL import Image
+from scipy import stats
 
 import masa
 from masa import config, run
-from masa.report import canvas, figures, labels, style
+from masa.report import canvas, figures, gap_figure, labels, style
 
-PAPER = ["config/paper.yaml"]
+PAPER, EVIDENCE = ["config/paper.yaml"], ["config/evidence.yaml"]
 ANIMALS = ["airplane", "automobile", "bird", "European fire salamander, Salamandra", "deer", "dog", "frog", "horse"]
 BOXES = {"scales": ["shapes-tiny"], "seeds": [0]}
 FOUR = ["vanilla", "masa-qkvo", "low-rank", "sequential"]
@@ -26,6 +27,8 @@ CASES = {
     "curves of three scales": ("validation_loss", {"overlays": PAPER}, {}),
     "one curve": ("validation_loss", {"names": ["vanilla"]}, {}),
     "curves of images, one seed": ("vision_loss", {"seeds": [0]}, {}),
+    "gaps": ("gap", {"overlays": EVIDENCE}, {}),
+    "gaps, one seed": ("gap", {"overlays": EVIDENCE, "seeds": [0]}, {}),
     "quality": ("quality_parameters", {}, {}),
     "quality of three seeds": ("quality_parameters", {"seeds": [0, 1, 2]}, {}),
     "effective ranks": ("effective_rank", {}, {}),
@@ -110,7 +113,7 @@ def test_as_a_printer_sees_it(name, tmp_path, closing):
     for text, box in found:
         inside = box.x0 >= -1 and box.y0 >= -1 and box.x1 <= whole.x1 + 1 and box.y1 <= whole.y1 + 1
         assert inside, f"{text.get_text()!r} sticks out of the figure"
-    assert re.search(r"± 1 standard (deviation|error)|no error bars|[Oo]ne seed", said(figure))
+    assert re.search(r"± 1 standard (deviation|error)|no error bars|[Oo]ne seed|95 % interval", said(figure))
     assert spec["title"] in said(figure)
 
 
@@ -268,6 +271,44 @@ def test_the_numbers_drawn_are_those_of_the_files(tmp_path, closing):
     assert len(bands) == 7 and np.ptp(bands[0][:, 1]) == 0, "vanilla does not differ from itself"
     # seeds of the i-th row differ by 0.02 i, so their sample deviation is 0.02 i / sqrt(2)
     assert np.ptp(bands[3][:, 1]) == pytest.approx(2 * 0.06 / 2**0.5)
+
+
+def test_gaps_and_their_intervals_are_those_of_the_files(tmp_path, closing):
+    """Against least squares with a column for every method and every seed, at the last token."""
+    spec, results = made("gaps", tmp_path)
+    generator, finals = np.random.default_rng(0), {}
+    for row in spec["rows"]:
+        for run_id in row["runs"]:
+            path = results / "runs" / run_id / "metrics.jsonl"
+            log = [
+                r | {"validation_loss": r["validation_loss"] + generator.normal(0, 0.01)} for r in run.read_jsonl(path)
+            ]
+            path.write_text("".join(json.dumps(r) + "\n" for r in log))
+            finals.setdefault(row["label"], []).append(log[-1]["validation_loss"])
+    parameters = run.read_json(results / spec["rows"][0]["records"][0] / "metrics.json")["parameters"]["total"]
+    (axis,) = figures.draw(spec, results).axes
+    values = np.array(list(finals.values()))
+    count, seeds = values.shape
+    method, seed = np.indices(values.shape)
+    design = np.column_stack(
+        [*(method.ravel() == i for i in range(count)), *(seed.ravel() == i for i in range(1, seeds))]
+    )
+    rest = np.linalg.lstsq(design.astype(float), values.ravel(), rcond=None)[1].item()
+    freedom = (count - 1) * (seeds - 1)
+    half = stats.t.ppf(0.975, freedom) * np.sqrt(2 * rest / freedom / seeds)
+    assert len(axis.containers) == count - 1 == 6
+    for bars, mean in zip(axis.containers, values[1:].mean(1) - values[0].mean(), strict=True):
+        x, y = bars.lines[0].get_data()
+        low, high = bars.lines[2][0].get_segments()[-1][:, 1]
+        assert y[-1] == pytest.approx(mean) and [low, high] == pytest.approx([mean - half, mean + half])
+        assert x[-1] == pytest.approx(250_000 / parameters, rel=0.1), "drawn a little aside"
+
+
+def test_budgets_are_1_2_and_5_times_powers_of_ten():
+    twenty = np.arange(1, 21)
+    assert twenty[gap_figure.budgets(twenty)].tolist() == [1, 2, 5, 10, 20]
+    assert gap_figure.budgets([0.3, 0.6, 0.9]) == [1, 2], "0.5 is nearest to 0.6; the last is always there"
+    assert gap_figure.budgets([3.0]) == [0]
 
 
 def test_errors_name_the_file_and_leave_no_figure_behind(tmp_path, closing):

@@ -19,6 +19,8 @@ from masa.report import image_figures as images
 from masa.report import metrics as m
 from masa.report import vision_figures as vision
 from masa.report.canvas import Canvas, of_seeds
+from masa.report.curve import at, by_scale, curve
+from masa.report.gap_figure import gap
 from masa.report.labels import End
 from masa.report.style import PROJECTION, STYLE, TEXT, look
 from masa.sources import whole_file
@@ -60,14 +62,14 @@ def curves(spec: Mapping[str, Any], results: Path) -> Figure:
 
     One line of panels a scale.
     """
-    scales = _by_scale(spec["rows"])
+    scales = by_scale(spec["rows"])
     unit = "images" if "family" in spec["rows"][0]["model"] else "tokens"
     canvas = Canvas(TEXT, 1.9 * len(scales), len(scales), 2)
     for (left, right), (scale, rows) in zip(canvas.axes, scales.items(), strict=True):
-        base = {run_id: _curve(results, run_id, unit) for run_id in rows[0]["runs"]}
+        base = {run_id: curve(results, run_id, unit) for run_id in rows[0]["runs"]}
         ends = []
         for row in rows:
-            logs = {run_id: _curve(results, run_id, unit) for run_id in row["runs"]}
+            logs = {run_id: curve(results, run_id, unit) for run_id in row["runs"]}
             seen = sorted(set.intersection(*map(set, [*logs.values(), *base.values()])))
             values = np.array([[log[t] for t in seen] for log in logs.values()])
             reference = np.array([[log[t] for t in seen] for log in base.values()])
@@ -82,27 +84,7 @@ def curves(spec: Mapping[str, Any], results: Path) -> Figure:
         right.set_ylabel(f"Difference to {rows[0]['label']}\n({of_one})")
         if len(scales) > 1:
             left.set_title(scale)
-    return canvas.finish(spec["title"], of_seeds(len(spec["rows"][0]["runs"])), _at(scales))
-
-
-def _by_scale(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    found: dict[str, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        found.setdefault(row["scale"], []).append(row)
-    return found
-
-
-def _at(scales: Mapping[str, Any]) -> str:
-    """The scale, where a figure has only one and so no panels that name it."""
-    return f"Scale: {next(iter(scales))}." if len(scales) == 1 else ""
-
-
-def _curve(results: Path, run_id: str, unit: str) -> dict[int, float]:
-    path = m.below(results / "runs", run_id) / "metrics.jsonl"
-    found = {r[unit]: r["validation_loss"] for r in run.read_jsonl(path) if "validation_loss" in r}
-    if not found:
-        raise MasaError(f"{path} has no held-out loss yet; finish the run with `masa pretrain`.")
-    return found
+    return canvas.finish(spec["title"], of_seeds(len(spec["rows"][0]["runs"])), at(scales))
 
 
 def _band(axis: Any, x: list[int], values: np.ndarray, row: Mapping[str, Any]) -> End:
@@ -117,7 +99,7 @@ def _band(axis: Any, x: list[int], values: np.ndarray, row: Mapping[str, Any]) -
 
 def quality(spec: Mapping[str, Any], results: Path) -> Figure:
     """Held-out loss against stored attention parameters, one panel a scale; the sweeps over S are joined."""
-    scales = _by_scale(spec["rows"])
+    scales = by_scale(spec["rows"])
     canvas = Canvas(TEXT, 2.4 * len(scales), len(scales))
     for axis, (scale, rows) in zip(canvas.axes[:, 0], scales.items(), strict=True):
         families: dict[str, list[Mapping[str, Any]]] = {}
@@ -132,7 +114,7 @@ def quality(spec: Mapping[str, Any], results: Path) -> Figure:
         if len(scales) > 1:
             axis.set_title(scale)
     seeds = of_seeds(len(spec["rows"][0]["records"]), "bars")
-    return canvas.finish(spec["title"], "Lower left is better.", seeds, _at(scales))
+    return canvas.finish(spec["title"], "Lower left is better.", seeds, at(scales))
 
 
 def _sweep(
@@ -159,7 +141,7 @@ def _sweep(
 
 def effective_rank(spec: Mapping[str, Any], results: Path) -> Figure:
     """Effective rank of every attention matrix over depth, one panel a projection, one line of panels a scale."""
-    scales = _by_scale(spec["rows"])
+    scales = by_scale(spec["rows"])
     canvas = Canvas(TEXT, 1.75 * len(scales), len(scales), 4, sharey="row", sharex="row")
     for line, (scale, rows) in zip(canvas.axes, scales.items(), strict=True):
         ends, highest = [], 0.0
@@ -178,7 +160,7 @@ def effective_rank(spec: Mapping[str, Any], results: Path) -> Figure:
         of_scale = f", {scale}" if len(scales) > 1 else ""
         line[0].set_ylabel(f"Effective rank\n(of {rows[0]['model']['hidden_size']}{of_scale})")
         line[0].set_ylim(0, 1.08 * highest)
-    return canvas.finish(spec["title"], f"One seed ({_seed(spec)}); no error bars.", _at(scales))
+    return canvas.finish(spec["title"], f"One seed ({_seed(spec)}); no error bars.", at(scales))
 
 
 def _seed(spec: Mapping[str, Any]) -> str:
@@ -215,6 +197,7 @@ def coefficients(spec: Mapping[str, Any], results: Path) -> Figure:
 
 KINDS: dict[str, Callable[[Mapping[str, Any], Path], Figure]] = {
     "curves": curves,
+    "gap": gap,
     "quality": quality,
     "effective_rank": effective_rank,
     "coefficients": coefficients,
