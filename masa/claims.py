@@ -88,15 +88,18 @@ def _trained(config: Config, claim: Config, runs: set[str]) -> Iterator[dict[str
 
 
 def several_seeds(runs: set[str], scale: str) -> dict[str, list[str]]:
-    """Experiment -> its runs with the seeds that all experiments of one scale have which have more than one."""
+    """Experiment -> its runs: the experiments of one scale that share several seeds, as many as make the most pairs."""
     seeds: dict[str, set[int]] = {}
     for run in runs:
         at, name, seed = experiments.parse_run(run)
         if at == scale:
             seeds.setdefault(name, set()).add(seed)
-    seeds = {name: found for name, found in sorted(seeds.items()) if len(found) > 1}
-    common = sorted(set.intersection(*seeds.values())) if seeds else []
-    return {name: [f"{scale}/{name}/seed{seed}" for seed in common] for name in seeds} if len(common) > 1 else {}
+    blocks = []
+    for common in {frozenset(found) for found in seeds.values()}:
+        names = sorted(name for name, found in seeds.items() if found >= common)
+        blocks.append(((len(names) - 1) * (len(common) - 1), sorted(common), names))
+    freedom, common, names = max(blocks, default=(0, [], []))
+    return {name: [f"{scale}/{name}/seed{seed}" for seed in common] for name in names} if freedom > 0 else {}
 
 
 def _records(runs: list[str]) -> list[str]:

@@ -38,7 +38,7 @@ def test_documents_of_equal_length_are_a_plain_mean():
     differences = [0.1, -0.2, 0.3, 0.05]
     found = report.of_documents(differences, [7] * 4)
     assert found.value == pytest.approx(stats.sem(differences) ** 2, rel=1e-12) and found.freedom == 3
-    assert report.of_documents([0.1], [7]) is None
+    assert report.of_documents([0.1], [7]) is None and report.of_documents([0.1, 0.2], [7, 0]) is None
 
 
 def test_long_documents_weigh_more():
@@ -74,6 +74,21 @@ def test_nothing_is_decided_without_a_variance():
     assert report.judge(5.0, [], 0.0) == report.Judged(5.0, None, None, report.OPEN)
 
 
+def test_no_noise_that_was_seen_decides_nothing():
+    """Accuracies are discrete: two methods at two seeds may well shift alike."""
+    noise = report.of_seeds({"a": [95.0, 95.3], "b": [93.9, 94.2]})
+    assert report.judge(-1.1, [noise], 0.5).verdict == report.OPEN
+
+
+def test_few_documents_of_unequal_length():
+    """Losses whose variance falls with a document's tokens: no bias, and less freedom than documents."""
+    generator = np.random.default_rng(0)
+    tokens = np.array([400, 50, 25, 25])
+    found = [report.of_documents(d, tokens) for d in generator.normal(size=(20000, 4)) / np.sqrt(tokens)]
+    assert np.mean([v.value for v in found]) == pytest.approx(1 / tokens.sum(), rel=0.05)
+    assert found[0].freedom == pytest.approx(500**2 / (400**2 + 50**2 + 2 * 25**2) - 1)
+
+
 def test_one_variance_of_two_decides_the_degrees_of_freedom():
     small, large = report.Variance(1e-12, 1), report.Variance(1.0, 40)
     assert report.judge(0.0, [small, large], 0).high == pytest.approx(stats.t.ppf(0.975, 40), rel=1e-4)
@@ -99,30 +114,53 @@ def simulated(folder, effects, generator, seeds=3, documents=40):
             run.write_json(path, metrics(loss, losses.tolist(), tokens.tolist()))
 
 
+NAMES = ["better-than-low-rank", "better-than-sequential", "better-than-repeat-all-over", "o-is-harder"]
 EXPERIMENTS = ["vanilla", "gqa", "masa-qkv", "low-rank", "sequential", "repeat-all-over", "masa-qkvo"]
 
 
 @pytest.fixture(scope="module")
-def judged_claims():
+def main_claims():
     merged = config.load()
     merged["grids"]["main"]["seeds"] = [0, 1, 2]
-    return [c for c in job_specs.table_spec(merged, "claims") if c["name"].startswith("better-than")]
+    return {c["name"]: c for c in job_specs.table_spec(merged, "claims") if c["name"] in NAMES}
 
 
-def test_the_interval_covers_the_truth_19_times_of_20(judged_claims, tmp_path):
-    """Of 3 x 80 simulated comparisons whose true gain is 0.02, about 12 intervals miss it; 25 would be absurd."""
+def test_the_interval_covers_the_truth_19_times_of_20(main_claims, tmp_path):
+    """Of 4 x 150 simulated comparisons about 30 intervals miss, which share methods and seeds."""
     generator = np.random.default_rng(0)
     effects = dict.fromkeys(EXPERIMENTS, 0.02) | {"masa-qkvo": 0.0}
-    missed = 0
-    for _ in range(80):
+    truth = dict.fromkeys(NAMES, 0.02) | {"o-is-harder": -3 * 0.02}
+    missed, without_documents = 0, 0
+    for _ in range(150):
         simulated(tmp_path, effects, generator)
-        for claim in judged_claims:
+        for name, claim in main_claims.items():
             row = report.row(claim, tmp_path)
-            missed += not row["low"] <= 0.02 <= row["high"]
-    assert 2 <= missed <= 25
+            missed += not row["low"] <= truth[name] <= row["high"]
+            without_documents += abs(row["gain"] - truth[name]) > stats.t.ppf(0.975, 12) * row["error_seeds"]
+    assert 15 <= missed <= 45
+    assert without_documents > 60, "the simulation would notice an interval that forgets documents"
 
 
-def test_the_table(judged_claims, tmp_path):
+def test_errors_of_seeds_documents_and_own_seeds_by_hand(main_claims, tmp_path):
+    simulated(tmp_path, dict.fromkeys(EXPERIMENTS, 0.0), np.random.default_rng(3))
+    row = report.row(main_claims["o-is-harder"], tmp_path)
+
+    def losses(name):
+        folder = tmp_path / "evaluations" / "nano" / name
+        return np.array([run.read_json(folder / f"seed{s}" / "metrics.json")["corpus"]["loss"] for s in range(3)])
+
+    loss = {name: losses(name) for name in EXPERIMENTS}
+    contrast = 4 * loss["masa-qkv"] - 3 * loss["masa-qkvo"] - loss["vanilla"]
+    assert row["gain"] == pytest.approx(-contrast.mean())
+    assert row["error_own_seeds"] == pytest.approx(stats.sem(contrast))
+    pooled = report.of_seeds({name: values.tolist() for name, values in loss.items()})
+    assert row["error_seeds"] == pytest.approx((26 / 3 * pooled.value) ** 0.5), "16 + 9 + 1"
+    total = row["error_seeds"] ** 2 + row["error_documents"] ** 2
+    assert row["low"] < row["gain"] - 1.96 * total**0.5 < row["high"]
+
+
+def test_the_table(main_claims, tmp_path):
+    judged_claims = list(main_claims.values())[:3]
     generator = np.random.default_rng(1)
     effects = dict.fromkeys(EXPERIMENTS, 0.0) | {"low-rank": 0.2, "sequential": -0.2}
     simulated(tmp_path, effects, generator)
@@ -142,6 +180,14 @@ def test_one_seed_takes_its_noise_from_those_that_have_several():
     assert len(sweep["records"]["masa-qkvo-s8"]) == 1
     assert sorted(sweep["noise"]) == sorted(EXPERIMENTS) and all(len(r) == 2 for r in sweep["noise"].values())
     assert found["pca-better-than-svd-llm"]["noise"] == {}
+
+
+def test_an_experiment_with_other_seeds_takes_no_noise_from_the_rest():
+    runs = {f"d/{name}/seed{seed}" for name in ("a", "b", "c") for seed in range(3)}
+    assert sorted(claims.several_seeds(runs | {"d/x/seed3", "d/x/seed4"}, "d")) == ["a", "b", "c"]
+    fewer = claims.several_seeds(runs | {"d/x/seed0", "d/x/seed1", "e/y/seed0"}, "d")
+    assert sorted(fewer) == ["a", "b", "c"] and len(fewer["a"]) == 3, "4 degrees of freedom, not 3"
+    assert claims.several_seeds({"d/a/seed0", "d/b/seed0"}, "d") == claims.several_seeds(set(), "d") == {}
 
 
 def test_a_claim_asks_for_no_run_of_its_own():

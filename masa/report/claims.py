@@ -6,10 +6,12 @@ whole 95 % interval is above minus the claim's margin, does not hold if the whol
 decided otherwise. The interval is Student's, of two variances added up:
 
 - of training again: the residual variance of one training beside its experiment and its seed, pooled over all
-  experiments that were trained with the same seeds (what a seed does to all of them alike cancels in a contrast);
+  experiments that were trained with the same seeds (what a seed does to all of them alike cancels in a contrast). It is
+  taken to be the same for all of them; ``error_own_seeds`` is the contrast's error by its own seeds alone, to compare;
 - of other text: the paired differences of documents, each weighted by its tokens.
 
-Degrees of freedom are Satterthwaite's. Where neither can be had, nothing is decided.
+Degrees of freedom are Satterthwaite's. Where neither can be had, nothing is decided. Intervals are each claim's own: of
+twenty, one may well miss.
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ from masa.report import metrics as m
 from masa.report.tables import write_files
 
 LEVEL = 0.95
+ROUNDING = 1e-9
+"""Standard errors below it are no noise but rounding."""
 LOSS, PERPLEXITY = "validation_loss", "held_out_ppl"
 """What is known document by document; perplexities are compared by their logarithms, in nats a token."""
 HOLDS, FAILS, OPEN, ABSENT = "holds", "does not hold", "not decidable here", "not run here"
@@ -39,7 +43,7 @@ class Variance:
     """A variance of the estimate and its degrees of freedom."""
 
     value: float
-    freedom: int
+    freedom: float
 
 
 @dataclass(frozen=True)
@@ -61,13 +65,10 @@ def judge(gain: float, variances: Sequence[Variance], margin: float) -> Judged:
         margin: how much worse still counts, at least 0; of "at least as good" claims.
     """
     total = sum(v.value for v in variances)
-    if not variances:
+    if total < ROUNDING**2:  # no noise was seen, which does not mean that there is none
         return Judged(gain, None, None, OPEN)
-    if total == 0:
-        half = 0.0
-    else:
-        freedom = total**2 / sum(v.value**2 / v.freedom for v in variances)
-        half = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * math.sqrt(total)
+    freedom = total**2 / sum(v.value**2 / v.freedom for v in variances)
+    half = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * math.sqrt(total)
     low, high = gain - half, gain + half
     return Judged(gain, low, high, HOLDS if low > -margin else FAILS if high < -margin else OPEN)
 
@@ -96,13 +97,17 @@ def of_seeds(values: Mapping[str, Sequence[float]]) -> Variance | None:
 
 
 def of_documents(differences: Sequence[float], tokens: Sequence[int]) -> Variance | None:
-    """Variance of a mean over documents, each weighted by its tokens, of which another sample could have been taken."""
-    count, total = len(differences), sum(tokens)
-    if count < 2:
+    """Variance of a mean over documents, each weighted by its tokens, of which another sample could have been taken.
+
+    Unbiased where a document's variance falls with its tokens; otherwise right for many documents.
+    """
+    total = sum(tokens)
+    weights = [t / total for t in tokens]
+    if len(differences) < 2 or max(weights) == 1:
         return None
-    mean = sum(d * t for d, t in zip(differences, tokens, strict=True)) / total
-    spread = sum((t / total * (d - mean)) ** 2 for d, t in zip(differences, tokens, strict=True))
-    return Variance(count / (count - 1) * spread, count - 1)
+    mean = sum(d * w for d, w in zip(differences, weights, strict=True))
+    spread = sum((w * (d - mean)) ** 2 / (1 - w) for d, w in zip(differences, weights, strict=True))
+    return Variance(spread, 1 / sum(w * w for w in weights) - 1)
 
 
 def row(claim: Mapping[str, Any], results: Path) -> dict[str, Any]:
@@ -120,22 +125,31 @@ def row(claim: Mapping[str, Any], results: Path) -> dict[str, Any]:
         return math.log(number) if metric.name == PERPLEXITY else number
 
     gain = sign * sum(weight * statistics.fmean(map(value, loaded[name])) for name, weight in weights.items())
-    variances = []
+    variances, errors = [], {}
+    if claim["trained"] and seeds > 1:
+        own = [sum(w * value(loaded[name][i]) for name, w in weights.items()) for i in range(seeds)]
+        errors["error_own_seeds"] = statistics.stdev(own) / math.sqrt(seeds)
     trained = {name: [value(m.load(results, r)) for r in records] for name, records in claim["noise"].items()}
     if trained and (noise := of_seeds(trained)):
         factor = sum(weight**2 for weight in weights.values()) / seeds
         variances.append(Variance(noise.value * factor, noise.freedom))
+        errors["error_seeds"] = math.sqrt(variances[0].value)
     documents = _by_document(loaded, weights) if metric.name in (LOSS, PERPLEXITY) else None
     if documents and (other := of_documents(*documents)) and (variances or not claim["trained"]):
         variances.append(other)
+        errors["error_documents"] = math.sqrt(other.value)
     judged = judge(gain, variances, claim["margin"])
-    return kept | {
-        "seeds": seeds,
-        "gain": judged.gain,
-        "low": judged.low,
-        "high": judged.high,
-        "verdict": judged.verdict,
-    }
+    return (
+        kept
+        | {
+            "seeds": seeds,
+            "gain": judged.gain,
+            "low": judged.low,
+            "high": judged.high,
+            "verdict": judged.verdict,
+        }
+        | errors
+    )
 
 
 def _by_document(
@@ -164,6 +178,7 @@ def write(claims: Sequence[Mapping[str, Any]], results: Path, folder: Path) -> N
     frame = pd.DataFrame(rows).reindex(
         columns=[
             "claim", "source", "scale", "metric", "contrast", "margin", "seeds", "gain", "low", "high", "verdict",
+            "error_seeds", "error_own_seeds", "error_documents",
         ]
     )  # fmt: skip
     shown = pd.DataFrame(
@@ -172,15 +187,18 @@ def write(claims: Sequence[Mapping[str, Any]], results: Path, folder: Path) -> N
             "Paper": frame["source"],
             "At": frame["scale"],
             "Measured": [f"{c} ({x})" for c, x in zip(frame["contrast"], frame["metric"], strict=True)],
+            "Seeds": ["" if pd.isna(n) else f"{n:.0f}" for n in frame["seeds"]],
             "Gain [95 %]": [_interval(r) for _, r in frame.iterrows()],
             "Verdict": frame["verdict"],
         }
     )
     note = (
-        "Gain: above zero is in the claim's favour, in the metric's own unit (perplexities: nats a token). A claim "
-        "holds if the whole interval is above minus its margin, does not hold if all of it is below, and is not "
-        "decidable otherwise. The interval covers training again with other seeds and, for losses on text, other "
-        "documents; with one seed its noise is that of the experiments which have several."
+        "Gain: above zero is in the claim's favour, in the unit of what is measured (perplexities: nats a token); of a "
+        "loss it is minus the difference that is written. A claim holds if the whole interval is above minus its "
+        "margin, does not hold if all of it is below, and is not decidable otherwise. The interval is of this claim "
+        "alone, not of all at once. It covers training again with other seeds (with one seed, by the noise of the "
+        "experiments which have several) and, for losses on text, other documents, taken as independent; not other "
+        "test images, nor, of compressions, other calibration text."
     )
     write_files(frame, shown, {"name": "claims", "title": "Claims of the paper, judged by one rule"}, folder, note)
 

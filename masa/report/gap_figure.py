@@ -26,8 +26,8 @@ APART = 1.025
 def gap(spec: Mapping[str, Any], results: Path) -> Figure:
     """Held-out loss less the first row's at the same seed and token, over tokens a parameter of the first row.
 
-    Bars at about 1, 2, 5, 10, … tokens a parameter, and at the end: 95 % intervals of the difference, from the residual
-    variance of all rows over seeds (:func:`masa.report.claims.of_seeds`), as in the table of claims.
+    Bars at about 1, 2, 5, 10, … tokens a parameter, and at the end: 95 % intervals of the difference, each by itself,
+    from the residual variance of all rows over seeds (:func:`masa.report.claims.of_seeds`) and of no other text.
     """
     scales = by_scale(spec["rows"])
     canvas = Canvas(TEXT, 2.6 * len(scales), len(scales))
@@ -45,23 +45,23 @@ def gap(spec: Mapping[str, Any], results: Path) -> Figure:
         for i, row in enumerate(rows[1:]):
             mean = (losses[row["experiment"]] - losses[rows[0]["experiment"]]).mean(0)
             style, aside = look(row["experiment"]), APART ** (i - (len(rows) - 2) / 2)
-            axis.plot(x * aside, mean, **style | {"marker": ""}, linewidth=0.9)
+            axis.plot(x, mean, **style | {"marker": ""}, linewidth=0.9)
             error = half if None not in half else None
             axis.errorbar(
                 x[chosen] * aside, mean[chosen], error, **style | {"linestyle": ""}, capsize=1.5, elinewidth=0.8
             )
-            ends.append(End(x[-1] * aside, mean[-1], row["label"], style["color"]))
+            ends.append(End(x[-1], mean[-1], row["label"], style["color"]))
         canvas.label_ends(axis, ends)
         axis.set_xscale("log")
         axis.xaxis.set_major_locator(FixedLocator(x[chosen]))
         axis.xaxis.set_minor_locator(NullLocator())
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
         axis.set_xlabel(f"Training tokens a parameter of {rows[0]['label']}")
         axis.set_ylabel(f"Held-out loss less {rows[0]['label']}'s\n(nats/token)")
         if len(scales) > 1:
             axis.set_title(scale)
     said = (
-        f"Mean over {seeds} seeds, bars: 95 % intervals of the difference, by the noise of all methods over seeds."
+        f"Mean over {seeds} seeds, bars: 95 % intervals of each difference alone, by all methods' noise over seeds."
         if seeds > 1
         else "One seed; no error bars."
     )
