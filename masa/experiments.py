@@ -109,7 +109,7 @@ def run_spec(config: Config, scale: str, experiment: str, seed: int) -> dict[str
         model, training = size["model"], size["training"]
         run = f"{scale}/{experiment}/seed{seed}"
         return kind.resolve({"run": run, "seed": seed, "model": model, "sharing": sharing, "training": training})
-    model = {"vocab_size": config["data"]["tokenizer"]["vocab_size"]} | size["model"]
+    model = _language_model(config, size)
     where = f"Run {scale}/{experiment}/seed{seed}"
     heads, width = model["num_attention_heads"], model["hidden_size"]
     if width % heads or (width // heads) % 2:
@@ -127,6 +127,10 @@ def run_spec(config: Config, scale: str, experiment: str, seed: int) -> dict[str
         "sharing": resolved.to_dict(),
         "training": _recipe(where, config["training"] | (size.get("training") or {}), model),
     }
+
+
+def _language_model(config: Config, size: Mapping[str, Any]) -> dict[str, Any]:
+    return {"vocab_size": config["data"]["tokenizer"]["vocab_size"]} | size["model"]
 
 
 def _recipe(where: str, given: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
@@ -149,7 +153,8 @@ def _recipe(where: str, given: Mapping[str, Any], model: Mapping[str, Any]) -> d
 
 def tokens_needed(config: Config, scale: str) -> int:
     """Training tokens that every run at this scale reads."""
-    recipe = run_spec(config, scale, next(iter(config["experiments"])), 0)["training"]
+    size = sizes(config)[scale]
+    recipe = _recipe(f"Scale {scale}", config["training"] | (size.get("training") or {}), _language_model(config, size))
     return recipe["steps"] * recipe["batch_size"] * recipe["context"]
 
 
