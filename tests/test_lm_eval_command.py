@@ -11,7 +11,7 @@ import yaml
 from masa import benchmarks, evaluation
 from masa.export import export
 
-SETTINGS = {"limit": 40, "limit_per_task": {}, "max_length": 128, "batch_size": 8}
+SETTINGS = {"limit": 12, "limit_per_task": {}, "max_length": 1024, "batch_size": 8}
 RUN = "smoke/masa-qkvo/seed0"
 
 
