@@ -17,6 +17,11 @@ RUNS = {
         ["config/mirror.yaml"],
         "MASA_MIRROR=/path/to/mirror snakemake --cores all {name} --configfile config/mirror.yaml",
     ),
+    "evidence": (
+        "the evidence (`config/evidence.yaml`)",
+        ["config/evidence.yaml"],
+        "MASA_MIRROR=/path/to/mirror snakemake --cores all {name} --configfile config/evidence.yaml",
+    ),
 }
 """Directory below results/reference -> what it is of, its overlays, the command that makes one figure of it."""
 
@@ -49,10 +54,11 @@ def page(root: Path = ROOT) -> str:
     """
     known = {run: config.load([root / overlay for overlay in overlays]) for run, (_, overlays, _) in RUNS.items()}
     sections: dict[str, list[str]] = {models: [] for models in SECTIONS}
-    for name, figure in known["laptop"]["figures"].items():
-        active = [run for run, c in known.items() if name in experiments.active(c, "figures")]
-        if active:
-            sections[_models(known[active[0]], figure)].append(_entry(root, name, figure, active))
+    found = {run: experiments.active(c, "figures") for run, c in known.items()}
+    for name in dict.fromkeys(name for figures in found.values() for name in figures):
+        active = [run for run, figures in found.items() if name in figures]
+        figure = found[active[0]][name]
+        sections[_models(known[active[0]], figure)].append(_entry(root, name, figure, active))
     parts = [_INTRO]
     for models, entries in sections.items():
         parts += [f"## {SECTIONS[models]}\n", *entries] if entries else []
