@@ -309,6 +309,7 @@ def test_budgets_are_1_2_and_5_times_powers_of_ten():
     assert twenty[gap_figure.budgets(twenty)].tolist() == [1, 2, 5, 10, 20]
     assert gap_figure.budgets([0.3, 0.6, 0.9]) == [1, 2], "0.5 is nearest to 0.6; the last is always there"
     assert gap_figure.budgets([3.0]) == [0]
+    assert gap_figure.budgets([1.0, 5.0, 5.2]) == [0, 2], "two labels at 5 would be one on the other"
 
 
 def test_errors_name_the_file_and_leave_no_figure_behind(tmp_path, closing):

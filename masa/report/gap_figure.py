@@ -69,12 +69,15 @@ def gap(spec: Mapping[str, Any], results: Path) -> Figure:
 
 
 def budgets(x: Sequence[float]) -> list[int]:
-    """Indices of the values that are nearest to 1, 2 and 5 times powers of ten within their range, and of the last."""
+    """Indices of the values that are nearest to 1, 2 and 5 times powers of ten within their range, and of the last.
+
+    One that is within a tenth of the last is left out: their labels would cover one another.
+    """
     x = np.asarray(x)
     low, high = math.floor(math.log10(x[0])), math.ceil(math.log10(x[-1]))
     wanted = [first * 10.0**power for power in range(low, high + 1) for first in (1, 2, 5)]
-    inside = [value for value in wanted if 0.95 * x[0] <= value <= 1.05 * x[-1]]
-    return sorted({int(np.abs(x - value).argmin()) for value in inside} | {len(x) - 1})
+    nearest = {int(np.abs(x - value).argmin()) for value in wanted if 0.95 * x[0] <= value <= 1.05 * x[-1]}
+    return sorted({i for i in nearest if x[i] < 0.9 * x[-1]} | {len(x) - 1})
 
 
 def _half_interval(values: Mapping[str, Sequence[float]]) -> float | None:
