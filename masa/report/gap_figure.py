@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-from scipy import stats
 
 from masa.report import metrics as m
 from masa.report.canvas import Canvas
-from masa.report.claims import LEVEL, of_seeds
+from masa.report.claims import Variance, judge, of_seeds
 from masa.report.curve import at, by_scale, curve
 from masa.report.labels import End
 from masa.report.style import TEXT, look
@@ -81,9 +80,9 @@ def budgets(x: Sequence[float]) -> list[int]:
 
 
 def _half_interval(values: Mapping[str, Sequence[float]]) -> float | None:
-    """Half of the interval of the difference of two means; None where one seed gives none."""
+    """Half of the interval of the difference of two means; None where no noise over seeds is seen."""
     noise = of_seeds({name: list(of_one) for name, of_one in values.items()})
     if noise is None:
         return None
     seeds = len(next(iter(values.values())))
-    return float(stats.t.ppf((1 + LEVEL) / 2, noise.freedom)) * math.sqrt(2 * noise.value / seeds)
+    return judge(0.0, [Variance(2 * noise.value / seeds, noise.freedom)], 0.0).high
