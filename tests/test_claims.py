@@ -36,9 +36,9 @@ def test_what_a_seed_does_to_all_alike_is_no_noise():
 
 def test_documents_of_equal_length_are_a_plain_mean():
     differences = [0.1, -0.2, 0.3, 0.05]
-    found = report.of_documents(differences, [7] * 4)
+    found = report.of_examples(differences, [7] * 4)
     assert found.value == pytest.approx(stats.sem(differences) ** 2, rel=1e-12) and found.freedom == 3
-    assert report.of_documents([0.1], [7]) is None and report.of_documents([0.1, 0.2], [7, 0]) is None
+    assert report.of_examples([0.1], [7]) is None and report.of_examples([0.1, 0.2], [7, 0]) is None
 
 
 def test_long_documents_weigh_more():
@@ -48,7 +48,7 @@ def test_long_documents_weigh_more():
     differences = generator.normal(0.01, 0.1, 300) + 0.001 * (tokens > 150)
     drawn = generator.integers(0, 300, (4000, 300))
     means = (differences[drawn] * tokens[drawn]).sum(1) / tokens[drawn].sum(1)
-    assert report.of_documents(differences, tokens).value == pytest.approx(means.var(), rel=0.1)
+    assert report.of_examples(differences, tokens).value == pytest.approx(means.var(), rel=0.1)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_few_documents_of_unequal_length():
     """Losses whose variance falls with a document's tokens: no bias, and less freedom than documents."""
     generator = np.random.default_rng(0)
     tokens = np.array([400, 50, 25, 25])
-    found = [report.of_documents(d, tokens) for d in generator.normal(size=(20000, 4)) / np.sqrt(tokens)]
+    found = [report.of_examples(d, tokens) for d in generator.normal(size=(20000, 4)) / np.sqrt(tokens)]
     assert np.mean([v.value for v in found]) == pytest.approx(1 / tokens.sum(), rel=0.05)
     assert found[0].freedom == pytest.approx(500**2 / (400**2 + 50**2 + 2 * 25**2) - 1)
 
@@ -141,7 +141,7 @@ def test_the_interval_covers_the_truth_19_times_of_20(main_claims, tmp_path):
     assert without_documents > 60, "the simulation would notice an interval that forgets documents"
 
 
-def test_errors_of_seeds_documents_and_own_seeds_by_hand(main_claims, tmp_path):
+def test_errors_of_seeds_examples_and_own_seeds_by_hand(main_claims, tmp_path):
     simulated(tmp_path, dict.fromkeys(EXPERIMENTS, 0.0), np.random.default_rng(3))
     row = report.row(main_claims["o-is-harder"], tmp_path)
 
@@ -155,7 +155,7 @@ def test_errors_of_seeds_documents_and_own_seeds_by_hand(main_claims, tmp_path):
     assert row["error_own_seeds"] == pytest.approx(stats.sem(contrast))
     pooled = report.of_seeds({name: values.tolist() for name, values in loss.items()})
     assert row["error_seeds"] == pytest.approx((26 / 3 * pooled.value) ** 0.5), "16 + 9 + 1"
-    total = row["error_seeds"] ** 2 + row["error_documents"] ** 2
+    total = row["error_seeds"] ** 2 + row["error_examples"] ** 2
     assert row["low"] < row["gain"] - 1.96 * total**0.5 < row["high"]
 
 
@@ -172,6 +172,79 @@ def test_the_table(main_claims, tmp_path):
     assert frame["gain"].iloc[0] == pytest.approx(0.2, abs=0.06)
     shown = (tmp_path / "tables" / "claims.md").read_text()
     assert "MASA-QKVO − Sequential (validation_loss)" in shown and "[" in shown and not re.search(r"\bnan\b", shown)
+
+
+VISION = ["vanilla", "masa-qkvo", "low-rank"]
+
+
+def images_scored(folder, right):
+    """Evaluations of Vision Transformers, from an array (method, seed, image) of what they got right."""
+    for name, of_method in zip(VISION, right, strict=True):
+        for seed, correct in enumerate(of_method):
+            scores = {"top1": float(correct.mean()), "loss": 1.0, "calibration_error": 0.1, "top5": None}
+            scores["correct_by_image"] = "".join(str(int(x)) for x in correct)
+            record = metrics(0.0, [], []) | {"classification": scores, "training": {"images": 1}}
+            del record["corpus"]
+            run.write_json(folder / "evaluations" / "digits-compact" / name / f"seed{seed}" / "metrics.json", record)
+
+
+@pytest.fixture(scope="module")
+def vision_claims():
+    merged = config.load()
+    merged["grids"]["vision"]["seeds"] = [0, 1, 2]
+    found = {c["name"]: c for c in job_specs.table_spec(merged, "claims") if c["name"].startswith("vit-")}
+    for claim in found.values():
+        claim["noise"] = {name: records for name, records in claim["noise"].items() if name in VISION}
+    return found
+
+
+def test_accuracies_are_paired_image_by_image(vision_claims, tmp_path):
+    generator = np.random.default_rng(0)
+    hard = generator.random(500) < 0.3  # the same images for all
+    right = np.array([[~hard ^ (generator.random(500) < 0.02) for _ in range(3)] for _ in VISION])
+    images_scored(tmp_path, right)
+    row = report.row(vision_claims["vit-at-least-vanilla"], tmp_path)
+    contrast = 100 * (right[1].mean(0) - right[0].mean(0))
+    assert row["gain"] == pytest.approx(contrast.mean())
+    assert row["error_examples"] == pytest.approx(stats.sem(contrast))
+    unpaired = 100 * (right[0].mean(0).std() ** 2 / 500 + right[1].mean(0).std() ** 2 / 500) ** 0.5
+    assert row["error_examples"] < unpaired / 3, "images that are hard for both cancel"
+    assert row["high"] - row["gain"] > 1.96 * (row["error_seeds"] ** 2 + row["error_examples"] ** 2) ** 0.5
+
+
+def test_an_evaluation_without_single_scores_says_how_to_mend_it(vision_claims, tmp_path):
+    images_scored(tmp_path, np.ones((3, 3, 4), bool))
+    path = tmp_path / "evaluations" / "digits-compact" / "vanilla" / "seed1" / "metrics.json"
+    record = run.read_json(path)
+    del record["classification"]["correct_by_image"]
+    run.write_json(path, record)
+    with pytest.raises(MasaError, match=r"correct_by_image.*masa evaluate"):
+        report.row(vision_claims["vit-at-least-vanilla"], tmp_path)
+
+
+def compressed(folder, name, losses, tokens, texts):
+    """A compression's metrics whose documents have these losses, on the held-out text and on others."""
+    ends = {"nll_by_document": [a * t for a, t in zip(losses, tokens, strict=True)], "tokens_by_document": tokens}
+    score = ends | {"token_perplexity": float(np.exp(np.average(losses, weights=tokens)))}
+    record = metrics(0.0, [], [])
+    record |= {"corpus": record["corpus"] | score, "texts": dict.fromkeys(texts, score), "requested_pct": 20}
+    del record["training"]
+    part = {"reduction_achieved": 0.2, "regularisation": {}, "seconds": 1.0, "peak_rss_bytes": 1}
+    path = folder / "compression" / "SmolLM2-135M" / name / "20" / "metrics.json"
+    run.write_json(path, record | {"compression": part, "healing": None})
+
+
+def test_perplexities_of_a_text_that_may_be_missing(tmp_path):
+    found = [c for c in job_specs.table_spec(config.load(), "claims") if c["name"].startswith("pca-")]
+    claim = next(c for c in found if c["metric"] == "wikitext_token_ppl" and c["scale"].endswith("20 %"))
+    tokens = [10, 20, 30]
+    compressed(tmp_path, "svd-llm", [3.0, 3.2, 3.1], tokens, ["wikitext"])
+    compressed(tmp_path, "matrix-pca", [2.8, 3.1, 3.0], tokens, ["wikitext"])
+    row = report.row(claim, tmp_path)
+    assert row["gain"] == pytest.approx((0.2 * 10 + 0.1 * 20 + 0.1 * 30) / 60) and row["verdict"] == report.HOLDS
+    assert row["error_examples"] > 0
+    compressed(tmp_path, "svd-llm", [3.0, 3.2, 3.1], tokens, [])
+    assert report.row(claim, tmp_path)["verdict"] == report.ABSENT
 
 
 def test_one_seed_takes_its_noise_from_those_that_have_several():

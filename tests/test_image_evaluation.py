@@ -29,6 +29,7 @@ def test_scores_by_hand():
     assert found["per_class"][2] == pytest.approx((guess[labels == 2] == 2).double().mean().item())
     assert found["per_class"][6] is None, "a class without images has no accuracy"
     assert found["images"] == 400
+    assert [digit == "1" for digit in found["correct_by_image"]] == (guess == labels).tolist()
     json.dumps(found, allow_nan=False)
 
 

@@ -8,7 +8,7 @@ decided otherwise. The interval is Student's, of two variances added up:
 - of training again: the residual variance of one training beside its experiment and its seed, pooled over all
   experiments that were trained with the same seeds (what a seed does to all of them alike cancels in a contrast). It is
   taken to be the same for all of them; ``error_own_seeds`` is the contrast's error by its own seeds alone, to compare;
-- of other text: the paired differences of documents, each weighted by its tokens.
+- of other data: the paired differences of held-out documents, each weighted by its tokens, or of test images.
 
 Degrees of freedom are Satterthwaite's. Where neither can be had, nothing is decided. Intervals are each claim's own: of
 twenty, one may well miss.
@@ -26,15 +26,15 @@ from typing import Any
 import pandas as pd
 from scipy import stats
 
-from masa.errors import MasaError
+from masa.report import examples
 from masa.report import metrics as m
 from masa.report.tables import write_files
 
 LEVEL = 0.95
 ROUNDING = 1e-9
 """Standard errors below it are no noise but rounding."""
-LOSS, PERPLEXITY = "validation_loss", "held_out_ppl"
-"""What is known document by document; perplexities are compared by their logarithms, in nats a token."""
+PERPLEXITIES = ("held_out_ppl", "wikitext_token_ppl")
+"""They are compared by their logarithms, in nats a token."""
 HOLDS, FAILS, OPEN, ABSENT = "holds", "does not hold", "not decidable here", "not run here"
 
 
@@ -96,13 +96,17 @@ def of_seeds(values: Mapping[str, Sequence[float]]) -> Variance | None:
     return Variance(rest / freedom, freedom)
 
 
-def of_documents(differences: Sequence[float], tokens: Sequence[int]) -> Variance | None:
-    """Variance of a mean over documents, each weighted by its tokens, of which another sample could have been taken.
+def of_examples(differences: Sequence[float], sizes: Sequence[int]) -> Variance | None:
+    """Variance of a mean over examples of which another sample could have been taken.
 
-    Unbiased where a document's variance falls with its tokens; otherwise right for many documents.
+    Unbiased where an example's variance falls with its size; otherwise right for many examples.
+
+    Args:
+        differences: paired differences of documents or images.
+        sizes: their weights: tokens, or 1 each.
     """
-    total = sum(tokens)
-    weights = [t / total for t in tokens]
+    total = sum(sizes)
+    weights = [size / total for size in sizes]
     if len(differences) < 2 or max(weights) == 1:
         return None
     mean = sum(d * w for d, w in zip(differences, weights, strict=True))
@@ -117,12 +121,14 @@ def row(claim: Mapping[str, Any], results: Path) -> dict[str, Any]:
         return kept | {"verdict": ABSENT}
     loaded = {name: [m.load(results, r) for r in records] for name, records in claim["records"].items()}
     metric = next(x for x in m.METRICS if x.name == claim["metric"])
+    if any(metric.name not in m.flatten(record) for records in loaded.values() for record in records):
+        return kept | {"verdict": ABSENT}  # an optional text that could not be had
     sign = -1.0 if metric.better == "lower" else 1.0
     weights, seeds = claim["weights"], len(next(iter(loaded.values())))
 
     def value(record: Mapping[str, Any]) -> float:
         number = m.flatten(record)[metric.name]
-        return math.log(number) if metric.name == PERPLEXITY else number
+        return math.log(number) if metric.name in PERPLEXITIES else number
 
     gain = sign * sum(weight * statistics.fmean(map(value, loaded[name])) for name, weight in weights.items())
     variances, errors = [], {}
@@ -134,10 +140,10 @@ def row(claim: Mapping[str, Any], results: Path) -> dict[str, Any]:
         factor = sum(weight**2 for weight in weights.values()) / seeds
         variances.append(Variance(noise.value * factor, noise.freedom))
         errors["error_seeds"] = math.sqrt(variances[0].value)
-    documents = _by_document(loaded, weights) if metric.name in (LOSS, PERPLEXITY) else None
-    if documents and (other := of_documents(*documents)) and (variances or not claim["trained"]):
+    paired = _by_example(metric.name, loaded, weights)
+    if paired and (other := of_examples(*paired)) and (variances or not claim["trained"]):
         variances.append(other)
-        errors["error_documents"] = math.sqrt(other.value)
+        errors["error_examples"] = math.sqrt(other.value)
     judged = judge(gain, variances, claim["margin"])
     return (
         kept
@@ -152,24 +158,21 @@ def row(claim: Mapping[str, Any], results: Path) -> dict[str, Any]:
     )
 
 
-def _by_document(
-    loaded: Mapping[str, Sequence[Mapping[str, Any]]], weights: Mapping[str, float]
+def _by_example(
+    metric: str, loaded: Mapping[str, Sequence[Mapping[str, Any]]], weights: Mapping[str, float]
 ) -> tuple[list[float], list[int]] | None:
-    """The contrast of every document, over seeds, in nats a token; and its tokens."""
-    first = next(iter(loaded.values()))[0]
-    tokens = first["corpus"].get("tokens_by_document")
-    if tokens is None:
-        raise MasaError(f"The evaluation of {first['run']} was made before claims were judged; make it anew.")
-    contrast = [0.0] * len(tokens)
+    """The contrast of every example, over seeds; and its weight."""
+    contrast: list[float] = []
+    sizes: list[int] = []
     for name, weight in weights.items():
         for record in loaded[name]:
-            corpus = record["corpus"]
-            losses = corpus.get("loss_by_document") or [
-                nll / count for nll, count in zip(corpus["nll_by_document"], tokens, strict=True)
-            ]
-            for i, loss in enumerate(losses):
-                contrast[i] += weight * loss / len(loaded[name])
-    return contrast, tokens
+            found = examples.scores(metric, record)
+            if found is None:
+                return None
+            contrast, sizes = contrast or [0.0] * len(found[1]), found[1]
+            for i, score in enumerate(found[0]):
+                contrast[i] += weight * score / len(loaded[name])
+    return contrast, sizes
 
 
 def write(claims: Sequence[Mapping[str, Any]], results: Path, folder: Path) -> None:
@@ -178,7 +181,7 @@ def write(claims: Sequence[Mapping[str, Any]], results: Path, folder: Path) -> N
     frame = pd.DataFrame(rows).reindex(
         columns=[
             "claim", "source", "scale", "metric", "contrast", "margin", "seeds", "gain", "low", "high", "verdict",
-            "error_seeds", "error_own_seeds", "error_documents",
+            "error_seeds", "error_own_seeds", "error_examples",
         ]
     )  # fmt: skip
     shown = pd.DataFrame(
@@ -197,8 +200,8 @@ def write(claims: Sequence[Mapping[str, Any]], results: Path, folder: Path) -> N
         "loss it is minus the difference that is written. A claim holds if the whole interval is above minus its "
         "margin, does not hold if all of it is below, and is not decidable otherwise. The interval is of this claim "
         "alone, not of all at once. It covers training again with other seeds (with one seed, by the noise of the "
-        "experiments which have several) and, for losses on text, other documents, taken as independent; not other "
-        "test images, nor, of compressions, other calibration text."
+        "experiments which have several) and other held-out documents or test images, taken as independent; not, of "
+        "compressions, other calibration text."
     )
     write_files(frame, shown, {"name": "claims", "title": "Claims of the paper, judged by one rule"}, folder, note)
 

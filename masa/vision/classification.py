@@ -47,7 +47,8 @@ class Predictions:
 
         Returns:
             ``images``, ``loss``, ``top1`` with its standard error, ``top5``, ``calibration_error`` (expected, 15 bins),
-            ``per_class`` (recall of each class, None where it has no image) and ``confusion``.
+            ``per_class`` (recall of each class, None where it has no image), ``confusion``, and ``correct_by_image``, a
+            character an image, "1" where the prediction is right, for paired comparisons.
         """
         from torchmetrics.functional.classification import multiclass_calibration_error
 
@@ -63,6 +64,7 @@ class Predictions:
             "calibration_error": float(multiclass_calibration_error(self.logits.softmax(1), self.labels, classes)),
             "per_class": [row[i] / sum(row) if sum(row) else None for i, row in enumerate(confusion)],
             "confusion": confusion,
+            "correct_by_image": "".join(str(int(right)) for right in self.logits.argmax(1) == self.labels),
         }
 
 
