@@ -191,7 +191,7 @@ def write(claims: Sequence[Mapping[str, Any]], results: Path, folder: Path) -> N
             "At": frame["scale"],
             "Measured": [f"{c} ({x})" for c, x in zip(frame["contrast"], frame["metric"], strict=True)],
             "Seeds": ["" if pd.isna(n) else f"{n:.0f}" for n in frame["seeds"]],
-            "Gain [95 %]": [_interval(r) for _, r in frame.iterrows()],
+            "Gain [95 %]": [interval(r) for _, r in frame.iterrows()],
             "Verdict": frame["verdict"],
         }
     )
@@ -206,7 +206,8 @@ def write(claims: Sequence[Mapping[str, Any]], results: Path, folder: Path) -> N
     write_files(frame, shown, {"name": "claims", "title": "Claims of the paper, judged by one rule"}, folder, note)
 
 
-def _interval(row: Mapping[str, Any]) -> str:
+def interval(row: Mapping[str, Any]) -> str:
+    """A judged claim's gain, its interval and its margin, as tables print them; empty where it was not run."""
     if pd.isna(row["gain"]):
         return ""
     if pd.isna(row["low"]):
