@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import math
-import os
 import shutil
 from pathlib import Path
 
@@ -231,11 +230,8 @@ def test_perplexity_refuses_what_it_cannot_score():
         perplexity(broken, tokenizer(), TEXT, window=64)
 
 
-def test_wikitext_pages_are_read_from_the_mirror():
-    root = os.environ.get("MASA_MIRROR")
-    if not root:
-        pytest.skip("MASA_MIRROR is not set")
-    pages = read_documents(Path(root) / "lm_eval/wikitext/wikitext-2-raw-v1/test.jsonl")
+def test_wikitext_pages_are_read_from_the_mirror(mirror):
+    pages = read_documents(Path(mirror) / "lm_eval/wikitext/wikitext-2-raw-v1/test.jsonl")
     assert len(pages) == 62 and "Robert Boulter" in pages[0]
 
 
