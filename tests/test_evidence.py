@@ -1,5 +1,6 @@
 """What docs/evidence.md quotes is what the committed tables say, digit for digit."""
 
+import json
 import re
 
 import pandas as pd
@@ -51,3 +52,61 @@ def test_every_committed_training_has_its_recipe_and_provenance():
     assert logs and all(re.fullmatch(r"seed\d", log.parent.name) for log in logs)
     for log in logs:
         assert {path.name for path in log.parent.iterdir()} >= {"manifest.json", "spec.json", "provenance.json"}
+
+
+ATOMS = {
+    f"MASA-{letters}": {s: f"masa-{letters.lower()}" + {"4": ""}.get(s, f"-s{s}") for s in "248"}
+    for letters in ("QKV", "QKVO")
+}
+COEFFICIENTS = {
+    "parameters": "masa-qkvo",
+    "parameters, fixed ‖c‖": "masa-qkvo-fixed-norm",
+    "MLP": "masa-qkvo-mlp",
+    "MLP, fixed ‖c‖": "masa-qkvo-mlp-fixed-norm",
+}
+RATES = {"×0.1": "d48-slow-coefficients", "×1": "d48", "×3": "d48-fast-coefficients"}
+
+
+def losses(table):
+    frame = pd.read_csv(TABLES / f"{table}.csv")
+    return {(r["scale"], r["method"]): f"{r['validation_loss']:.3f}" for _, r in frame.iterrows()}
+
+
+def test_losses_over_atoms_are_those_of_table_2():
+    found, rows = losses("table2"), quoted("atoms")
+    assert [row["atoms"] for row in rows] == list(ATOMS)
+    for row in rows:
+        assert {s: row[f"S = {s}"] for s in "248"} == {s: found["d48", name] for s, name in ATOMS[row["atoms"]].items()}
+
+
+def test_dictionaries_are_those_of_their_table():
+    frame = pd.read_csv(TABLES / "dictionaries.csv")
+    counts, values = (list(row.values())[1:] for row in quoted("dictionaries of MASA-QKV, S = 4"))
+    assert counts == [f"{n:,.0f}" for n in frame["attention_parameters"]]
+    assert values == [f"{loss:.3f}" for loss in frame["validation_loss"]]
+
+
+def test_coefficients_are_those_of_their_tables():
+    found = losses("coefficients") | losses("coefficient_rates")
+    quotes = {
+        (scale, COEFFICIENTS[row["learning rate of coefficients"]]): row[rate]
+        for row in quoted("learning rate of coefficients")
+        for rate, scale in RATES.items()
+        if row[rate]
+    }
+    assert quotes == found
+
+
+def test_losses_over_learning_rates_are_those_of_the_trainings():
+    folders = {rate: f"tuning/{name}/{{}}" for rate, name in {"0.0015": "1.5e-3", "0.003": "3e-3", "0.006": "6e-3"}.items()}
+    scales = {"0.012": "d48-rate-12e-3", "0.024": "d48", "0.048": "d48-rate-48e-3"}
+    folders |= {rate: f"runs/{scale}/{{}}/seed0" for rate, scale in scales.items()}
+    for row in quoted("rate"):
+        method = row.pop("rate").lower()
+        assert row.keys() == folders.keys()
+        for rate, folder in folders.items():
+            manifest = TABLES.parent / folder.format(method) / "manifest.json"
+            assert manifest.exists() == bool(row[rate])
+            if manifest.exists():
+                training = json.loads(manifest.read_text(encoding="utf-8"))["training"]
+                assert row[rate] == f"{training['validation_loss']:.3f}"
