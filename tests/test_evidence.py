@@ -98,7 +98,9 @@ def test_coefficients_are_those_of_their_tables():
 
 
 def test_losses_over_learning_rates_are_those_of_the_trainings():
-    folders = {rate: f"tuning/{name}/{{}}" for rate, name in {"0.0015": "1.5e-3", "0.003": "3e-3", "0.006": "6e-3"}.items()}
+    folders = {
+        rate: f"tuning/{name}/{{}}" for rate, name in {"0.0015": "1.5e-3", "0.003": "3e-3", "0.006": "6e-3"}.items()
+    }
     scales = {"0.012": "d48-rate-12e-3", "0.024": "d48", "0.048": "d48-rate-48e-3"}
     folders |= {rate: f"runs/{scale}/{{}}/seed0" for rate, scale in scales.items()}
     for row in quoted("rate"):
