@@ -15,7 +15,7 @@ from conftest import until
 from PIL import Image
 from projects import BIN, ENVIRONMENT, ROOT
 
-from masa import cli, config
+from masa import cli, config, experiments
 from masa.cost import Plan
 from masa.cost.workflow import jobs as all_jobs
 from masa.report.page import build, curves, graph, tables
@@ -203,6 +203,21 @@ def test_runs_that_the_configuration_does_not_ask_for_are_shown_as_such(smoke, r
     found = Found(smoke, results)
     assert "finished, not of this configuration" in build.page(found)
     assert build.parts(found)["runs"] == {"asked": 10, "done": 3}
+
+
+def test_a_training_of_another_recipe_counts_as_none(smoke, results):
+    spec = experiments.run_spec(smoke, *experiments.parse_run(RUNS[0]))
+    path = results / "runs" / RUNS[0] / "spec.json"
+    path.write_text(json.dumps(spec))
+    assert build.parts(Found(smoke, results))["runs"]["done"] == 3
+    spec["training"]["learning_rate"] *= 2
+    path.write_text(json.dumps(spec))
+    found = Found(smoke, results)
+    assert build.parts(found)["runs"] == {"asked": 10, "done": 2}
+    page = build.page(found)
+    assert "8 training runs are not there yet (1 of them only by another recipe)" in page
+    assert f"<code>{RUNS[0]}</code> (outdated)" in page
+    assert next(v for v in curves.views(found) if v["id"] == RUNS[0])["state"] == "outdated"
 
 
 def rows_of(smoke, results):

@@ -111,7 +111,7 @@ def look(place: Place, now: float) -> Status:
         "pid": holder and holder.pid,
         "evaluated": done and _is_evaluated(place, manifest),
         "configured": place.expected is not None,
-        "outdated": bool(place.expected and spec and _differs(place.expected, spec)),
+        "outdated": bool(place.expected and spec and differs(place.expected, spec)),
     }
     if done:
         return Status(state="done", **common | numbers | _of_manifest(manifest, numbers))
@@ -212,8 +212,12 @@ def _of_manifest(manifest: Mapping[str, Any], numbers: Mapping[str, Any]) -> dic
     return {key: value for key, value in found.items() if key == "unit" or is_number(value)}
 
 
-def _differs(expected: Mapping[str, Any], spec: Mapping[str, Any]) -> bool:
-    """Whether a run was trained as the configuration does not say any more; epochs become steps in training."""
+def differs(expected: Mapping[str, Any], spec: Mapping[str, Any]) -> bool:
+    """Whether a run was trained as the configuration does not say any more; epochs become steps in training.
+
+    Args:
+        expected: what the configuration says; spec: the ``spec.json`` of the training.
+    """
     expected, recipe = json.loads(json.dumps(expected)), spec.get("training")
     if not isinstance(recipe, dict):
         return True

@@ -80,6 +80,7 @@ def parts(found: Found) -> dict[str, Any]:
         "origins": origins.view(found),
         "missing": missing,
         "unfinished": [run for run in own if run.state != "finished"],
+        "outdated": sum(run.state == "outdated" for run in own),
         "all_command": found.command(),
         "page_command": found.command("report"),
         "problems": list(dict.fromkeys(found.problems)),

@@ -33,7 +33,7 @@ def _view(run: Run) -> dict[str, Any]:
         "method": run.label,
         "seed": run.seed,
         "unit": unit,
-        "finished": run.state == "finished",
+        "state": run.state,
         "own": run.own,
         "colour": style["color"],
         "dash": _dash(style["linestyle"]),

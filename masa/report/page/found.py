@@ -11,6 +11,7 @@ from typing import Any
 
 from masa import experiments, run
 from masa.errors import MasaError, is_plain
+from masa.status.runs import differs
 
 SNAKEMAKE = "snakemake --cores all"
 
@@ -21,7 +22,8 @@ class Run:
 
     Attributes:
         id: ``scale/experiment/seedN``; label: the experiment's name in tables.
-        state: "finished", "unfinished" (a log but no result yet) or "missing".
+        state: "finished", "outdated" (finished, but with another recipe than the configuration's), "unfinished" (a log
+            but no result yet) or "missing".
         own: whether the configuration asks for it; others were left by another one, or trained by hand.
         log: records of ``metrics.jsonl``.
     """
@@ -114,6 +116,14 @@ class Found:
         if (folder / "metrics.jsonl").is_file():
             found.log = list(run.read_jsonl(folder / "metrics.jsonl"))
         found.state = "finished" if found.manifest else "unfinished" if found.log else "missing"
+        spec = self.mapping(folder / "spec.json")
+        if (
+            own
+            and found.manifest
+            and spec
+            and differs(experiments.run_spec(self.config, *experiments.parse_run(name)), spec)
+        ):
+            found.state = "outdated"
         return found
 
     def _records(self, pattern: str) -> dict[str, dict[str, Any]]:

@@ -99,7 +99,7 @@
       const label = document.createElement("label");
       const input = Object.assign(document.createElement("input"), { type: "checkbox", checked: !off.has(run.id) });
       input.addEventListener("change", () => { off[input.checked ? "delete" : "add"](run.id); draw(); });
-      const state = run.finished ? "" : " (unfinished)";
+      const state = run.state === "finished" ? "" : ` (${run.state})`;
       label.append(input, swatch(run), ` ${run.method}, ${run.scale}, seed ${run.seed}${state}`);
       const name = Object.assign(document.createElement("th"), { scope: "row" });
       name.append(label);
