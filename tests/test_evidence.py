@@ -7,6 +7,8 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 
+from masa import claims as asked
+from masa import config
 from masa.report import claims
 
 TABLES = ROOT / "results" / "reference" / "evidence" / "tables"
@@ -30,6 +32,22 @@ def test_every_claim_is_quoted_as_it_was_judged():
     judged = [(r["claim"], claims.interval(r).partition(", margin")[0], r["verdict"]) for _, r in frame.iterrows()]
     found = [(row["claim"], row["gain [95 %]"].partition(", margin")[0], row["verdict"]) for row in quoted("claim")]
     assert found == judged
+
+
+def test_claims_follow_from_the_committed_measurements():
+    """Those whose measurements are committed: judged anew they are the rows of the table."""
+    results = TABLES.parent
+    table = pd.read_csv(TABLES / "claims.csv").set_index(["claim", "scale"])
+    judged = 0
+    for claim in asked.spec(config.load([ROOT / "config" / "evidence.yaml"])):
+        if claim["records"] is None or not all((results / file).exists() for file in asked.files([claim])):
+            continue
+        row, said = claims.row(claim, results), table.loc[claim["claim"], claim["scale"]]
+        assert row["verdict"] == said["verdict"]
+        for number in ("gain", "low", "high"):
+            assert row[number] == pytest.approx(said[number], rel=1e-9, abs=1e-12)
+        judged += 1
+    assert judged
 
 
 def test_losses_are_those_of_table_1():
