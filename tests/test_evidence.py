@@ -64,6 +64,17 @@ def test_losses_are_those_of_table_1():
             )
 
 
+def test_accuracies_are_those_of_the_table_of_vision():
+    frame = pd.read_csv(TABLES / "vision.csv").set_index("label")
+    rows = quoted("Vision Transformer")
+    assert sorted(row["Vision Transformer"] for row in rows) == sorted(frame.index)
+    for row in rows:
+        ours = frame.loc[row["Vision Transformer"]]
+        assert row["attention reduction"] == f"{ours['attn_cr_pct']:.1f} %"
+        assert row["top-1"] == f"{ours['top1_pct']:.2f} ± {ours['top1_pct_std']:.2f}"
+        assert row["test loss"] == f"{ours['test_loss']:.4f} ± {ours['test_loss_std']:.4f}"
+
+
 def test_every_committed_training_has_its_recipe_and_provenance():
     folder = TABLES.parent / "runs"
     logs = sorted(folder.rglob("metrics.jsonl"))
