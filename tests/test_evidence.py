@@ -29,8 +29,12 @@ def quoted(first):
 
 def test_every_claim_is_quoted_as_it_was_judged():
     frame = pd.read_csv(TABLES / "claims.csv").dropna(subset=["gain"])
-    judged = [(r["claim"], claims.interval(r).partition(", margin")[0], r["verdict"]) for _, r in frame.iterrows()]
-    found = [(row["claim"], row["gain [95 %]"].partition(", margin")[0], row["verdict"]) for row in quoted("claim")]
+    judged = [
+        (r["claim"], r["scale"].replace("−", "-"), claims.interval(r).partition(", margin")[0], r["verdict"])
+        for _, r in frame.iterrows()
+    ]
+    rows = quoted("claim")
+    found = [(row["claim"], row["at"], row["gain [95 %]"], row["verdict"]) for row in rows]
     assert found == judged
 
 
