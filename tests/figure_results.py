@@ -35,7 +35,9 @@ def write_results(spec, folder, classes=10, texts=("held_out",), examples=16, ti
             run.write_json(out / "metrics.json", metrics)
             if "runs" in row:
                 run.write_json(out / "weights.json", _weights(row, generator))
-                _log(folder / "runs" / row["runs"][seed] / "metrics.jsonl", row, index, seed)
+                trained = folder / "runs" / row["runs"][seed]
+                run.write_json(trained / "manifest.json", {"parameters": metrics["parameters"]})
+                _log(trained / "metrics.jsonl", row, index, seed)
     return folder
 
 

@@ -10,8 +10,9 @@ decided otherwise. The interval is Student's, of two variances added up:
   taken to be the same for all of them; ``error_own_seeds`` is the contrast's error by its own seeds alone, to compare;
 - of other data: the paired differences of held-out documents, each weighted by its tokens, or of test images.
 
-Degrees of freedom are Satterthwaite's. Where neither can be had, nothing is decided. Intervals are each claim's own: of
-twenty, one may well miss.
+Degrees of freedom are Satterthwaite's. Where neither can be had, nothing is decided. Intervals and verdicts are each
+claim's own: of twenty, one may well miss. ``p_holm`` is for those who ask all claims of a table at once (Holm, 1979,
+which needs no independence): below 0.05 the verdict stands even so.
 """
 
 from __future__ import annotations
@@ -35,6 +36,10 @@ ROUNDING = 1e-9
 """Standard errors below it are no noise but rounding."""
 PERPLEXITIES = ("held_out_ppl", "wikitext_token_ppl")
 """They are compared by their logarithms, in nats a token."""
+COLUMNS = [
+    "claim", "source", "scale", "metric", "contrast", "margin", "seeds", "gain", "low", "high", "verdict",
+    "error_seeds", "error_own_seeds", "error_examples", "p", "p_holm",
+]  # fmt: skip
 HOLDS, FAILS, OPEN, ABSENT = "holds", "does not hold", "not decidable here", "not run here"
 
 
@@ -48,12 +53,16 @@ class Variance:
 
 @dataclass(frozen=True)
 class Judged:
-    """An estimate in favour of a claim, its interval, and what follows."""
+    """An estimate in favour of a claim, its interval, what follows, and how likely so large a gain is by chance.
+
+    ``p`` is two-sided, of a gain of minus the margin: below 0.05 if and only if the interval decides.
+    """
 
     gain: float
     low: float | None
     high: float | None
     verdict: str
+    p: float | None = None
 
 
 def judge(gain: float, variances: Sequence[Variance], margin: float) -> Judged:
@@ -70,7 +79,21 @@ def judge(gain: float, variances: Sequence[Variance], margin: float) -> Judged:
     freedom = total**2 / sum(v.value**2 / v.freedom for v in variances)
     half = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * math.sqrt(total)
     low, high = gain - half, gain + half
-    return Judged(gain, low, high, HOLDS if low > -margin else FAILS if high < -margin else OPEN)
+    p = 2 * float(stats.t.sf(abs(gain + margin) / math.sqrt(total), freedom))
+    return Judged(gain, low, high, HOLDS if low > -margin else FAILS if high < -margin else OPEN, p)
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Holm's adjusted p-values, in the order given: all claims whose value is below a level are decided at that level.
+
+    Args:
+        p: p-values of all claims that are asked at once.
+    """
+    adjusted, least = [1.0] * len(p), 0.0
+    for rank, i in enumerate(sorted(range(len(p)), key=p.__getitem__)):
+        least = max(least, min(1.0, (len(p) - rank) * p[i]))
+        adjusted[i] = least
+    return adjusted
 
 
 def of_seeds(values: Mapping[str, Sequence[float]]) -> Variance | None:
@@ -114,10 +137,17 @@ def of_examples(differences: Sequence[float], sizes: Sequence[int]) -> Variance 
     return Variance(spread, 1 / sum(w * w for w in weights) - 1)
 
 
+def missing(claim: Mapping[str, Any], results: Path) -> list[Path]:
+    """The records that judging a claim would read and that are not there."""
+    parts = [claim["records"] or {}, claim["noise"]]
+    records = [results / record / "metrics.json" for part in parts for of_one in part.values() for record in of_one]
+    return [path for path in dict.fromkeys(records) if not path.is_file()]
+
+
 def row(claim: Mapping[str, Any], results: Path) -> dict[str, Any]:
-    """One claim at one scale, judged."""
+    """One claim at one scale, judged; not so if a record of it is missing."""
     kept = {k: claim[k] for k in ("claim", "source", "scale", "metric", "contrast", "margin")}
-    if claim["records"] is None:
+    if claim["records"] is None or missing(claim, results):
         return kept | {"verdict": ABSENT}
     loaded = {name: [m.load(results, r) for r in records] for name, records in claim["records"].items()}
     metric = next(x for x in m.METRICS if x.name == claim["metric"])
@@ -153,6 +183,7 @@ def row(claim: Mapping[str, Any], results: Path) -> dict[str, Any]:
             "low": judged.low,
             "high": judged.high,
             "verdict": judged.verdict,
+            "p": judged.p,
         }
         | errors
     )
@@ -176,14 +207,29 @@ def _by_example(
 
 
 def write(claims: Sequence[Mapping[str, Any]], results: Path, folder: Path) -> None:
-    """``claims.*``: one row a claim and scale (:func:`masa.claims.spec`)."""
+    """``claims.*``: one row a claim and scale (:func:`masa.claims.spec`).
+
+    Raises:
+        MasaError: there are claims to judge, but of none all records are there.
+    """
     rows = [row(claim, results) for claim in claims]
-    frame = pd.DataFrame(rows).reindex(
-        columns=[
-            "claim", "source", "scale", "metric", "contrast", "margin", "seeds", "gain", "low", "high", "verdict",
-            "error_seeds", "error_own_seeds", "error_examples",
-        ]
-    )  # fmt: skip
+    lacking = list(dict.fromkeys(path for claim in claims for path in missing(claim, results)))
+    if lacking and not any("gain" in judged for judged in rows):
+        m.load(results, lacking[0].parent.relative_to(results).as_posix())
+    write_rows(rows, folder, [path.parent.relative_to(results) for path in lacking])
+
+
+def write_rows(rows: Sequence[Mapping[str, Any]], folder: Path, lacking: Sequence[Path] = ()) -> None:
+    """``claims.*`` of rows that are judged already.
+
+    Args:
+        rows: of :func:`row`.
+        folder: where to.
+        lacking: records that were not there, below the results, for the note.
+    """
+    frame = pd.DataFrame(rows).reindex(columns=COLUMNS)
+    asked = frame["p"].notna()
+    frame.loc[asked, "p_holm"] = holm(frame.loc[asked, "p"].tolist())
     shown = pd.DataFrame(
         {
             "Claim": frame["claim"],
@@ -193,6 +239,7 @@ def write(claims: Sequence[Mapping[str, Any]], results: Path, folder: Path) -> N
             "Seeds": ["" if pd.isna(n) else f"{n:.0f}" for n in frame["seeds"]],
             "Gain [95 %]": [interval(r) for _, r in frame.iterrows()],
             "Verdict": frame["verdict"],
+            "p (Holm)": ["" if pd.isna(p) else probability(p) for p in frame["p_holm"]],
         }
     )
     note = (
@@ -201,9 +248,17 @@ def write(claims: Sequence[Mapping[str, Any]], results: Path, folder: Path) -> N
         "margin, does not hold if all of it is below, and is not decidable otherwise. The interval is of this claim "
         "alone, not of all at once. It covers training again with other seeds (with one seed, by the noise of the "
         "experiments which have several) and other held-out documents or test images, taken as independent; not, of "
-        "compressions, other calibration text."
+        "compressions, other calibration text. p (Holm): for all claims of the table at once; below 0.05 the verdict "
+        "stands even so."
     )
+    if lacking:
+        note += f" Not judged for want of {lacking[0]}" + (f" and {len(lacking) - 1} more." if lacking[1:] else ".")
     write_files(frame, shown, {"name": "claims", "title": "Claims of the paper, judged by one rule"}, folder, note)
+
+
+def probability(p: float) -> str:
+    """A p-value as tables print it."""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def interval(row: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from masa import run
 from masa.report import metrics as m
 from masa.report.canvas import Canvas
 from masa.report.claims import Variance, judge, of_seeds
@@ -34,8 +35,8 @@ def gap(spec: Mapping[str, Any], results: Path) -> Figure:
     for axis, (scale, rows) in zip(canvas.axes[:, 0], scales.items(), strict=True):
         logs = {row["experiment"]: [curve(results, run_id, "tokens") for run_id in row["runs"]] for row in rows}
         seen = sorted(set.intersection(*(set(log) for of_one in logs.values() for log in of_one)))
-        parameters = m.flatten(m.load(results, rows[0]["records"][0]))["parameters"]
-        x = np.array(seen) / parameters
+        manifest = run.read_json(m.below(results / "runs", rows[0]["runs"][0]) / "manifest.json", "masa pretrain")
+        x = np.array(seen) / manifest["parameters"]["total"]
         losses = {name: np.array([[log[t] for t in seen] for log in of_one]) for name, of_one in logs.items()}
         chosen = budgets(x)
         half = [_half_interval({name: values[:, i] for name, values in losses.items()}) for i in chosen]
