@@ -3,12 +3,13 @@
 import json
 import re
 
+import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT
 
 from masa import claims as asked
-from masa import config
+from masa import config, run
 from masa.report import claims
 
 TABLES = ROOT / "results" / "reference" / "evidence" / "tables"
@@ -30,11 +31,17 @@ def quoted(first):
 def test_every_claim_is_quoted_as_it_was_judged():
     frame = pd.read_csv(TABLES / "claims.csv").dropna(subset=["gain"])
     judged = [
-        (r["claim"], r["scale"].replace("−", "-"), claims.interval(r).partition(", margin")[0], r["verdict"])
+        (
+            r["claim"],
+            r["scale"].replace("−", "-"),
+            claims.interval(r).partition(", margin")[0],
+            r["verdict"],
+            claims.probability(r["p_holm"]),
+        )
         for _, r in frame.iterrows()
     ]
     rows = quoted("claim")
-    found = [(row["claim"], row["at"], row["gain [95 %]"], row["verdict"]) for row in rows]
+    found = [(row["claim"], row["at"], row["gain [95 %]"], row["verdict"], row["p (Holm)"]) for row in rows]
     assert found == judged
 
 
@@ -48,10 +55,12 @@ def test_claims_follow_from_the_committed_measurements():
             continue
         row, said = claims.row(claim, results), table.loc[claim["claim"], claim["scale"]]
         assert row["verdict"] == said["verdict"]
-        for number in ("gain", "low", "high"):
+        for number in ("gain", "low", "high", "p"):
             assert row[number] == pytest.approx(said[number], rel=1e-9, abs=1e-12)
         judged += 1
     assert judged
+    asked_at_once = table.dropna(subset=["p"])
+    assert asked_at_once["p_holm"].tolist() == pytest.approx(claims.holm(asked_at_once["p"].tolist()))
 
 
 def test_losses_are_those_of_table_1():
@@ -66,6 +75,40 @@ def test_losses_are_those_of_table_1():
             assert float(row["less vanilla's"]) == pytest.approx(
                 ours["validation_loss"] - frame.loc["Vanilla", "validation_loss"], abs=6e-5
             )
+
+
+def curves():
+    """Method -> array (seed, evaluation) of held-out losses; and tokens a parameter of the evaluations."""
+    folder, found = TABLES.parent / "runs" / "d48", {}
+    labels = dict(pd.read_csv(TABLES / "table1.csv")[["label", "method"]].values)
+    for label, name in labels.items():
+        for seed in range(3):
+            logged = run.read_jsonl(folder / name / f"seed{seed}" / "metrics.jsonl")
+            log = {record["tokens"]: record["validation_loss"] for record in logged if "validation_loss" in record}
+            found.setdefault(label, []).append(list(log.values()))
+    parameters = run.read_json(folder / "vanilla" / "seed0" / "manifest.json")["parameters"]["total"]
+    return {label: np.array(of_one) for label, of_one in found.items()}, np.array(list(log)) / parameters
+
+
+def test_gaps_over_tokens_are_those_of_the_logs():
+    losses, budgets = curves()
+    at = {tokens: int(np.abs(budgets - tokens).argmin()) for tokens in (2, 5, 10, 20)}
+
+    def half(values):
+        noise = claims.of_seeds({label: of_one.tolist() for label, of_one in values.items()})
+        return claims.judge(0, [claims.Variance(2 * noise.value / 3, noise.freedom)], 0).high
+
+    change = {label: of_one[:, at[20]] - of_one[:, at[10]] for label, of_one in losses.items()}
+    rows = quoted("tokens a parameter")
+    assert len(rows) == len(losses) - 1
+    for row in rows:
+        gaps = (losses[row["tokens a parameter"]] - losses["Vanilla"]).mean(0)
+        assert {tokens: row[str(tokens)] for tokens in at} == {tokens: f"{gaps[i]:+.3f}" for tokens, i in at.items()}
+        changed = gaps[at[20]] - gaps[at[10]]
+        assert row["change from 10 to 20"] == f"{changed:+.3f} ± {half(change):.3f}"
+    for tokens, i in at.items():
+        error = half({label: of_one[:, i] for label, of_one in losses.items()})
+        assert f"± {error:.3f} at {tokens}" in PAGE
 
 
 def test_accuracies_are_those_of_the_table_of_vision():
