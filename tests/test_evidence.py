@@ -122,6 +122,20 @@ def test_accuracies_are_those_of_the_table_of_vision():
         assert row["test loss"] == f"{ours['test_loss']:.4f} ± {ours['test_loss_std']:.4f}"
 
 
+def test_compressions_are_those_of_table_3():
+    frame = pd.read_csv(TABLES / "table3.csv")
+    rows = {row["compressed by"]: list(row.values())[1:] for row in quoted("compressed by")}
+    assert sorted(rows) == sorted(set(frame["label"])) and len(rows) == 14
+    for (label, percent), of_one in frame.groupby(["label", "requested_pct"]):
+        ours, place = of_one.iloc[0], 1 if percent == 30 else 0
+        for i, column in enumerate(("held_out_ppl", "wikitext_token_ppl")):
+            assert rows[label][2 * i + place] == f"{ours[column]:,.{2 if ours[column] < 1000 else 0}f}"
+        accuracy = f"{ours['avg_available_pct']:.1f}" + (
+            f" ± {ours['avg_available_pct_se']:.1f}" if not percent else ""
+        )
+        assert rows[label][4 + place] == accuracy
+
+
 def test_every_committed_training_has_its_recipe_and_provenance():
     folder = TABLES.parent / "runs"
     logs = sorted(folder.rglob("metrics.jsonl"))
