@@ -96,4 +96,8 @@ def table_spec(c: config.Config, name: str) -> Any:
     Raises:
         MasaError: there is none of this name, or its grid is empty.
     """
-    return OWN_TABLES[name](c) if name in OWN_TABLES else experiments.artefact_spec(c, "tables", name)
+    if name in OWN_TABLES:
+        return OWN_TABLES[name](c)
+    if name not in c["tables"]:
+        raise unknown("Table", name, table_names(c))
+    return experiments.artefact_spec(c, "tables", name)

@@ -189,7 +189,22 @@ def test_the_table(main_claims, tmp_path):
     shown = (tmp_path / "tables" / "claims.md").read_text()
     assert frame["p_holm"].iloc[:3].tolist() == pytest.approx(report.holm(frame["p"].iloc[:3].tolist()))
     assert pd.isna(frame["p_holm"].iloc[3]) and "< 0.001" in shown and "for want of" not in shown
+    assert "$<$ 0.001" in (tmp_path / "tables" / "claims.tex").read_text()
     assert "MASA-QKVO − Sequential (validation_loss)" in shown and "[" in shown and not re.search(r"\bnan\b", shown)
+
+
+def test_a_misspelt_table_is_told_the_tables_that_every_configuration_has():
+    with pytest.raises(MasaError, match="Did you mean 'claims'"):
+        job_specs.table_spec(config.load(), "claimz")
+
+
+def test_a_table_of_which_nothing_can_be_decided(main_claims, tmp_path):
+    simulated(tmp_path, dict.fromkeys(EXPERIMENTS, 0.0), np.random.default_rng(1), seeds=1)
+    claim = main_claims["o-is-harder"]
+    records = {name: of_one[:1] for name, of_one in claim["records"].items()}
+    own_tables.write("claims", [claim | {"records": records, "noise": {}}], tmp_path, tmp_path / "tables")
+    (row,) = pd.read_csv(tmp_path / "tables" / "claims.csv").to_dict("records")
+    assert row["verdict"] == report.OPEN and pd.isna(row["p"]) and pd.isna(row["p_holm"])
 
 
 def test_what_is_missing_is_named_and_the_rest_judged(main_claims, tmp_path):
@@ -199,7 +214,7 @@ def test_what_is_missing_is_named_and_the_rest_judged(main_claims, tmp_path):
     own_tables.write("claims", asked, tmp_path, tmp_path / "tables")
     frame = pd.read_csv(tmp_path / "tables" / "claims.csv")
     assert (frame["verdict"] == report.ABSENT).tolist() == [True, False, False, False]
-    assert "for want of" in (tmp_path / "tables" / "claims.md").read_text()
+    assert "for want of measurements in evaluations/nano/low-rank." in (tmp_path / "tables" / "claims.md").read_text()
     assert report.row(main_claims["o-is-harder"], tmp_path)["verdict"] == report.ABSENT, "its noise is not all there"
     with pytest.raises(MasaError, match=r"nowhere.*metrics\.json does not exist"):
         own_tables.write("claims", asked, tmp_path / "nowhere", tmp_path / "tables")

@@ -273,6 +273,13 @@ def test_the_numbers_drawn_are_those_of_the_files(tmp_path, closing):
     assert np.ptp(bands[3][:, 1]) == pytest.approx(2 * 0.06 / 2**0.5)
 
 
+def test_a_manifest_that_says_no_parameters_is_one_clear_message(tmp_path):
+    spec, results = made("gaps", tmp_path)
+    (results / "runs" / spec["rows"][0]["runs"][0] / "manifest.json").write_text("{}")
+    with pytest.raises(masa.MasaError, match=r"manifest\.json says no `parameters\.total`"):
+        figures.draw(spec, results)
+
+
 def test_gaps_and_their_intervals_are_those_of_the_files(tmp_path, closing):
     """Against least squares with a column for every method and every seed, at the last token."""
     spec, results = made("gaps", tmp_path)

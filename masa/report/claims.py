@@ -216,17 +216,6 @@ def write(claims: Sequence[Mapping[str, Any]], results: Path, folder: Path) -> N
     lacking = list(dict.fromkeys(path for claim in claims for path in missing(claim, results)))
     if lacking and not any("gain" in judged for judged in rows):
         m.load(results, lacking[0].parent.relative_to(results).as_posix())
-    write_rows(rows, folder, [path.parent.relative_to(results) for path in lacking])
-
-
-def write_rows(rows: Sequence[Mapping[str, Any]], folder: Path, lacking: Sequence[Path] = ()) -> None:
-    """``claims.*`` of rows that are judged already.
-
-    Args:
-        rows: of :func:`row`.
-        folder: where to.
-        lacking: records that were not there, below the results, for the note.
-    """
     frame = pd.DataFrame(rows).reindex(columns=COLUMNS)
     asked = frame["p"].notna()
     frame.loc[asked, "p_holm"] = holm(frame.loc[asked, "p"].tolist())
@@ -252,7 +241,8 @@ def write_rows(rows: Sequence[Mapping[str, Any]], folder: Path, lacking: Sequenc
         "stands even so."
     )
     if lacking:
-        note += f" Not judged for want of {lacking[0]}" + (f" and {len(lacking) - 1} more." if lacking[1:] else ".")
+        parts = dict.fromkeys(path.parent.parent.relative_to(results).as_posix() for path in lacking)
+        note += f" Not judged for want of measurements in {', '.join(parts)}."
     write_files(frame, shown, {"name": "claims", "title": "Claims of the paper, judged by one rule"}, folder, note)
 
 

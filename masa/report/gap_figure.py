@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from masa import run
+from masa.errors import MasaError
 from masa.report import metrics as m
 from masa.report.canvas import Canvas
 from masa.report.claims import Variance, judge, of_seeds
@@ -28,6 +29,9 @@ def gap(spec: Mapping[str, Any], results: Path) -> Figure:
 
     Bars at about 1, 2, 5, 10, … tokens a parameter, and at the end: 95 % intervals of the difference, each by itself,
     from the residual variance of all rows over seeds (:func:`masa.report.claims.of_seeds`) and of no other text.
+
+    Raises:
+        MasaError: a log or the first run's manifest is missing or damaged.
     """
     scales = by_scale(spec["rows"])
     canvas = Canvas(TEXT, 2.6 * len(scales), len(scales))
@@ -35,8 +39,7 @@ def gap(spec: Mapping[str, Any], results: Path) -> Figure:
     for axis, (scale, rows) in zip(canvas.axes[:, 0], scales.items(), strict=True):
         logs = {row["experiment"]: [curve(results, run_id, "tokens") for run_id in row["runs"]] for row in rows}
         seen = sorted(set.intersection(*(set(log) for of_one in logs.values() for log in of_one)))
-        manifest = run.read_json(m.below(results / "runs", rows[0]["runs"][0]) / "manifest.json", "masa pretrain")
-        x = np.array(seen) / manifest["parameters"]["total"]
+        x = np.array(seen) / _parameters(m.below(results / "runs", rows[0]["runs"][0]) / "manifest.json")
         losses = {name: np.array([[log[t] for t in seen] for log in of_one]) for name, of_one in logs.items()}
         chosen = budgets(x)
         half = [_half_interval({name: values[:, i] for name, values in losses.items()}) for i in chosen]
@@ -66,6 +69,17 @@ def gap(spec: Mapping[str, Any], results: Path) -> Figure:
         else "One seed; no error bars."
     )
     return canvas.finish(spec["title"], said, at(scales))
+
+
+def _parameters(manifest: Path) -> int:
+    """How many parameters the model of a finished run has."""
+    try:
+        return int(run.read_json(manifest, "masa pretrain")["parameters"]["total"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise MasaError(
+            f"{manifest} says no `parameters.total` ({type(error).__name__}: {error}); delete it and finish the run "
+            "with `masa pretrain`."
+        ) from error
 
 
 def budgets(x: Sequence[float]) -> list[int]:

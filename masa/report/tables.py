@@ -173,6 +173,7 @@ def _latex(shown: pd.DataFrame, title: str, note: str) -> str:
 _LATEX = str.maketrans(
     {c: "\\" + c for c in "&%$#_{}"}
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "‖": r"$\|$"}
+    | {"<": "$<$", ">": "$>$"}
 )
 
 
