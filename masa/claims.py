@@ -120,11 +120,14 @@ def _compressed(config: Config, claim: Config) -> Iterator[dict[str, Any]]:
             }
 
 
+def records(claim: Mapping[str, Any]) -> list[str]:
+    """The directories of metrics files that judging a claim reads, below the results."""
+    return [r for part in ("records", "noise") for of_one in (claim[part] or {}).values() for r in of_one]
+
+
 def files(found: list[dict[str, Any]]) -> list[str]:
     """The files that judging some claims reads, below the results; of compressions their manifests."""
-    records = [r for claim in found for part in ("records", "noise") for rs in (claim[part] or {}).values() for r in rs]
-    evaluations = [f"{record}/metrics.json" for record in records if record.startswith("evaluations/")]
-    compressed = [
-        f"{record.rpartition('/')[0]}/manifest.json" for record in records if record.startswith("compression/")
-    ]
+    read = [record for claim in found for record in records(claim)]
+    evaluations = [f"{record}/metrics.json" for record in read if record.startswith("evaluations/")]
+    compressed = [f"{record.rpartition('/')[0]}/manifest.json" for record in read if record.startswith("compression/")]
     return list(dict.fromkeys(evaluations + compressed))

@@ -98,6 +98,6 @@ def table_spec(c: config.Config, name: str) -> Any:
     """
     if name in OWN_TABLES:
         return OWN_TABLES[name](c)
-    if name not in c["tables"]:
+    if not c["tables"].get(name):
         raise unknown("Table", name, table_names(c))
     return experiments.artefact_spec(c, "tables", name)

@@ -14,6 +14,8 @@ from conftest import ROOT
 from masa import claims as asked
 from masa import config, run
 from masa.report import claims
+from masa.report.curve import curve
+from masa.report.gap_figure import half_interval
 
 TABLES = ROOT / "results" / "reference" / "evidence" / "tables"
 PAGE = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
@@ -96,25 +98,20 @@ def test_losses_are_those_of_table_1():
 
 def curves():
     """Method -> array (seed, evaluation) of held-out losses; and tokens a parameter of the evaluations."""
-    folder, found = TABLES.parent / "runs" / "d48", {}
+    found = {}
     labels = dict(pd.read_csv(TABLES / "table1.csv")[["label", "method"]].values)
     for label, name in labels.items():
         for seed in range(3):
-            logged = run.read_jsonl(folder / name / f"seed{seed}" / "metrics.jsonl")
-            log = {record["tokens"]: record["validation_loss"] for record in logged if "validation_loss" in record}
+            log = curve(TABLES.parent, f"d48/{name}/seed{seed}", "tokens")
             found.setdefault(label, []).append(list(log.values()))
-    parameters = run.read_json(folder / "vanilla" / "seed0" / "manifest.json")["parameters"]["total"]
+    manifest = TABLES.parent / "runs" / "d48" / "vanilla" / "seed0" / "manifest.json"
+    parameters = run.read_json(manifest)["parameters"]["total"]
     return {label: np.array(of_one) for label, of_one in found.items()}, np.array(list(log)) / parameters
 
 
 def test_gaps_over_tokens_are_those_of_the_logs():
     losses, budgets = curves()
     at = {tokens: int(np.abs(budgets - tokens).argmin()) for tokens in (2, 5, 10, 20)}
-
-    def half(values):
-        noise = claims.of_seeds({label: of_one.tolist() for label, of_one in values.items()})
-        return claims.judge(0, [claims.Variance(2 * noise.value / 3, noise.freedom)], 0).high
-
     change = {label: of_one[:, at[20]] - of_one[:, at[10]] for label, of_one in losses.items()}
     rows = quoted("tokens a parameter")
     assert len(rows) == len(losses) - 1
@@ -122,9 +119,9 @@ def test_gaps_over_tokens_are_those_of_the_logs():
         gaps = (losses[row["tokens a parameter"]] - losses["Vanilla"]).mean(0)
         assert {tokens: row[str(tokens)] for tokens in at} == {tokens: f"{gaps[i]:+.3f}" for tokens, i in at.items()}
         changed = gaps[at[20]] - gaps[at[10]]
-        assert row["change from 10 to 20"] == f"{changed:+.3f} ± {half(change):.3f}"
+        assert row["change from 10 to 20"] == f"{changed:+.3f} ± {half_interval(change):.3f}"
     for tokens, i in at.items():
-        error = half({label: of_one[:, i] for label, of_one in losses.items()})
+        error = half_interval({label: of_one[:, i] for label, of_one in losses.items()})
         assert f"± {error:.3f} at {tokens}" in PAGE
 
 

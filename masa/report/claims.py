@@ -27,6 +27,7 @@ from typing import Any
 import pandas as pd
 from scipy import stats
 
+from masa import claims as asked
 from masa.report import examples
 from masa.report import metrics as m
 from masa.report.tables import write_files
@@ -137,11 +138,9 @@ def of_examples(differences: Sequence[float], sizes: Sequence[int]) -> Variance 
     return Variance(spread, 1 / sum(w * w for w in weights) - 1)
 
 
-def missing(claim: Mapping[str, Any], results: Path) -> list[Path]:
+def missing(claim: Mapping[str, Any], results: Path) -> list[str]:
     """The records that judging a claim would read and that are not there."""
-    parts = [claim["records"] or {}, claim["noise"]]
-    records = [results / record / "metrics.json" for part in parts for of_one in part.values() for record in of_one]
-    return [path for path in dict.fromkeys(records) if not path.is_file()]
+    return [record for record in asked.records(claim) if not (results / record / "metrics.json").is_file()]
 
 
 def row(claim: Mapping[str, Any], results: Path) -> dict[str, Any]:
@@ -213,12 +212,12 @@ def write(claims: Sequence[Mapping[str, Any]], results: Path, folder: Path) -> N
         MasaError: there are claims to judge, but of none all records are there.
     """
     rows = [row(claim, results) for claim in claims]
-    lacking = list(dict.fromkeys(path for claim in claims for path in missing(claim, results)))
+    lacking = [record for claim in claims for record in missing(claim, results)]
     if lacking and not any("gain" in judged for judged in rows):
-        m.load(results, lacking[0].parent.relative_to(results).as_posix())
+        m.load(results, lacking[0])  # raises, and says how to mend it
     frame = pd.DataFrame(rows).reindex(columns=COLUMNS)
-    asked = frame["p"].notna()
-    frame.loc[asked, "p_holm"] = holm(frame.loc[asked, "p"].tolist())
+    tested = frame["p"].notna()
+    frame.loc[tested, "p_holm"] = holm(frame.loc[tested, "p"].tolist())
     shown = pd.DataFrame(
         {
             "Claim": frame["claim"],
@@ -241,7 +240,7 @@ def write(claims: Sequence[Mapping[str, Any]], results: Path, folder: Path) -> N
         "stands even so."
     )
     if lacking:
-        parts = dict.fromkeys(path.parent.parent.relative_to(results).as_posix() for path in lacking)
+        parts = dict.fromkeys(record.rpartition("/")[0] for record in lacking)
         note += f" Not judged for want of measurements in {', '.join(parts)}."
     write_files(frame, shown, {"name": "claims", "title": "Claims of the paper, judged by one rule"}, folder, note)
 

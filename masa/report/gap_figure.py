@@ -42,7 +42,7 @@ def gap(spec: Mapping[str, Any], results: Path) -> Figure:
         x = np.array(seen) / _parameters(m.below(results / "runs", rows[0]["runs"][0]) / "manifest.json")
         losses = {name: np.array([[log[t] for t in seen] for log in of_one]) for name, of_one in logs.items()}
         chosen = budgets(x)
-        half = [_half_interval({name: values[:, i] for name, values in losses.items()}) for i in chosen]
+        half = [half_interval({name: values[:, i] for name, values in losses.items()}) for i in chosen]
         axis.axhline(0, **look(rows[0]["experiment"]) | {"marker": ""}, linewidth=0.8)
         ends = [End(x[-1], 0.0, rows[0]["label"], look(rows[0]["experiment"])["color"])]
         for i, row in enumerate(rows[1:]):
@@ -94,7 +94,7 @@ def budgets(x: Sequence[float]) -> list[int]:
     return sorted({i for i in nearest if x[i] < 0.9 * x[-1]} | {len(x) - 1})
 
 
-def _half_interval(values: Mapping[str, Sequence[float]]) -> float | None:
+def half_interval(values: Mapping[str, Sequence[float]]) -> float | None:
     """Half of the interval of the difference of two means; None where no noise over seeds is seen."""
     noise = of_seeds({name: list(of_one) for name, of_one in values.items()})
     if noise is None:
