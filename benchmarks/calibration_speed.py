@@ -15,7 +15,7 @@ from harness import in_turn, parser, save
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from masa.compression import calibrate
-from masa.pretrained import load_pretrained
+from masa.models.pretrained import load_pretrained
 
 SAMPLES, LENGTH = 4, 256
 SHAPE = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152}

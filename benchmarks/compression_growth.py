@@ -46,10 +46,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from masa.compression import calibrate, compress
-from masa.cost import compression as cost
-from masa.cost.sizes import Sizes, of_pretrained
-from masa.cost.transformer import forward
-from masa.pretrained import load_pretrained
+from masa.models.pretrained import load_pretrained
+from masa.study.cost import compression as cost
+from masa.study.cost.sizes import Sizes, of_pretrained
+from masa.study.cost.transformer import forward
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from harness import Row, parser, save
 
-from masa.cost import logs
+from masa.study.cost import logs
 
 TRAINING = "pretrain"
 

@@ -9,8 +9,8 @@ the smallest model needs in the same way: the libraries' own. At the base S cost
 once for all tokens; so S is varied a second time where it counts most, in wider matrices and with few tokens.
 
 A slope is that of least squares through the points on log-log axes. The expected one is the same of the arithmetic of
-masa.cost at the same sizes, nothing of which was fitted to these points: FLOPs, elements and operators, weighed by the
-rates of the plan's standard CPU, and bytes of weights, moments and activations.
+masa.study.cost at the same sizes, nothing of which was fitted to these points: FLOPs, elements and operators, weighed
+by the rates of the plan's standard CPU, and bytes of weights, moments and activations.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ import numpy as np
 import torch
 from harness import Row, Timed, in_turn, parser, peak_bytes, save, slope
 
-from masa import models, trainer
-from masa.cost import transformer
-from masa.cost.devices import DEVICES
-from masa.cost.sizes import Sizes, of_run
-from masa.memory import keep_freed
+from masa.models import language
+from masa.runs.memory import keep_freed
+from masa.study.cost import transformer
+from masa.study.cost.devices import DEVICES
+from masa.study.cost.sizes import Sizes, of_run
+from masa.training import trainer
 
 VOCABULARY, CONTEXT, OF_HEAD = 512, 128, 16
 RECIPE = {"learning_rate": 1e-3, "weight_decay": 0.1, "coefficients_learning_rate_ratio": 1.0}
@@ -80,7 +81,7 @@ class Setting:
     def step(self) -> Callable[[], None]:
         """Build the model; what is returned takes one optimiser step."""
         torch.manual_seed(0)
-        model = models.build(self.spec["model"], self.spec["sharing"], CONTEXT).train()
+        model = language.build(self.spec["model"], self.spec["sharing"], CONTEXT).train()
         optimiser = torch.optim.AdamW(trainer.parameter_groups(model, RECIPE), fused=True)
         ids = torch.randint(0, VOCABULARY, (self.sequences, CONTEXT))
 
@@ -131,7 +132,7 @@ def main() -> int:
     settings = list(dict.fromkeys(setting for sweep in sweeps for setting in sweep.settings))
     # memory first: a process that has trained would hand down memory that it has freed. Without this import, the first
     # use of the model's code would count as well
-    models.build(BASE.spec["model"], BASE.spec["sharing"], CONTEXT)(input_ids=torch.zeros(1, 8, dtype=torch.long))
+    language.build(BASE.spec["model"], BASE.spec["sharing"], CONTEXT)(input_ids=torch.zeros(1, 8, dtype=torch.long))
     least = peak_bytes(LEAST.step) / MIB
     memory = {setting: peak_bytes(setting.step) / MIB - least for setting in settings}
     print(f"the smallest model's {least:.1f} MiB are taken off all memory")

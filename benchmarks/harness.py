@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from masa import memory, run
-from masa.progress import Progress
+from masa.runs import memory, run
+from masa.runs.progress import Progress
 
 OUT = Path("results/benchmarks")
 COLUMNS = ["benchmark", "what", "value", "spread", "unit", "target", "met"]

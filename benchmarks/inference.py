@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 import masa
-from masa import models
+from masa.models import language
 
 SIZES = {"num_layers": 12, "hidden_size": 192, "num_attention_heads": 6, "intermediate_size": 768, "vocab_size": 8000}
 SHARING = {"method": "masa", "projections": "qkvo", "atoms": 4}
@@ -45,9 +45,9 @@ def main() -> int:
     logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    shared = models.build(SIZES, SHARING, prefill).to(device).eval()
+    shared = language.build(SIZES, SHARING, prefill).to(device).eval()
     plain = {
-        "vanilla": models.build(SIZES, {"method": "vanilla"}, prefill).to(device).eval(),
+        "vanilla": language.build(SIZES, {"method": "vanilla"}, prefill).to(device).eval(),
         FOLDED: masa.fold(shared),
         UNFOLDED: shared,
     }

@@ -16,7 +16,7 @@ from harness import Row, in_turn, parser, save
 from torch import Tensor
 from torch.nn.functional import linear
 
-from masa.weight_sources import Atoms
+from masa.sharing.weight_sources import Atoms
 
 LAYERS, WIDTH, ATOMS, PROJECTIONS = 12, 768, 4, "qkvo"
 ROUNDS = {1: 40, 256: 8, 4096: 2}

@@ -36,7 +36,8 @@ from typing import Any
 import numpy as np
 from harness import Row, in_turn, parser, save, status_bytes
 
-from masa import config, documents, text
+from masa.data import documents, tokenize
+from masa.study import config
 
 TIMES = (1, 4, 16)
 """Sizes of the corpora whose memory is compared."""
@@ -58,12 +59,12 @@ def main() -> int:
     os.environ["RAYON_NUM_THREADS"] = str(cores)
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
-        text.make_tokenizer(data, cache, None, folder / "tokenizer")
+        tokenize.make_tokenizer(data, cache, None, folder / "tokenizer")
         texts = list(documents.read(data["corpus"], cache, None, "all"))
         os.environ["TOKENIZERS_PARALLELISM"] = "true"
         rows = memory(texts, unit, folder)
         rows += speed(texts, tokens, rounds, cores, folder)
-    found = {"tokens": tokens, "rounds": rounds, "threads": cores, "batch": text.BATCH, "shard": text.SHARD}
+    found = {"tokens": tokens, "rounds": rounds, "threads": cores, "batch": tokenize.BATCH, "shard": tokenize.SHARD}
     found |= {"memory": {"tokens": [n * unit for n in TIMES], "shuffle_buffer": BUFFER}}
     return save("tokenization", rows, found | {"corpus": data["corpus"], "tokenizer": data["tokenizer"]}, given.out)
 
@@ -106,34 +107,34 @@ def memory(texts: list[str], unit: int, folder: Path) -> list[Row]:
 
 def resident(data: Mapping[str, Any], tokens: int, folder: Path) -> tuple[int, int]:
     """Bytes of resident memory before a call and at its peak (Linux)."""
-    text.load_tokenizer(folder / "tokenizer")
+    tokenize.load_tokenizer(folder / "tokenizer")
     before = status_bytes("VmRSS")
-    text.tokenize(data, folder / "tokenizer", folder, None, tokens, folder / f"memory-{tokens}")
+    tokenize.tokenize(data, folder / "tokenizer", folder, None, tokens, folder / f"memory-{tokens}")
     return before, status_bytes("VmHWM")
 
 
 def speed(texts: list[str], tokens: int, rounds: int, cores: int, folder: Path) -> list[Row]:
     """Tokens/s of every way, and of masa in terms of `tokenizers` alone."""
     data = corpus(texts, tokens, folder / "speed.jsonl", buffer=1000)
-    tokenizer = text.load_tokenizer(folder / "tokenizer")
+    tokenizer = tokenize.load_tokenizer(folder / "tokenizer")
     fast = tokenizer.backend_tokenizer
     stream = documents.read(data["corpus"], folder, None, "train")
     first = list(_of(tokens, stream, tokenizer))
     places = (folder / f"written-{number}" for number in itertools.count())  # every call begins anew
 
     def alone(encode: Callable[..., Any]) -> None:
-        for group in text._batched(first, text.BATCH):
+        for group in tokenize._batched(first, tokenize.BATCH):
             encode(list(group), add_special_tokens=False)
 
     def write() -> None:
         dtype = np.dtype("<u2") if len(tokenizer) <= 2**16 else np.dtype("<u4")
-        text._write_train(iter(first), tokenizer, tokens, dtype, next(places), {}, "these documents")
+        tokenize._write_train(iter(first), tokenizer, tokens, dtype, next(places), {}, "these documents")
 
     ways = {
         "encode_batch": lambda: alone(fast.encode_batch),
         "encode_batch_fast": lambda: alone(fast.encode_batch_fast),
         "writing": write,
-        "whole call": lambda: text.tokenize(data, folder / "tokenizer", folder, None, tokens, next(places)),
+        "whole call": lambda: tokenize.tokenize(data, folder / "tokenizer", folder, None, tokens, next(places)),
     }
     rows = []
     for threads in sorted({1, cores}):
@@ -151,7 +152,7 @@ def speed(texts: list[str], tokens: int, rounds: int, cores: int, folder: Path) 
 
 def _of(tokens: int, stream: Iterator[str], tokenizer: Any) -> Iterator[str]:
     """The documents that make up so many tokens."""
-    for document, ids in text._encode(stream, tokenizer, np.dtype("<u4")):
+    for document, ids in tokenize._encode(stream, tokenizer, np.dtype("<u4")):
         yield document
         tokens -= len(ids)
         if tokens <= 0:

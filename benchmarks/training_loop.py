@@ -2,9 +2,9 @@
 
     python benchmarks/training_loop.py [--quick]
 
-Ours is Hugging Face's Trainer with our callbacks, log and watch (`masa.trainer`). The minimal loop is written here: a
-batch, forward, backward, clipping, AdamW. After every step of ours one step of the minimal loop is made, in the same
-process, so both meet the same machine; evaluation and checkpoints are in neither.
+Ours is Hugging Face's Trainer with our callbacks, log and watch (`masa.training.trainer`). The minimal loop is written
+here: a batch, forward, backward, clipping, AdamW. After every step of ours one step of the minimal loop is made, in the
+same process, so both meet the same machine; evaluation and checkpoints are in neither.
 """
 
 from __future__ import annotations
@@ -22,8 +22,11 @@ from harness import Row, Timed, parser, save
 from torch import nn
 from transformers import TrainerCallback
 
-from masa import config, experiments, models, run, trainer
-from masa.tokens import PackedTokens
+from masa.data.tokens import PackedTokens
+from masa.models import language
+from masa.runs import run
+from masa.study import config, experiments
+from masa.training import trainer
 
 SIZES = {"nano": {}, "wide": {"hidden_size": 144, "intermediate_size": 576}}
 """Changes to the default configuration's model."""
@@ -51,7 +54,7 @@ class Beside(TrainerCallback):
 def minimal(spec: Mapping[str, Any], data: PackedTokens) -> Callable[[], None]:
     """The whole of a loop that trains as ours does, without learning rates that change."""
     recipe, size = spec["training"], spec["training"]["batch_size"]
-    model = models.build(spec["model"], VANILLA, recipe["context"]).train()
+    model = language.build(spec["model"], VANILLA, recipe["context"]).train()
     optimizer = torch.optim.AdamW(trainer.parameter_groups(model, recipe), fused=True)
     parameters = list(model.parameters())
     batches = iter(range(0, len(data), size))
@@ -92,7 +95,7 @@ def measure(size: str, steps: int) -> Row:
         trainer.set_up(spec)
         beside = Beside(minimal(spec, data))
         task = trainer.Task(
-            build=lambda: models.build(spec["model"], VANILLA, recipe["context"]),
+            build=lambda: language.build(spec["model"], VANILLA, recipe["context"]),
             data=data,
             score=lambda model: {"validation_loss": 0.0},
             unit="tokens",

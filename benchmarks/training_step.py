@@ -23,8 +23,10 @@ from harness import Row, in_turn, parser, peak_bytes, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from masa import memory, models, trainer
-from masa.projections import decoder
+from masa.models import language
+from masa.runs import memory
+from masa.sharing.projections import decoder
+from masa.training import trainer
 
 LAYERS, ATOMS, CONTEXT, BATCH, VOCABULARY, HEAD = 12, 4, 256, 16, 2048, 32
 RECIPE = {"learning_rate": 3e-3, "weight_decay": 0.1, "coefficients_learning_rate_ratio": 1.0}
@@ -71,7 +73,7 @@ def build(method: str, width: int, device: torch.device) -> nn.Module:
     sizes = {"num_layers": LAYERS, "hidden_size": width, "intermediate_size": 4 * width, "vocab_size": VOCABULARY}
     torch.manual_seed(0)
     sizes["num_attention_heads"] = width // HEAD
-    return models.build(sizes, METHODS[method], CONTEXT).to(device).train()
+    return language.build(sizes, METHODS[method], CONTEXT).to(device).train()
 
 
 def stepper(

@@ -15,7 +15,7 @@ the smoke configuration, which are really made, of what results/smoke has. Make 
   `masa` adds stands in both, so it is measured beside: the start of `masa --help` less that of Python alone
 * imports: what the Snakefile imports of masa, in a Python that has just started, and which heavy modules come with it
 
-Bytecode, and what masa.fingerprint keeps beside it, is written in a round before that does not count.
+Bytecode, and what masa.runs.fingerprint keeps beside it, is written in a round before that does not count.
 """
 
 from __future__ import annotations

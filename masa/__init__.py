@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from masa.errors import MasaError
-from masa.spec import METHODS, ModelShape, SharingSpec
+from masa.sharing.spec import METHODS, ModelShape, SharingSpec
 
 if TYPE_CHECKING:
-    from masa.checkpoint import load, save
     from masa.compression import calibrate, compress
-    from masa.sharing import ParameterCount, count_parameters, fold, share
+    from masa.sharing.checkpoint import load, save
+    from masa.sharing.share import ParameterCount, count_parameters, fold, share
 
 __version__ = "0.1.0"
 __all__ = [
@@ -29,8 +29,8 @@ __all__ = [
 ]
 
 # torch is imported when one of these is first used: the workflow reads specs without it
-_LAZY = dict.fromkeys(("share", "fold", "count_parameters", "ParameterCount"), "masa.sharing")
-_LAZY |= {"save": "masa.checkpoint", "load": "masa.checkpoint"}
+_LAZY = dict.fromkeys(("share", "fold", "count_parameters", "ParameterCount"), "masa.sharing.share")
+_LAZY |= {"save": "masa.sharing.checkpoint", "load": "masa.sharing.checkpoint"}
 _LAZY |= {"calibrate": "masa.compression", "compress": "masa.compression"}
 
 

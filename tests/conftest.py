@@ -22,7 +22,7 @@ import tqdm
 from filelock import FileLock
 from projects import ROOT, run_smoke
 
-from masa import memory
+from masa.runs import memory
 
 VERB = {"tokens": "pretrain", "images": "train-vit", "boxes": "train-vit"}
 torch.set_num_threads(1)
@@ -193,7 +193,7 @@ def kill_after_checkpoints(work, out, count=2):
 
 def stop_and_resume(pretrain, spec, option, data, folder, lines, number=signal.SIGTERM):
     """Stop ``masa pretrain`` by a signal after some lines of its log; it must go on to the bits of an unstopped run."""
-    from masa import run
+    from masa.runs import run
 
     whole = pretrain(spec, data, folder / "whole")
     out = folder / "cut"
@@ -272,7 +272,7 @@ def smoke_results(request):
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
     """The image directory of scikit-learn's digits: 8 x 8, one channel, ten classes."""
-    from masa.vision import images
+    from masa.data import images
 
     folder = tmp_path_factory.mktemp("images") / "digits"
     images.prepare({"name": "digits"}, folder.parent / "cache", None, folder)
@@ -282,7 +282,8 @@ def digits(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tokens(tmp_path_factory):
     """A token directory with a little structure to learn: vocabulary 64, 20,000 training tokens."""
-    from masa import run, text
+    from masa.data import tokenize
+    from masa.runs import run
 
     folder = tmp_path_factory.mktemp("tokens")
     generator = np.random.default_rng(0)
@@ -291,8 +292,8 @@ def tokens(tmp_path_factory):
         ids = np.cumsum(generator.integers(1, 3, n)) % 64
         return ids.astype("<u2")
 
-    train = text._write_shard(folder / "train-00000.bin", stream(20_000))
-    held_out = text._write_shard(folder / "validation.bin", stream(600))
+    train = tokenize._write_shard(folder / "train-00000.bin", stream(20_000))
+    held_out = tokenize._write_shard(folder / "validation.bin", stream(600))
     run.write_json(
         folder / "manifest.json",
         {

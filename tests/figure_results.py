@@ -3,7 +3,8 @@
 import numpy as np
 from PIL import Image
 
-from masa import config, experiments, run
+from masa.runs import run
+from masa.study import config, experiments
 
 
 def spec_of(name, names=None, overlays=(), **grid):

@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from masa import MasaError, sources
-from masa.vision import box_spec, boxed_images, boxes, coco, pixels, shapes
+from masa import MasaError
+from masa.data import box_spec, boxed_images, boxes, coco, pixels, shapes, sources
+from masa.runs import files
 
 SHAPES = {"name": "shapes", "image_size": 32, "count": 60, "test_count": 12, "max_boxes": 3, "validation_fraction": 0.2}
 
@@ -56,7 +57,7 @@ def test_shapes_come_from_the_seed(tmp_path):
     assert first["splits"]["test"]["images"] == 12
     assert all(min(split["per_class"]) > 0 for split in first["splits"].values())
     assert first["splits"]["train"]["most_boxes"] == 3
-    assert first["splits"]["train"]["sha256"] == sources.sha256_of(tmp_path / "a" / "train.bin")
+    assert first["splits"]["train"]["sha256"] == files.sha256_of(tmp_path / "a" / "train.bin")
     assert not [p for p in (tmp_path / "a").iterdir() if p.is_dir()], "nothing that was drawn is left behind"
 
 
@@ -451,7 +452,7 @@ def test_specs_need_neither_numpy_nor_torch():
     import sys
 
     code = (
-        "import sys; from masa.vision import box_spec, yolos;"
+        "import sys; from masa.data import box_spec; from masa.models import yolos;"
         f"box_spec.resolve({SHAPES!r});"
         "assert not {'torch', 'transformers', 'datasets', 'pandas', 'numpy'} & set(sys.modules)"
     )

@@ -9,10 +9,11 @@ import pytest
 from conftest import ROOT
 from scipy import stats
 
-from masa import claims, config, job_specs, run
 from masa.errors import MasaError
 from masa.report import claims as report
 from masa.report import own_tables
+from masa.runs import run
+from masa.study import claims, config, job_specs
 
 
 def test_residual_variance_is_that_of_least_squares():

@@ -9,7 +9,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-from masa import cli, config
+from masa import cli
+from masa.study import config
 
 VERBS = sorted(
     name

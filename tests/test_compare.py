@@ -11,9 +11,11 @@ import pytest
 from conftest import ROOT
 from test_training import spec_of
 
-from masa import cli, run, training
+from masa import cli
 from masa.errors import MasaError
-from masa.report import compare, compare_figure, compare_text, run_sources
+from masa.report import compare, compare_figure, compare_text, runs
+from masa.runs import run
+from masa.training import language
 
 METHODS = ("vanilla", "masa")
 
@@ -23,19 +25,19 @@ def results(tokens, digits, tmp_path_factory):
     """Two methods with two seeds each, a Vision Transformer, evaluations of the language models, two compressions."""
     from test_image_training import spec_of as image_spec
 
-    from masa.vision import image_training
+    from masa.training import images
 
     folder = tmp_path_factory.mktemp("results")
     for method in METHODS:
         for seed in (0, 1):
             spec = spec_of(method, seed, steps=40)
-            manifest = training.pretrain(spec, tokens, folder / "runs" / spec["run"])
+            manifest = language.pretrain(spec, tokens, folder / "runs" / spec["run"])
             loss = manifest["training"]["validation_loss"]
             scores = {"corpus": {"loss": loss, "word_perplexity": 9.0 + seed, "byte_perplexity": 2.0}}
             scores |= {k: manifest[k] for k in ("run", "parameters", "training")}
             scores["provenance"] = {"inputs": {"run": manifest["identity"]}}
             run.write_json(folder / "evaluations" / spec["run"] / "metrics.json", scores)
-    image_training.pretrain(image_spec("vanilla"), digits, folder / "runs" / "digits" / "vanilla" / "seed0")
+    images.pretrain(image_spec("vanilla"), digits, folder / "runs" / "digits" / "vanilla" / "seed0")
     for percent, ppl in ((20, 30.0), (30, 35.0)):
         report = {"method": "svd", "options": {"ranks": "uniform"}, "projections": "qkvo", "seconds": 1.5}
         report |= {"reduction_achieved": percent / 100, "regularisation": {}, "peak_rss_bytes": 2**30}
@@ -48,7 +50,7 @@ def results(tokens, digits, tmp_path_factory):
 
 
 def found(results, *words):
-    return compare.compare(run_sources.find(words, results))
+    return compare.compare(runs.find(words, results))
 
 
 def frame(results, name):

@@ -10,10 +10,10 @@ from compression_models import LAYERS, tiny_llama, tokens, weight
 
 import masa
 from masa.compression import calibrate, compress
-from masa.compression.alignment import AlignedProblem, Transform, align, mean_cosine, transforms_of
 from masa.compression.base import Problem
+from masa.compression.methods.alignment import AlignedProblem, Transform, align, mean_cosine, transforms_of
 from masa.errors import MasaError
-from masa.projections import family_of, model_shape
+from masa.sharing.projections import family_of, model_shape
 
 HEADS, GROUPS, SIZE = 6, 2, 8
 WHOLE = {"rule": "fixed", "size": LAYERS}

@@ -10,7 +10,7 @@ import torch
 from compression_models import LAYERS, VOCABULARY, WIDTH, projection_inputs, statistics, tiny_llama, tokens, weight
 
 from masa.compression import Calibration, calibrate, compress
-from masa.compression.statistics import model_sha256, tokens_sha256
+from masa.compression.calibration.statistics import model_sha256, tokens_sha256
 from masa.errors import MasaError
 
 

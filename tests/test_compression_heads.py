@@ -37,7 +37,7 @@ def test_shared_heads_are_copies_of_an_earlier_layer_that_keeps_its_own():
 
 
 def test_chains_of_shared_heads_end_at_a_root():
-    from masa.compression.head_sharing import Match, roots
+    from masa.compression.methods.head_sharing import Match, roots
 
     found = roots([Match((3, 0), (2, 1), 0.9), Match((2, 1), (1, 0), 0.8), Match((1, 1), (0, 0), 0.7)])
     assert found == {(3, 0): (1, 0), (2, 1): (1, 0), (1, 1): (0, 0)}

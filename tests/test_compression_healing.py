@@ -11,7 +11,7 @@ from compression_models import statistics, tiny_llama, tokens
 
 import masa
 from masa.compression import compress, heal
-from masa.compression.training import batches, cosine
+from masa.compression.healing.training import batches, cosine
 from masa.errors import MasaError
 
 SETTINGS = {"steps": 30, "batch_size": 4, "length": 12, "lr": 4e-3}

@@ -7,10 +7,10 @@ import itertools
 import pytest
 import torch
 
-from masa.compression.algebra import cholesky, refit, truncation
-from masa.compression.grouping import fixed, greedy, make_groups, optimal, top_k
-from masa.compression.matrix_pca import matrix_pca
-from masa.compression.ranks import GlobalRanks, RoleRanks, UniformRanks, make_ranks, stored
+from masa.compression.allocation.grouping import fixed, greedy, make_groups, optimal, top_k
+from masa.compression.allocation.ranks import GlobalRanks, RoleRanks, UniformRanks, make_ranks, stored
+from masa.compression.methods.algebra import cholesky, refit, truncation
+from masa.compression.methods.matrix_pca import matrix_pca
 from masa.errors import MasaError
 
 

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 import masa
 from masa import cli, count_parameters, load
 from masa.compression import perplexity, run_calibrate, run_compress
-from masa.compression.texts import draw_tokens, read_documents
+from masa.compression.calibration.texts import draw_tokens, read_documents
 from masa.errors import MasaError
-from masa.pretrained import convert_gguf, load_pretrained
+from masa.models.pretrained import convert_gguf, load_pretrained
 
 WORDS = [f"w{i}" for i in range(VOCABULARY - 3)]
 TEXT = [" ".join(WORDS[(7 * i * i + j) % len(WORDS)] for i in range(60)) for j in range(12)]

@@ -10,14 +10,14 @@ from compression_models import LAYERS, tiny_llama, tokens
 
 import masa
 from masa.compression import calibrate, compress, make_compressor
-from masa.compression.algebra import refit
 from masa.compression.base import Problem
-from masa.compression.calibration import BlockStream, GramHooks
-from masa.compression.low_rank import factorise
-from masa.compression.statistics import INPUT_OF
-from masa.compression.update import sequential_update
+from masa.compression.calibration.calibrate import BlockStream, GramHooks
+from masa.compression.calibration.statistics import INPUT_OF
+from masa.compression.methods.algebra import refit
+from masa.compression.methods.low_rank import factorise
+from masa.compression.methods.update import sequential_update
 from masa.errors import MasaError
-from masa.projections import family_of, model_shape
+from masa.sharing.projections import family_of, model_shape
 
 
 def problem_and_factors(projections: str):

@@ -15,14 +15,17 @@ from test_compression_pretrained import TEXT, tokenizer
 from transformers import AutoModelForCausalLM
 
 import masa
-from masa import cli, config, excerpts, experiments, run
-from masa.compression import COMPRESSORS, plan, run_calibrate
+from masa import cli
+from masa.compression import COMPRESSORS, run_calibrate
 from masa.compression.names import METHODS
 from masa.compression.scoring import perplexity
 from masa.compression.sweep import sweep
+from masa.data import excerpts
 from masa.errors import MasaError
-from masa.pretrained import fetch, load_pretrained
+from masa.models.pretrained import fetch, load_pretrained
 from masa.report import compression_tables, figures, tables
+from masa.runs import run
+from masa.study import compressions, config, experiments
 
 MODEL = "SmolLM2-135M"
 NAMES = ["original", "svd-llm", "matrix-pca", "svd-global"]
@@ -49,9 +52,9 @@ def test_runs_and_rows_of_the_configuration():
         "attn_cr_pct": 20.0,
         "method": "svd-llm",
     }
-    spec = plan.run_spec(merged, MODEL, "svd-llm")
+    spec = compressions.run_spec(merged, MODEL, "svd-llm")
     assert spec["reductions"] == [10, 20, 30, 40, 50] and spec["tasks_at"] == [20, 30]
-    assert plan.run_spec(merged, MODEL, "original")["reductions"] == [0]
+    assert compressions.run_spec(merged, MODEL, "original")["reductions"] == [0]
     assert f"{MODEL}/svd-llm" not in experiments.all_runs(merged), "no language model is trained for it"
 
 
@@ -220,7 +223,7 @@ def swept(tmp_path_factory):
 def spec_of(name, **changes):
     merged = config.load()
     merged["grids"]["compression"]["reductions"] = merged["grids"]["compression_sweep"]["reductions"] = [20, 40]
-    spec = plan.run_spec(merged, MODEL, name)
+    spec = compressions.run_spec(merged, MODEL, name)
     return spec | {"evaluation": spec["evaluation"] | {"window": 32, "dtype": "float32"}} | changes
 
 
@@ -281,7 +284,7 @@ def test_what_a_configuration_may_say_of_healing_are_its_arguments():
     from masa.compression import heal
 
     known = set(inspect.signature(heal).parameters) - {"model", "tokens", "teacher", "progress"}
-    assert set(plan.HEAL) == known
+    assert set(compressions.HEAL) == known
 
 
 def test_a_kept_model_loads_and_a_healed_one_is_marked(swept):

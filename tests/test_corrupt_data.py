@@ -24,10 +24,13 @@ from test_text import corpus, read
 from test_training import spec_of
 
 import masa
-from masa import benchmarks, cli, documents, run, sources, text, training
+from masa import cli
 from masa.compression import Calibration
-from masa.pretrained import load_pretrained
-from masa.vision import boxed_images, boxes, image_training, images, pixels
+from masa.data import benchmarks, boxed_images, boxes, documents, images, pixels, sources, tokenize
+from masa.models.pretrained import load_pretrained
+from masa.runs import run
+from masa.training import images as image_training
+from masa.training import language
 
 
 def flip(path, at, bit=1):
@@ -337,16 +340,16 @@ def test_a_token_file_with_other_bytes_is_noticed_before_training(name, tokens, 
     folder = copy_of(tokens, tmp_path / "tokens")
     flip(folder / name, 101)
     with pytest.raises(masa.MasaError, match=rf"{name} is corrupt: sha256 .* make it anew with `masa tokenize`"):
-        training.pretrain(spec_of(steps=2), folder, tmp_path / "run")
+        language.pretrain(spec_of(steps=2), folder, tmp_path / "run")
     assert not (tmp_path / "run" / "manifest.json").exists()
     shutil.copy(tokens / name, folder / name)
-    assert training.pretrain(spec_of(steps=2), folder, tmp_path / "run")
+    assert language.pretrain(spec_of(steps=2), folder, tmp_path / "run")
 
 
 def test_above_a_gibibyte_sizes_alone_are_checked_and_this_is_said(tokens, tmp_path, monkeypatch, capsys):
     folder = copy_of(tokens, tmp_path / "tokens")
     monkeypatch.setattr(sources, "VERIFIED", 1000)
-    training.pretrain(spec_of(steps=2), folder, tmp_path / "run")
+    language.pretrain(spec_of(steps=2), folder, tmp_path / "run")
     assert "checked by size alone" in capsys.readouterr().err
 
 
@@ -355,16 +358,16 @@ def test_a_damaged_manifest_of_tokens(content, tokens, tmp_path):
     folder = copy_of(tokens, tmp_path / "tokens")
     (folder / "manifest.json").write_text(content)
     with pytest.raises(masa.MasaError, match=r"tokens/manifest\.json .*`masa tokenize`"):
-        training.pretrain(spec_of(steps=2), folder, tmp_path / "run")
+        language.pretrain(spec_of(steps=2), folder, tmp_path / "run")
 
 
 def test_a_shard_that_was_damaged_while_tokenizing_stood_still(tmp_path, monkeypatch):
     path = tmp_path / "docs.jsonl"
     path.write_text("".join(json.dumps({"content": f"document {i} of some words"}) + "\n" for i in range(400)))
     data = {"corpus": corpus(path), "tokenizer": {"source": "train", "vocab_size": 280, "training_bytes": 5000}}
-    text.make_tokenizer(data, None, None, tmp_path / "tok")
-    monkeypatch.setattr(text, "SHARD", 700)
-    wanted = text.tokenize(data, tmp_path / "tok", None, None, 2000, tmp_path / "tokens")
+    tokenize.make_tokenizer(data, None, None, tmp_path / "tok")
+    monkeypatch.setattr(tokenize, "SHARD", 700)
+    wanted = tokenize.tokenize(data, tmp_path / "tok", None, None, 2000, tmp_path / "tokens")
     shards = wanted["train"]["shards"]
     for damage in ("bytes", "state"):
         (tmp_path / "tokens" / "manifest.json").unlink()
@@ -374,14 +377,14 @@ def test_a_shard_that_was_damaged_while_tokenizing_stood_still(tmp_path, monkeyp
             flip(tmp_path / "tokens" / "train-00000.bin", 7)
         else:
             (tmp_path / "tokens" / "state.json").write_text('{"shards": 3')
-        assert text.tokenize(data, tmp_path / "tok", None, None, 2000, tmp_path / "tokens") == wanted
+        assert tokenize.tokenize(data, tmp_path / "tok", None, None, 2000, tmp_path / "tokens") == wanted
 
 
 def test_a_damaged_tokenizer(tmp_path):
     tokenizer().save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "model": 3}')
     with pytest.raises(masa.MasaError, match=r"tokenizer\.json .*make it anew with `masa tokenizer`"):
-        text.load_tokenizer(tmp_path)
+        tokenize.load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["train.bin", "train-labels.bin", "validation.bin"])
@@ -433,7 +436,7 @@ def test_damaged_calibration_statistics(tmp_path):
         with pytest.raises(masa.MasaError, match=r"calibration\.json is not a calibration.*`masa calibrate`"):
             Calibration.load(folder)
     (tmp_path / "s" / "tokens.safetensors").write_bytes(b"oops")
-    from masa.compression.texts import load_tokens
+    from masa.compression.calibration.texts import load_tokens
 
     with pytest.raises(masa.MasaError, match=r"tokens\.safetensors is corrupt.*`masa calibrate`"):
         load_tokens(tmp_path / "s")
@@ -453,9 +456,9 @@ def test_a_damaged_evaluation_that_a_table_reads(content, tmp_path, capsys):
 
 
 def test_a_model_that_changed_since_its_run_was_finished(tokens, tmp_path):
-    from masa import analysis
+    from masa.evaluation import analysis
 
-    manifest = training.pretrain(spec_of(steps=2), tokens, tmp_path / "run")
+    manifest = language.pretrain(spec_of(steps=2), tokens, tmp_path / "run")
     analysis.folded_run(tmp_path / "run", manifest, tmp_path / "out")
     flip(tmp_path / "run" / "model" / "model.safetensors", -3)
     with pytest.raises(masa.MasaError, match=r"model\.safetensors is corrupt: sha256 .*`masa pretrain`"):

@@ -12,8 +12,9 @@ from conftest import ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
 import masa
-from masa import accounting, config, experiments, models
-from masa.cost import (
+from masa.models import language
+from masa.study import accounting, config, experiments
+from masa.study.cost import (
     DEVICES,
     Job,
     Plan,
@@ -27,9 +28,9 @@ from masa.cost import (
     schedule,
     transformer,
 )
-from masa.cost.jobs import PROCESS
-from masa.cost.sizes import of_pretrained, of_run
-from masa.cost.workflow import jobs
+from masa.study.cost.jobs import PROCESS
+from masa.study.cost.sizes import of_pretrained, of_run
+from masa.study.cost.workflow import jobs
 
 
 def merged(*overlays):
@@ -82,7 +83,7 @@ def test_parameters_of_pretrained_models_are_those_of_llama():
 @pytest.mark.parametrize("method", ["vanilla", "masa"])
 def test_flops_are_those_that_are_counted(method):
     spec = small(method)
-    model = models.build(spec["model"], spec["sharing"], 32).train()
+    model = language.build(spec["model"], spec["sharing"], 32).train()
     model.set_attn_implementation("eager")  # the counter does not know the fused kernel of a CPU
     ids = torch.randint(0, 256, (2, 32))
     with FlopCounterMode(display=False) as counter:
@@ -125,7 +126,7 @@ def test_more_of_anything_costs_more():
 def test_peak_memory_of_a_training_process():
     spec = small(context=256, batch=16, hidden_size=256, intermediate_size=1024, vocab_size=8000)
     code = f"""
-import resource, torch, masa.training
+import resource, torch, masa.training.language
 from masa import models
 torch.set_num_threads(1)
 spec = {spec!r}
@@ -342,7 +343,7 @@ def test_logs_are_where_the_workflow_puts_them():
 
 def test_the_plan_needs_neither_torch_nor_numpy():
     code = (
-        "import sys; from masa import config; from masa.cost import Plan, report, resources, workflow;"
+        "import sys; from masa import config; from masa.study.cost import Plan, report, resources, workflow;"
         "c = config.load();"
         "resources(c, 'pretrain', 'nano/vanilla/seed0'); workflow.jobs(Plan(c));"
         "assert not {'torch', 'transformers', 'numpy', 'pandas', 'scipy'} & set(sys.modules)"

@@ -12,10 +12,15 @@ from conftest import stop_and_resume
 from PIL import Image
 
 import masa
-from masa import run, trainer
-from masa.projections import SharedLinear, blocks, decoder, family_of
-from masa.vision import boxed_images, boxes, detection_evaluation, detection_training, detections, detector, yolos
-from masa.vision.detections import Detections, detect
+from masa.data import boxed_images, boxes
+from masa.evaluation import detection as detection_evaluation
+from masa.evaluation import detections
+from masa.evaluation.detections import Detections, detect
+from masa.models import detector, yolos
+from masa.runs import run
+from masa.sharing.projections import SharedLinear, blocks, decoder, family_of
+from masa.training import detection as detection_training
+from masa.training import trainer
 
 MODEL = {
     "family": "yolos",

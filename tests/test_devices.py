@@ -12,7 +12,8 @@ from conftest import ROOT
 from test_training import spec_of, start
 
 import masa
-from masa import devices, launch, run
+from masa.runs import devices, run
+from masa.training import launch
 
 JOB = """
 import sys, time

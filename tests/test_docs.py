@@ -18,8 +18,8 @@ from conftest import ROOT
 
 import masa
 import masa.compression
-from masa import config, experiments, job_specs
 from masa.cli import make_parser
+from masa.study import config, experiments, job_specs
 
 DOCS = ROOT / "docs"
 PAGES = sorted(p for p in DOCS.rglob("*.md") if "notebooks" not in p.relative_to(DOCS).parts)
@@ -261,7 +261,7 @@ def _yaml_after(page, word):
 
 
 def test_a_data_set_as_the_page_on_images_describes_it(tmp_path, monkeypatch):
-    from masa.vision import image_sets
+    from masa.data import image_sets
 
     page = DOCS / "howto" / "images.md"
     entry = eval("{" + _yaml_after(page, "ImageDataset(") + "}", {"ImageDataset": image_sets.ImageDataset})
@@ -274,8 +274,8 @@ def test_a_data_set_as_the_page_on_images_describes_it(tmp_path, monkeypatch):
 
 def test_a_method_as_its_page_describes_it_is_planned(tmp_path, monkeypatch):
     """The cost model plans a method that it does not count, as the workflow asks while it is read."""
-    from masa import spec
-    from masa.cost import resources
+    from masa.sharing import spec
+    from masa.study.cost import resources
 
     page = DOCS / "howto" / "method.md"
     monkeypatch.setitem(spec.METHODS, "scaled", spec.METHODS["sequential"])

@@ -6,7 +6,8 @@ import pytest
 from conftest import language_model
 
 import masa
-from masa import analysis, benchmarks, evaluation, text
+from masa.data import benchmarks, tokenize
+from masa.evaluation import analysis, language
 
 SETTINGS = {"limit": 3, "limit_per_task": {"mmlu": 1}, "max_length": 512, "batch_size": 4}
 
@@ -26,7 +27,7 @@ def tokenizer(tmp_path_factory, prepared):
     )
     corpus = {"source": f"file:{words}", "reader": "json", "validation_fraction": 0.1, "shuffle_buffer": 10}
     data = {"corpus": corpus, "tokenizer": {"source": "train", "vocab_size": 290, "training_bytes": 10000}}
-    text.make_tokenizer(data, None, None, folder)
+    tokenize.make_tokenizer(data, None, None, folder)
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder)
@@ -62,7 +63,7 @@ def test_harness_scores_equal_log_likelihoods_by_hand(prepared, tokenizer):
 
     model = language_model(vocab_size=len(tokenizer), eos_token_id=0).eval()
     tasks = {t: prepared[t] for t in ("piqa", "lambada_openai")}
-    raw = evaluation.harness(model, tokenizer, tasks, SETTINGS, "cpu")
+    raw = language.harness(model, tokenizer, tasks, SETTINGS, "cpu")
     assert raw["examples"] == {"piqa": 3, "lambada_openai": 3}
     assert raw["n-shot"]["piqa"] == 0
 
@@ -86,14 +87,14 @@ def test_a_window_shorter_than_an_answer_is_an_error_that_says_what_to_set(prepa
     model = language_model(vocab_size=len(tokenizer), eos_token_id=0).eval()
     said = r"max_length = 4 is too small: .* has (\d+) tokens\. Set it to \1 or more"
     with pytest.raises(masa.MasaError, match=said):
-        evaluation.harness(model, tokenizer, {"piqa": prepared["piqa"]}, SETTINGS | {"max_length": 4}, "cpu")
+        language.harness(model, tokenizer, {"piqa": prepared["piqa"]}, SETTINGS | {"max_length": 4}, "cpu")
 
 
 def test_all_nine_tasks_from_the_mirror(mirror, tokenizer, tmp_path):
     tasks = benchmarks.prepare(list(benchmarks.BENCHMARKS), ["mirror"], None, mirror, tmp_path)
     model = language_model(vocab_size=len(tokenizer), eos_token_id=0)
     limits = SETTINGS | {"limit": 1, "max_length": 2048}
-    raw = evaluation.harness(model.eval(), tokenizer, tasks, limits, "cpu")
+    raw = language.harness(model.eval(), tokenizer, tasks, limits, "cpu")
     assert set(raw["examples"]) >= set(benchmarks.BENCHMARKS)
     assert raw["examples"]["mmlu"] == 57
     assert raw["results"]["wikitext"]["word_perplexity,none"] > 1

@@ -13,9 +13,11 @@ from conftest import ROOT, until
 from test_status import RUN, lines, long_spec, start
 from test_training import spec_of
 
-from masa import cli, run, training
+from masa import cli
 from masa.errors import MasaError
-from masa.status.tail import Growing
+from masa.runs import run
+from masa.study.status.tail import Growing
+from masa.training import language
 
 pytest.importorskip("tensorboard", reason="the extra `tensorboard` is not installed")
 
@@ -60,11 +62,11 @@ def results(tokens, digits, tmp_path_factory):
     """A language model and a Vision Transformer that are done."""
     from test_image_training import spec_of as image_spec
 
-    from masa.vision import image_training
+    from masa.training import images
 
     folder = tmp_path_factory.mktemp("results")
-    training.pretrain(spec_of(steps=40), tokens, folder / "runs" / RUN)
-    image_training.pretrain(image_spec("vanilla"), digits, folder / "runs" / "digits" / "vanilla" / "seed0")
+    language.pretrain(spec_of(steps=40), tokens, folder / "runs" / RUN)
+    images.pretrain(image_spec("vanilla"), digits, folder / "runs" / "digits" / "vanilla" / "seed0")
     return folder
 
 

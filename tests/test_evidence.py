@@ -11,11 +11,12 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 
-from masa import claims as asked
-from masa import config, run
 from masa.report import claims
 from masa.report.curve import curve
 from masa.report.gap_figure import half_interval
+from masa.runs import run
+from masa.study import claims as asked
+from masa.study import config
 
 TABLES = ROOT / "results" / "reference" / "evidence" / "tables"
 PAGE = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")

@@ -18,11 +18,16 @@ from test_detection import spec_of as detector_spec
 from test_image_training import spec_of as image_spec
 
 import masa
-from masa import cli, evaluation, run, sources, text, training
+from masa import cli
+from masa.data import tokenize
+from masa.data.tokens import PackedTokens
 from masa.errors import MasaError
+from masa.evaluation import language as evaluation
 from masa.export import Options, card, export, gguf
-from masa.tokens import PackedTokens
-from masa.vision import detection_training, image_training
+from masa.runs import files, run
+from masa.training import detection
+from masa.training import images as image_training
+from masa.training import language as training
 
 WITHOUT_MASA = """
 import sys
@@ -69,8 +74,8 @@ def results(tmp_path_factory):
     corpus = {"source": f"file:{words}", "reader": "json", "column": "text", "validation_fraction": 0.1}
     corpus |= {"shuffle_buffer": 100, "validation_tokens": 600, "sha256": None}
     data = {"corpus": corpus, "tokenizer": {"source": "train", "vocab_size": 512, "training_bytes": None}}
-    text.make_tokenizer(data, None, None, folder / "data/tokenizer")
-    text.tokenize(data, folder / "data/tokenizer", None, None, 80_000, folder / "data/tokens/tiny")
+    tokenize.make_tokenizer(data, None, None, folder / "data/tokenizer")
+    tokenize.tokenize(data, folder / "data/tokenizer", None, None, 80_000, folder / "data/tokens/tiny")
     for sharing, steps in (({"method": "masa", "projections": "qkvo"}, RECIPE["steps"]), ({"method": "vanilla"}, 10)):
         spec = {
             "run": f"tiny/{sharing['method']}/seed0",
@@ -157,7 +162,7 @@ def test_the_tokenizer_is_the_runs(results, plain):
         "eos_token_id": 0,
         "verified": True,
     }
-    assert sources.sha256_of(out / "tokenizer.json") == kept
+    assert files.sha256_of(out / "tokenizer.json") == kept
 
 
 def test_the_card_says_what_the_files_say(results, plain):
@@ -212,7 +217,7 @@ def test_the_account_has_every_file(plain):
     there = {p.name for p in out.iterdir()} - {"export.json"}
     assert there == set(account["files"])
     for name, record in account["files"].items():
-        assert sources.sha256_of(out / name) == record["sha256"]
+        assert files.sha256_of(out / name) == record["sha256"]
         assert (out / name).stat().st_size == record["bytes"]
 
 
@@ -263,7 +268,7 @@ with torch.no_grad():
 
 def test_a_detector_with_its_processor(drawn, tmp_path):
     results = tmp_path / "results"
-    detection_training.pretrain(detector_spec(steps=2), drawn, results / "runs/shapes/masa/seed0")
+    detection.pretrain(detector_spec(steps=2), drawn, results / "runs/shapes/masa/seed0")
     with pytest.raises(MasaError, match=r"--data DIR \(what `masa boxes` wrote\)"):
         export("shapes/masa/seed0", tmp_path / "out", results=results)
     assert not (tmp_path / "out").exists()
@@ -420,7 +425,7 @@ def test_llama_cpp_says_the_same_greedy_tokens(model, results, compressed, tmp_p
     assert account["gguf"]["converter"] == gguf.PACKAGE
     assert account["gguf"]["sha256"] == gguf.SHA256
     assert account["gguf"]["architecture"] == model
-    assert account["gguf"]["pre_tokenizer"] == "gpt-2", "what masa.text trains"
+    assert account["gguf"]["pre_tokenizer"] == "gpt-2", "what masa.data.tokenize trains"
     assert account["check"]["texts"] == len(llama_cpp.TEXTS) + len(llama_cpp.PROMPTS)
     assert account["check"]["tokens"] >= 3 * 32
     assert account["check"]["largest_logprob_difference"] < 5e-3

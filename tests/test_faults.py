@@ -18,8 +18,10 @@ from test_image_training import spec_of as image_spec
 from test_training import spec_of
 
 import masa
-from masa import cli, faults, run, sources, trainer, training
-from masa.watch import Watch
+from masa import cli
+from masa.runs import faults, files, run
+from masa.training import language, trainer
+from masa.training.watch import Watch
 
 
 @pytest.fixture
@@ -65,7 +67,7 @@ def temporary_files(folder):
 def test_a_disk_that_fills_up_in_training(size, disk, tokens, tmp_path, capfd):
     """Sizes at which different files of a checkpoint, or the third checkpoint, do not fit any more."""
     spec = spec_of(steps=12, checkpoint_minutes=1e-6)
-    whole = training.pretrain(spec, tokens, tmp_path / "whole")
+    whole = language.pretrain(spec, tokens, tmp_path / "whole")
     remount(disk, f"size={size}")
     out = disk / "run"
     capfd.readouterr()
@@ -92,7 +94,7 @@ def test_a_disk_that_fills_up_in_training(size, disk, tokens, tmp_path, capfd):
 def test_a_disk_that_is_full_when_only_the_log_is_written(disk, tokens, tmp_path, capfd):
     """Without checkpoints; and --log is on the full disk, too."""
     spec = spec_of(steps=100)
-    whole = training.pretrain(spec, tokens, tmp_path / "whole")
+    whole = language.pretrain(spec, tokens, tmp_path / "whole")
     out, log = disk / "run", disk / "log.txt"
     log.touch()
     filler = fill(disk, but=24 * 1024)
@@ -116,7 +118,7 @@ def test_a_disk_that_is_full_when_only_the_log_is_written(disk, tokens, tmp_path
 def test_a_disk_that_is_full_at_the_end(disk, tokens, tmp_path, capfd):
     """The model does not fit: its parts, the manifest above all, are not there until it does."""
     spec = spec_of(steps=4)
-    whole = training.pretrain(spec, tokens, tmp_path / "whole")
+    whole = language.pretrain(spec, tokens, tmp_path / "whole")
     out = disk / "run"
     filler = fill(disk, but=64 * 1024)
     capfd.readouterr()
@@ -196,16 +198,16 @@ def test_every_library_that_writes_is_understood(kind, disk):
             "text": lambda: path.write_text("x" * 10**7),
         }[kind]()
 
-    with pytest.raises(faults.CannotWrite) as raised, sources.whole_file(disk / "file") as path:
+    with pytest.raises(faults.CannotWrite) as raised, files.whole_file(disk / "file") as path:
         write(path)
     assert raised.value.number == errno.ENOSPC
     assert not list(disk.iterdir())
 
 
 def test_an_error_that_is_not_of_the_disk_is_left_alone(tmp_path):
-    with pytest.raises(RuntimeError, match="mat1"), sources.whole_file(tmp_path / "file"):
+    with pytest.raises(RuntimeError, match="mat1"), files.whole_file(tmp_path / "file"):
         torch.zeros(2, 3) @ torch.zeros(2, 3)
-    with pytest.raises(FileNotFoundError), sources.whole_file(tmp_path / "file"):
+    with pytest.raises(FileNotFoundError), files.whole_file(tmp_path / "file"):
         (tmp_path / "input").read_text()
 
 
@@ -214,7 +216,7 @@ def test_an_error_that_is_not_of_the_disk_is_left_alone(tmp_path):
 
 def test_read_only_results(disk, tokens, tmp_path, capfd):
     spec = spec_of(steps=4)
-    whole = training.pretrain(spec, tokens, tmp_path / "whole")
+    whole = language.pretrain(spec, tokens, tmp_path / "whole")
     remount(disk, "ro")
     capfd.readouterr()
     assert pretrain(spec, tokens, disk / "run") == 2
@@ -280,7 +282,7 @@ def test_a_huge_learning_rate_names_the_step_and_the_blocks_and_keeps_the_good_c
     assert "Traceback" not in said
     step = int(said.split("step ")[1].split(",")[0])
     first = (step - 1) * 4
-    order = training.PackedTokens(tokens, 32, 240, 0).order
+    order = language.PackedTokens(tokens, 32, 240, 0).order
     blocks = ", ".join(f"{b} (train-00000.bin, tokens {32 * b} to {32 * b + 31})" for b in order[first : first + 4])
     assert f"items {first} to {first + 3}: blocks {blocks}" in said
     for folder in out.glob("checkpoints/checkpoint-*"):
@@ -347,7 +349,7 @@ def test_no_checkpoint_of_numbers_that_are_not_finite(fault, at_once, tokens, tm
     monkeypatch.setattr(Watch, "__init__", lambda self, *a: made(self, *a, at_once=at_once))
     spec = spec_of("vanilla", checkpoint_minutes=1e-7)
     with pytest.raises(masa.MasaError) as raised:
-        training.pretrain(spec, tokens, tmp_path / "run")
+        language.pretrain(spec, tokens, tmp_path / "run")
     said = str(raised.value)
     assert "step 6, whose batch is items 20 to 23: blocks " in said
     expected = {"gradient": "the gradient norm is inf", "optimiser": "the optimiser's exp_avg_sq of model."}
@@ -355,8 +357,8 @@ def test_no_checkpoint_of_numbers_that_are_not_finite(fault, at_once, tokens, tm
     assert whole_checkpoints(tmp_path / "run") == [4, 5]
     assert all(all_finite(folder) for folder in (tmp_path / "run" / "checkpoints").glob("checkpoint-*"))
     monkeypatch.undo()
-    again = training.pretrain(spec, tokens, tmp_path / "run")
-    assert again["sha256"] == training.pretrain(spec, tokens, tmp_path / "whole")["sha256"]
+    again = language.pretrain(spec, tokens, tmp_path / "run")
+    assert again["sha256"] == language.pretrain(spec, tokens, tmp_path / "whole")["sha256"]
 
 
 def test_a_step_that_was_bad_long_ago_is_named_by_a_watch_that_looks_late():

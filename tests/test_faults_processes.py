@@ -18,8 +18,9 @@ from test_image_training import spec_of as image_spec
 from test_training import losses, spec_of
 
 import masa
-from masa import cli, resuming, run, training
-from masa.vision import image_training
+from masa import cli
+from masa.runs import run
+from masa.training import images, language, resuming
 
 
 def command(spec, data, out, option="tokens", *more):
@@ -52,8 +53,8 @@ def test_a_killed_data_loader_worker(workers, digits, tmp_path):
     assert "memory ran out. Lower training.workers" in process.said
     assert f"to go on from step {whole_checkpoints(out)[-1]}." in process.said
     assert "Traceback" not in process.said
-    again = image_training.pretrain(spec, digits, out)
-    whole = image_training.pretrain(image_spec(steps=150, workers=0, **EVERYTHING), digits, tmp_path / "whole")
+    again = images.pretrain(spec, digits, out)
+    whole = images.pretrain(image_spec(steps=150, workers=0, **EVERYTHING), digits, tmp_path / "whole")
     assert again["sha256"] == whole["sha256"], "neither the kill nor the number of workers changes a bit"
 
 
@@ -95,7 +96,7 @@ def test_out_of_memory_after_a_checkpoint_is_gone_on_from(tokens, tmp_path):
     """The limit comes in mid-training, as when another process takes the memory."""
     spec = spec_of(context=256, batch_size=32, micro_batch_size=32, steps=2, checkpoint_minutes=1e-6)
     spec["model"] |= {"intermediate_size": 1088}  # activations of 36 MB, more than malloc ever keeps for later
-    whole = training.pretrain(spec, tokens, tmp_path / "whole")
+    whole = language.pretrain(spec, tokens, tmp_path / "whole")
     out = tmp_path / "cut"
     process = Forked(lambda: cli.main(command(spec, tokens, out)), tmp_path / "said.txt")
     until(lambda: whole_checkpoints(out), process=process)
@@ -105,7 +106,7 @@ def test_out_of_memory_after_a_checkpoint_is_gone_on_from(tokens, tmp_path):
     assert "ran out of memory while" in process.said
     assert f"The same command will go on from step {whole_checkpoints(out)[-1]}" in process.said
     assert "Traceback" not in process.said
-    assert training.pretrain(spec, tokens, out)["sha256"] == whole["sha256"]
+    assert language.pretrain(spec, tokens, out)["sha256"] == whole["sha256"]
 
 
 # ----------------------------------------------------------------------------------------------------------- clocks
@@ -131,7 +132,7 @@ def test_a_clock_that_jumps_by_days(fake_clock, tokens, tmp_path):
     assert time.time() - behind > 9 * 86400, "the clock is really another"
     file.write_text("+0")
     spec = long_run(checkpoint_minutes=0.1 / 60)
-    whole = training.pretrain(spec, tokens, tmp_path / "whole")
+    whole = language.pretrain(spec, tokens, tmp_path / "whole")
     out = tmp_path / "run"
     code = "import sys; from masa import cli, progress, run_log\n"
     code += "run_log.Progress = lambda *a: progress.Progress(*a, every=0.05)\n"  # more lines to look at
@@ -166,9 +167,9 @@ def test_a_clock_that_jumps_by_days(fake_clock, tokens, tmp_path):
 def test_checkpoints_are_newest_by_their_step_after_the_clock_went_back(tokens, tmp_path):
     """Those on disk are from the future: they are gone on from, and not kept instead of newer ones."""
     spec = long_run(checkpoint_minutes=1e-4)
-    whole = training.pretrain(spec, tokens, tmp_path / "whole")
+    whole = language.pretrain(spec, tokens, tmp_path / "whole")
     out = tmp_path / "cut"
-    kill_after_checkpoints(lambda: training.pretrain(spec, tokens, out), out)
+    kill_after_checkpoints(lambda: language.pretrain(spec, tokens, out), out)
     old = whole_checkpoints(out)
     for days, step in zip((20, 10), old[-2:], strict=True):  # the older one seems to be the newest
         when = time.time() + days * 86400
@@ -181,7 +182,7 @@ def test_checkpoints_are_newest_by_their_step_after_the_clock_went_back(tokens, 
     assert process.wait() == 75
     kept = whole_checkpoints(out)
     assert len(kept) == 2 and all(resuming._damage(out / "checkpoints" / f"checkpoint-{step}") is None for step in kept)
-    assert training.pretrain(spec, tokens, out)["sha256"] == whole["sha256"]
+    assert language.pretrain(spec, tokens, out)["sha256"] == whole["sha256"]
 
 
 # ---------------------------------------------------------------------------------------- two processes on one run
@@ -216,7 +217,7 @@ def test_an_orphan_is_waited_for_and_its_run_taken_over_whole(tokens, tmp_path):
     assert "150/150 steps" not in second.said, "nothing was trained again"
     assert "150/150 steps" in (tmp_path / "orphan.txt").read_text()
     assert list(losses(out)) == list(range(1, 151))
-    whole = training.pretrain(spec, tokens, tmp_path / "whole")
+    whole = language.pretrain(spec, tokens, tmp_path / "whole")
     assert run.read_json(out / "manifest.json")["sha256"] == whole["sha256"]
 
 
@@ -229,7 +230,7 @@ def test_an_orphan_that_dies_while_it_is_waited_for_is_taken_over_from(tokens, t
     assert second.wait() == 0, second.said
     assert "150/150 steps" in second.said
     assert list(losses(out)) == list(range(1, 151))
-    whole = training.pretrain(spec, tokens, tmp_path / "whole")
+    whole = language.pretrain(spec, tokens, tmp_path / "whole")
     assert run.read_json(out / "manifest.json")["sha256"] == whole["sha256"]
 
 
@@ -251,11 +252,11 @@ def test_waiting_can_be_interrupted(number, tokens, tmp_path):
         second.send(number)
         assert second.wait() == 75
     assert f"stopped by {number.name} while waiting for {tmp_path / 'run'}, which process {os.getpid()}" in second.said
-    assert training.pretrain(spec_of(steps=3), tokens, tmp_path / "run")["training"]["steps"] == 3
+    assert language.pretrain(spec_of(steps=3), tokens, tmp_path / "run")["training"]["steps"] == 3
 
 
 def test_waiting_says_so_again_and_again_and_notices_that_the_directory_was_removed(tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr("masa.hold.SAY", 0.3)
+    monkeypatch.setattr("masa.runs.hold.SAY", 0.3)
     out = tmp_path / "run"
 
     def hold():
@@ -324,8 +325,8 @@ HARMS = (cut_short, bytes_that_are_no_text, stray_files, spec_corrupt, manifest_
 @pytest.mark.parametrize("harm", [*HARMS, complete_corrupt, identity_corrupt], ids=lambda harm: harm.__name__)
 def test_the_next_call_mends_damaged_files(harm, tokens, tmp_path):
     spec, out = spec_of(steps=40, checkpoint_minutes=1e-4), tmp_path / "cut"
-    whole = training.pretrain(spec, tokens, tmp_path / "whole")
-    kill_after_checkpoints(lambda: training.pretrain(spec, tokens, out), out)
+    whole = language.pretrain(spec, tokens, tmp_path / "whole")
+    kill_after_checkpoints(lambda: language.pretrain(spec, tokens, out), out)
     harm(out)
     assert cli.main(command(spec, tokens, out)) == 0
     assert run.read_json(out / "manifest.json")["sha256"] == whole["sha256"]
@@ -337,15 +338,15 @@ def test_the_next_call_mends_damaged_files(harm, tokens, tmp_path):
 
 def test_a_kill_before_the_first_checkpoint_logs_no_step_twice(tokens, tmp_path):
     spec, out = long_run(), tmp_path / "cut"
-    process = Forked(lambda: training.pretrain(spec, tokens, out) and None, tmp_path / "said.txt")
+    process = Forked(lambda: language.pretrain(spec, tokens, out) and None, tmp_path / "said.txt")
     until(lambda: lines(out) > 3, process=process)
     process.send(signal.SIGKILL)
     process.wait()
-    training.pretrain(spec, tokens, out)
+    language.pretrain(spec, tokens, out)
     steps = [r["step"] for r in run.read_jsonl(out / "metrics.jsonl") if "loss" in r]
     assert steps == list(range(1, 151))
 
 
 def test_a_second_process_is_still_told_by_the_library(tokens, tmp_path):
     with run.exclusive(tmp_path), pytest.raises(masa.MasaError, match="since 20"):
-        training.pretrain(spec_of(), tokens, Path(tmp_path))
+        language.pretrain(spec_of(), tokens, Path(tmp_path))

@@ -14,8 +14,9 @@ from PIL import Image
 from scipy import stats
 
 import masa
-from masa import config, run
 from masa.report import canvas, figures, gap_figure, labels, style
+from masa.runs import run
+from masa.study import config
 
 PAPER, EVIDENCE = ["config/paper.yaml"], ["config/evidence.yaml"]
 ANIMALS = ["airplane", "automobile", "bird", "European fire salamander, Salamandra", "deer", "dog", "frog", "horse"]

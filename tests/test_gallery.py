@@ -6,8 +6,8 @@ import shutil
 from conftest import ROOT
 from PIL import Image
 
-from masa import config, experiments
 from masa.report import gallery
+from masa.study import config, experiments
 
 
 def test_every_table_and_figure_has_a_caption_which_reruns_no_training():

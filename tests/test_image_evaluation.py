@@ -9,9 +9,12 @@ from PIL import Image
 from test_image_training import spec_of
 
 import masa
-from masa import cli, run
-from masa.vision import image_evaluation, image_training, images, pixels
-from masa.vision.classification import Predictions, predict
+from masa import cli
+from masa.data import images, pixels
+from masa.evaluation import images as image_evaluation
+from masa.evaluation.classification import Predictions, predict
+from masa.runs import run
+from masa.training import images as image_training
 
 
 def test_scores_by_hand():

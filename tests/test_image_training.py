@@ -9,9 +9,11 @@ from conftest import kill_again_and_again, stop_and_resume
 from test_vision import SIZES
 
 import masa
-from masa import run, trainer
-from masa.vision import image_training, pixels, timm_vit, vit
-from masa.vision.classification import predict
+from masa.data import pixels
+from masa.evaluation.classification import predict
+from masa.models import timm_vit, vit
+from masa.runs import run
+from masa.training import images, trainer
 
 MODEL = SIZES | {"hidden_size": 32, "intermediate_size": 32}
 
@@ -36,7 +38,7 @@ EVERYTHING = {
 
 
 def test_a_run_learns_and_stores_everything(digits, tmp_path):
-    result = image_training.pretrain(spec_of(steps=90, evaluations=3, batch_size=32), digits, tmp_path)
+    result = images.pretrain(spec_of(steps=90, evaluations=3, batch_size=32), digits, tmp_path)
     log = list(run.read_jsonl(tmp_path / "metrics.jsonl"))
     held_out = [r for r in log if "validation_loss" in r]
     assert [r["images"] for r in held_out] == [30 * 32, 60 * 32, 90 * 32]
@@ -61,9 +63,9 @@ def test_a_run_learns_and_stores_everything(digits, tmp_path):
 
 @pytest.mark.parametrize("method", ["masa", "vanilla"])
 def test_the_same_run_gives_the_same_bits(method, digits, tmp_path):
-    first = image_training.pretrain(spec_of(method, **EVERYTHING), digits, tmp_path / "a")
-    second = image_training.pretrain(spec_of(method, **EVERYTHING), digits, tmp_path / "b")
-    other = image_training.pretrain(spec_of(method, seed=1, **EVERYTHING), digits, tmp_path / "c")
+    first = images.pretrain(spec_of(method, **EVERYTHING), digits, tmp_path / "a")
+    second = images.pretrain(spec_of(method, **EVERYTHING), digits, tmp_path / "b")
+    other = images.pretrain(spec_of(method, seed=1, **EVERYTHING), digits, tmp_path / "c")
     assert first["sha256"] == second["sha256"]
     assert other["sha256"] != first["sha256"]
 
@@ -81,7 +83,7 @@ def test_all_methods_see_the_same_images_and_start_from_the_same_common_weights(
             return step(self, model, inputs, *rest, **more)
 
         monkeypatch.setattr(trainer.Trainer, "training_step", look)
-        image_training.pretrain(spec_of(method, steps=2, **EVERYTHING), digits, tmp_path / method)
+        images.pretrain(spec_of(method, steps=2, **EVERYTHING), digits, tmp_path / method)
         monkeypatch.setattr(trainer.Trainer, "training_step", step)
         seen[method] = batches, start
     batches, start = seen.pop("vanilla")
@@ -92,15 +94,15 @@ def test_all_methods_see_the_same_images_and_start_from_the_same_common_weights(
 
 
 def test_gradient_accumulation_is_the_same_step(digits, tmp_path):
-    whole = image_training.pretrain(spec_of(steps=4), digits, tmp_path / "a")["training"]["validation_loss"]
-    parts = image_training.pretrain(spec_of(steps=4, micro_batch_size=4), digits, tmp_path / "b")["training"]
+    whole = images.pretrain(spec_of(steps=4), digits, tmp_path / "a")["training"]["validation_loss"]
+    parts = images.pretrain(spec_of(steps=4, micro_batch_size=4), digits, tmp_path / "b")["training"]
     assert parts["validation_loss"] == pytest.approx(whole, rel=1e-5)
 
 
 def test_the_loss_is_smoothed_cross_entropy(digits):
     model = timm_vit.build(MODEL, {"method": "vanilla"})
     x, y = next(pixels.ImageSplit(digits, "train").batches(6))
-    trained = image_training.ImageTrainer.__new__(image_training.ImageTrainer)
+    trained = images.ImageTrainer.__new__(images.ImageTrainer)
     trained.label_smoothing = 0.2
     logp = model(x).logits.log_softmax(1)
     expected = -(0.8 * logp[torch.arange(6), y] + 0.2 * logp.mean(1)).mean()
@@ -124,13 +126,13 @@ def test_who_decays():
 def test_epochs_are_steps(digits, tmp_path):
     spec = spec_of(batch_size=200, epochs=1.5)
     spec["training"].pop("steps")
-    result = image_training.pretrain(spec, digits, tmp_path)
+    result = images.pretrain(spec, digits, tmp_path)
     assert result["training"]["steps"] == -(-1206 * 3 // 400)
 
 
 def test_the_average_is_what_is_scored_and_stored(digits, tmp_path):
-    plain = image_training.pretrain(spec_of(steps=20), digits, tmp_path / "a")
-    averaged = image_training.pretrain(spec_of(steps=20, ema_decay=0.9), digits, tmp_path / "b")
+    plain = images.pretrain(spec_of(steps=20), digits, tmp_path / "a")
+    averaged = images.pretrain(spec_of(steps=20, ema_decay=0.9), digits, tmp_path / "b")
     assert plain["training"]["validation_loss"] != averaged["training"]["validation_loss"]
     found = predict(masa.load(tmp_path / "b" / "model"), pixels.ImageSplit(digits, "validation"))
     assert found.loss == pytest.approx(averaged["training"]["validation_loss"], rel=1e-5)
@@ -139,16 +141,16 @@ def test_the_average_is_what_is_scored_and_stored(digits, tmp_path):
 def test_a_run_stopped_by_a_signal_goes_on_to_the_same_bits(digits, tmp_path):
     """With dropout of whole blocks, augmentation, mixup and an average: everything that draws or remembers."""
     spec = spec_of(steps=60, model={"drop_path_rate": 0.2, "drop_rate": 0.1}, **EVERYTHING)
-    stop_and_resume(image_training.pretrain, spec, "images", digits, tmp_path, lines=15, number=signal.SIGUSR1)
+    stop_and_resume(images.pretrain, spec, "images", digits, tmp_path, lines=15, number=signal.SIGUSR1)
 
 
 def test_twenty_kills_at_random_moments_change_no_bit(digits, tmp_path):
     """SIGKILL with everything that draws or remembers, in a run that saves after every step."""
     spec = spec_of(steps=150, checkpoint_minutes=1e-5, model={"drop_path_rate": 0.2, "drop_rate": 0.1}, **EVERYTHING)
-    whole = image_training.pretrain(spec, digits, tmp_path / "whole")
+    whole = images.pretrain(spec, digits, tmp_path / "whole")
     out = tmp_path / "cut"
-    assert kill_again_and_again(lambda: image_training.pretrain(spec, digits, out), out, 20) == 20
-    assert image_training.pretrain(spec, digits, out)["sha256"] == whole["sha256"]
+    assert kill_again_and_again(lambda: images.pretrain(spec, digits, out), out, 20) == 20
+    assert images.pretrain(spec, digits, out)["sha256"] == whole["sha256"]
 
 
 @pytest.mark.parametrize(
@@ -170,7 +172,7 @@ def test_twenty_kills_at_random_moments_change_no_bit(digits, tmp_path):
 )
 def test_bad_specs_stop_before_training(model, recipe, message, digits, tmp_path):
     with pytest.raises(masa.MasaError, match=message):
-        image_training.pretrain(spec_of(model=model, **recipe), digits, tmp_path / "run")
+        images.pretrain(spec_of(model=model, **recipe), digits, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -181,17 +183,17 @@ def test_bad_sharing_stops_before_training(digits, tmp_path):
         ({"method": "sequential", "sets": 4}, "sets = 4 does not divide L = 6"),
     ):
         with pytest.raises(masa.MasaError, match=message):
-            image_training.pretrain(spec_of(sharing), digits, tmp_path / "run")
+            images.pretrain(spec_of(sharing), digits, tmp_path / "run")
 
 
 def test_images_that_are_none(tmp_path):
     (tmp_path / "manifest.json").write_text('{"train": 3}')
     with pytest.raises(masa.MasaError, match="not one of images"):
-        image_training.pretrain(spec_of(), tmp_path, tmp_path / "run")
+        images.pretrain(spec_of(), tmp_path, tmp_path / "run")
 
 
 def test_exploding_loss_stops_and_names_the_step(digits, tmp_path):
     with pytest.raises(masa.MasaError, match=r"digits/vanilla/seed0: the loss is \w+ at step \d+"):
-        image_training.pretrain(
+        images.pretrain(
             spec_of("vanilla", learning_rate=1e30, max_grad_norm=1e30, warmup_fraction=0.0), digits, tmp_path
         )

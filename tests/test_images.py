@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from masa import MasaError, sources
-from masa.vision import images, pixels
+from masa import MasaError
+from masa.data import images, pixels, sources
+from masa.runs import files
 
 NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
@@ -91,7 +92,7 @@ def test_parquet_keeps_pixels_labels_and_names(cifar, tmp_path):
     assert [x.tobytes() for x, _ in everything(tmp_path / "out", "test")] == [x.tobytes() for x in test]
     assert manifest["train_images_also_in_test"] == 2
     assert manifest["splits"]["test"]["per_class"] == [2, 2] + [1] * 8
-    assert manifest["splits"]["train"]["sha256"] == sources.sha256_of(tmp_path / "out" / "train.bin")
+    assert manifest["splits"]["train"]["sha256"] == files.sha256_of(tmp_path / "out" / "train.bin")
     assert manifest["files"].keys() == {f"plain_text/{s}-00000-of-00001.parquet" for s in ("train", "test")}
 
 

@@ -8,7 +8,8 @@ import sys
 import pytest
 import yaml
 
-from masa import benchmarks, evaluation
+from masa.data import benchmarks
+from masa.evaluation import language
 from masa.export import export
 
 SETTINGS = {"limit": 12, "limit_per_task": {}, "max_length": 1024, "batch_size": 8}
@@ -46,12 +47,12 @@ def test_the_same_numbers_to_the_last_digit(source, smoke_results, cache, tmp_pa
     names = ["piqa", "arc_easy", "sciq", "lambada_openai", *(["wikitext"] if mirror else [])]
     records = benchmarks.prepare(names, [source], cache, mirror, tmp_path / "benchmarks")
     run, data = smoke_results / "runs" / RUN, smoke_results / "data"
-    ours = evaluation.evaluate(run, data / "tokens/smoke", data / "tokenizer", records, SETTINGS, tmp_path / "ours")
+    ours = language.evaluate(run, data / "tokens/smoke", data / "tokenizer", records, SETTINGS, tmp_path / "ours")
     export(run, tmp_path / "exported")
     theirs = by_the_command_line(tmp_path / "exported", definitions(records, tmp_path / "tasks"), tmp_path / "theirs")
     compared = 0
     for task in names:
-        scores = evaluation.scores(theirs[f"{task}_here"])
+        scores = language.scores(theirs[f"{task}_here"])
         for metric, value in ours["tasks"][task].items():
             if isinstance(value, float) and not metric.endswith("_stderr"):
                 assert scores[metric] == value, f"{task}: {metric}"

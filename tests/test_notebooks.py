@@ -11,9 +11,9 @@ import PIL.Image
 import pytest
 from projects import BIN, ROOT
 
-from masa import experiments
 from masa.errors import MasaError
 from masa.report import notebooks
+from masa.study import experiments
 
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 READ_RESULTS = ("01_idea", "04_results")

@@ -15,12 +15,13 @@ from conftest import until
 from PIL import Image
 from projects import BIN, ENVIRONMENT, ROOT
 
-from masa import cli, config, experiments
-from masa.cost import Plan
-from masa.cost.workflow import jobs as all_jobs
+from masa import cli
 from masa.report.page import build, curves, graph, tables
 from masa.report.page.found import Found
 from masa.report.style import look
+from masa.study import config, experiments
+from masa.study.cost import Plan
+from masa.study.cost.workflow import jobs as all_jobs
 
 HOSTILE = "<script>window.broken = 1</script><img src=x onerror='window.broken = 2'>\"'&"
 RUNS = ("smoke/vanilla/seed0", "smoke/gqa/seed0", "smoke/masa-qkvo/seed0", "digits-compact/vanilla/seed0")

@@ -6,8 +6,10 @@ import pandas as pd
 import pytest
 
 import masa
-from masa import accounting, config, experiments, job_specs, run
-from masa.report import figures, metrics, own_tables, tables
+from masa.evaluation import metrics
+from masa.report import figures, own_tables, tables
+from masa.runs import run
+from masa.study import accounting, config, experiments, job_specs
 
 
 def evaluation(loss, piqa, with_race=True, attention=100):

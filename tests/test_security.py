@@ -26,23 +26,15 @@ from test_text import corpus, read
 from test_training import spec_of
 
 import masa
-from masa import (
-    cli,
-    config,
-    errors,
-    evaluation,
-    experiments,
-    job_specs,
-    pretrained,
-    resuming,
-    run,
-    sources,
-    text,
-    trainer,
-    training,
-)
-from masa.verbs import plan as plan_verbs
-from masa.vision import coco
+from masa import cli, errors
+from masa.cli import plan as plan_verbs
+from masa.data import coco, sources, tokenize
+from masa.evaluation import language as evaluation
+from masa.models import pretrained
+from masa.runs import files, run
+from masa.study import config, experiments, job_specs
+from masa.training import language as training
+from masa.training import resuming, trainer
 
 BIN = Path(sys.executable).parent
 COMMIT = "0" * 40
@@ -100,7 +92,7 @@ def test_a_malicious_pickle_in_a_checkpoint_is_never_run(name, form, interrupted
         (folder / name).write_bytes(pickle.dumps(Touch(marker)))
     else:
         torch.save(Touch(marker), folder / name)
-    sums = {p.name: sources.sha256_of(p) for p in folder.iterdir() if p.name != resuming.COMPLETE}
+    sums = {p.name: files.sha256_of(p) for p in folder.iterdir() if p.name != resuming.COMPLETE}
     run.write_json(folder / resuming.COMPLETE, sums)  # as whoever can write the file would
     with pytest.raises(masa.MasaError, match=rf"{name} is corrupt, or holds something other than numbers.*Delete"):
         training.pretrain(spec, tokens, out)
@@ -113,7 +105,7 @@ def test_what_is_beside_a_checkpoint_is_not_read(interrupted, tokens, marker):
     spec, out, folder = interrupted
     for name in ("training_args.bin", "pytorch_model.bin"):
         (folder / name).write_bytes(pickle.dumps(Touch(marker)))
-    sums = {p.name: sources.sha256_of(p) for p in folder.iterdir() if p.name != resuming.COMPLETE}
+    sums = {p.name: files.sha256_of(p) for p in folder.iterdir() if p.name != resuming.COMPLETE}
     run.write_json(folder / resuming.COMPLETE, sums)
     assert training.pretrain(spec, tokens, out)
 
@@ -184,7 +176,7 @@ def test_code_in_a_tokenizer_folder_is_never_run(model_type, tmp_path, marker):
     tokenizer().save_pretrained(tmp_path / "t")
     poison(tmp_path / "t", marker, model_type)
     try:
-        text.load_tokenizer(tmp_path / "t")
+        tokenize.load_tokenizer(tmp_path / "t")
     except masa.MasaError as error:
         assert "No tokenizer could be read" in str(error)
 
@@ -568,8 +560,8 @@ def test_results_hold_no_secret_and_no_home_directory(home, mirror, capfd, monke
     )
     monkeypatch.chdir(home)
     data = {"corpus": corpus("docs.jsonl"), "tokenizer": {"source": "train", "vocab_size": 280, "training_bytes": 5000}}
-    text.make_tokenizer(data, None, None, home / "tok")
-    text.tokenize(data, home / "tok", None, None, 2000, home / "tokens")
+    tokenize.make_tokenizer(data, None, None, home / "tok")
+    tokenize.tokenize(data, home / "tok", None, None, 2000, home / "tokens")
     spec = spec_of(steps=2)
     spec["model"]["vocab_size"] = 280
     training.pretrain(spec, home / "tokens", home / "run")
@@ -688,8 +680,7 @@ def test_absurd_data_for_every_other_verb_is_a_message(tmp_path, capsys, monkeyp
 
 
 def test_the_specs_of_the_workflow_itself_pass():
-    from masa import verb_specs
-    from masa.compression import plan
+    from masa.study import compressions, verb_specs
 
     for overlay in ("smoke", "mirror", "paper", "vision"):
         c = config.load([ROOT / "config" / f"{overlay}.yaml"])
@@ -712,10 +703,10 @@ def test_the_specs_of_the_workflow_itself_pass():
             "table runs": [job_specs.table_spec(c, "runs")],
             "table throughput": [job_specs.table_spec(c, "throughput")],
             "sweep": [
-                plan.run_spec(c, *plan.parse_run(r))
+                compressions.run_spec(c, *compressions.parse_run(r))
                 for n, a in experiments.active(c, "tables").items()
-                if plan.is_compression(c, a)
-                for r in plan.artefact_runs(c, a)
+                if compressions.is_compression(c, a)
+                for r in compressions.artefact_runs(c, a)
             ],
         }
         for what, specs in checked.items():

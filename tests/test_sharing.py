@@ -11,8 +11,8 @@ from conftest import language_model, llama_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import masa
-from masa.projections import SharedLinear, SharedProjections, decoder, family_of
-from masa.weight_sources import Atoms, LowRank, Repeat, Sequential
+from masa.sharing.projections import SharedLinear, SharedProjections, decoder, family_of
+from masa.sharing.weight_sources import Atoms, LowRank, Repeat, Sequential
 
 SPECS = [
     {"method": "vanilla"},

@@ -9,7 +9,8 @@ import pytest
 from projects import BIN, ENVIRONMENT, copy_project
 from slurm_cluster import Cluster, missing
 
-from masa import config, cost, run
+from masa.runs import run
+from masa.study import config, cost
 
 pytestmark = [
     pytest.mark.slurm,

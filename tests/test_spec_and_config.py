@@ -12,7 +12,9 @@ import yaml
 from conftest import ROOT
 
 import masa
-from masa import accounting, config, experiments, fingerprint, models
+from masa.models import language
+from masa.runs import fingerprint
+from masa.study import accounting, config, experiments
 
 SHAPE = masa.ModelShape(12, 96, 6, 6, dict.fromkeys("qkvo", (96, 96)) | {"u": (384, 96), "d": (96, 384)})
 GROUPED = masa.ModelShape(12, 96, 6, 2, {"q": (96, 96), "k": (32, 96), "v": (32, 96), "o": (96, 96)})
@@ -205,7 +207,7 @@ def reduction(scale, experiment):
     merged = config.load([ROOT / "config" / "paper.yaml"])
     spec = experiments.run_spec(merged, scale, experiment, 0)
     with torch.device("meta"):
-        return masa.count_parameters(models.build(spec["model"], spec["sharing"], 1024))
+        return masa.count_parameters(language.build(spec["model"], spec["sharing"], 1024))
 
 
 @pytest.mark.parametrize("row", paper("table1.csv"), ids=lambda r: f"{r['scale']}-{r['method']}")
@@ -279,7 +281,7 @@ def test_environment_yml_and_pyproject_agree():
 
 
 def test_known_tasks_are_the_benchmarks():
-    from masa.benchmarks import BENCHMARKS
+    from masa.data.benchmarks import BENCHMARKS
 
     assert set(config.TASKS) == set(BENCHMARKS)
 
@@ -287,18 +289,27 @@ def test_known_tasks_are_the_benchmarks():
 def test_parsing_needs_neither_torch_nor_transformers():
     code = (
         "import sys; from masa import config, cli, fingerprint, job_specs; c = config.load(); job_specs.data_spec(c);"
-        "fingerprint.fingerprint('masa.training');"
+        "fingerprint.fingerprint('masa.training.language');"
         "assert not {'torch', 'transformers', 'datasets', 'pandas', 'numpy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_fingerprint_follows_every_form_of_import():
-    found = fingerprint._reachable(["masa.evaluation"])
-    assert found >= {"masa.analysis", "masa.benchmarks", "masa.weight_sources", "masa.sources", "masa.run"}
-    assert not found & {"masa.config", "masa.documents", "masa.compression.api"}
-    assert "masa.evaluation" not in fingerprint._reachable(["masa.training"])
-    assert "masa.report.metrics" in fingerprint._reachable(["masa.report.tables"])
+    found = fingerprint._reachable(["masa.evaluation.language"])
+    assert found >= {
+        "masa.evaluation.analysis",
+        "masa.data.benchmarks",
+        "masa.sharing.weight_sources",
+        "masa.data.sources",
+        "masa.runs.run",
+    }
+    assert not found & {"masa.study.config", "masa.data.documents", "masa.compression.api"}
+    assert "masa.evaluation.language" not in fingerprint._reachable(["masa.training.language"])
+    assert "masa.evaluation.metrics" in fingerprint._reachable(["masa.report.tables"])
+
+
+CACHED = (fingerprint.fingerprint, fingerprint._meaning, fingerprint._standing_for)
 
 
 def test_fingerprint_follows_meaning(tmp_path, monkeypatch):
@@ -310,7 +321,7 @@ def test_fingerprint_follows_meaning(tmp_path, monkeypatch):
 
     def now(text):
         source.write_text(text)
-        for cached in (fingerprint.fingerprint, fingerprint._imports, fingerprint._meaning):
+        for cached in CACHED:
             cached.cache_clear()
         return fingerprint.fingerprint("masa.a")
 
@@ -327,7 +338,7 @@ def test_fingerprint_follows_meaning(tmp_path, monkeypatch):
     (package / "b.py").write_text("def g(x):\n    return x + 3\n")
     assert now(types_only) == unused
     monkeypatch.undo()
-    for cached in (fingerprint.fingerprint, fingerprint._imports, fingerprint._meaning):
+    for cached in CACHED:
         cached.cache_clear()
 
 
@@ -341,7 +352,7 @@ def test_what_is_kept_of_a_module_changes_no_fingerprint(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "dont_write_bytecode", False)
 
     def forget():
-        for cached in (fingerprint.fingerprint, fingerprint._imports, fingerprint._meaning, fingerprint._kept):
+        for cached in (*CACHED, fingerprint._kept):
             cached.cache_clear()
 
     def now():

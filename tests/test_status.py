@@ -21,12 +21,15 @@ import pytest
 from conftest import ROOT, Forked, until, whole_checkpoints
 from test_training import spec_of
 
-from masa import cli, config, experiments, run, training
+from masa import cli
 from masa.errors import MasaError
-from masa.status import holder, runs, view
-from masa.status.clock import FileClock
-from masa.status.survey import Surveyor
-from masa.status.tail import last_records
+from masa.runs import run
+from masa.study import config, experiments
+from masa.study.status import holder, runs, view
+from masa.study.status.clock import FileClock
+from masa.study.status.survey import Surveyor
+from masa.study.status.tail import last_records
+from masa.training import language
 
 RUN = "test/masa/seed0"
 
@@ -65,7 +68,7 @@ def results(tmp_path):
 def finished(tokens, tmp_path_factory):
     """Results with one run that is done."""
     folder = tmp_path_factory.mktemp("finished")
-    training.pretrain(spec_of(steps=40), tokens, folder / "runs" / RUN)
+    language.pretrain(spec_of(steps=40), tokens, folder / "runs" / RUN)
     return folder
 
 
@@ -136,7 +139,7 @@ def test_a_defect_is_named_by_its_last_line(tokens, results, monkeypatch):
     def defective(*_, **__):
         raise ZeroDivisionError("of all things")
 
-    monkeypatch.setattr(training, "pretrain", defective)
+    monkeypatch.setattr(language, "pretrain", defective)
     process, out = start(spec_of(), tokens, results)
     assert process.wait() == 1
     out.mkdir(parents=True)
@@ -326,8 +329,8 @@ def configured(tokens, tmp_path_factory):
     c = config.load(files)
     named = experiments.all_runs(c)
     spec = experiments.run_spec(c, *experiments.parse_run(named[0]))
-    training.pretrain(spec, tokens, folder / "results" / "runs" / named[0])
-    training.pretrain(spec_of(steps=4), tokens, folder / "results" / "runs" / RUN)
+    language.pretrain(spec, tokens, folder / "results" / "runs" / named[0])
+    language.pretrain(spec_of(steps=4), tokens, folder / "results" / "runs" / RUN)
     return files, folder / "results", named
 
 

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 import masa
-from masa import config, documents, run, sources, text
-from masa import tokens as token_files
+from masa.data import documents, sources, tokenize
+from masa.data import tokens as token_files
+from masa.runs import files, run
+from masa.study import config
 
 
 def corpus(path, **more):
@@ -162,13 +164,13 @@ def test_a_wheel_with_another_checksum_is_refused_and_removed(tmp_path):
         sources.fetch_wheel(source, "0" * 64, tmp_path)
     assert not list(tmp_path.rglob("*.whl"))
     wheel = sources.fetch_wheel(source, None, tmp_path)
-    assert sources.fetch_wheel(source, sources.sha256_of(wheel), tmp_path) == wheel
+    assert sources.fetch_wheel(source, files.sha256_of(wheel), tmp_path) == wheel
     with pytest.raises(masa.MasaError, match="could not be downloaded with pip"):
         sources.fetch_wheel(sources.parse("pypi:six==0.0.99"), None, tmp_path)
 
 
 def test_a_file_is_whole_or_absent(tmp_path):
-    with pytest.raises(RuntimeError), sources.whole_file(tmp_path / "x") as path:
+    with pytest.raises(RuntimeError), files.whole_file(tmp_path / "x") as path:
         path.write_text("half")
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
@@ -180,7 +182,7 @@ def tokenized(jsonl, tmp_path):
         "corpus": corpus(jsonl),
         "tokenizer": {"source": "train", "vocab_size": 280, "training_bytes": 10000},
     }
-    text.make_tokenizer(data, None, None, tmp_path / "tok")
+    tokenize.make_tokenizer(data, None, None, tmp_path / "tok")
     return data, tmp_path
 
 
@@ -188,7 +190,7 @@ def test_tokens_are_the_documents_in_order_with_end_marks(tokenized):
     from transformers import AutoTokenizer
 
     data, folder = tokenized
-    manifest = text.tokenize(data, folder / "tok", None, None, 1000, folder / "tokens")
+    manifest = tokenize.tokenize(data, folder / "tok", None, None, 1000, folder / "tokens")
     tokenizer = AutoTokenizer.from_pretrained(folder / "tok")
     stored = np.fromfile(folder / "tokens" / "train-00000.bin", dtype=manifest["dtype"])
     expected = [i for doc in read(data["corpus"]) for i in [*tokenizer(doc)["input_ids"], tokenizer.eos_token_id]]
@@ -198,15 +200,15 @@ def test_tokens_are_the_documents_in_order_with_end_marks(tokenized):
     assert tokenizer.decode(held_out).split("</s>")[:-1] == chosen
     assert record["words"] == sum(len(d.split()) for d in chosen)
     assert record["bytes"] == sum(len(d.encode()) for d in chosen)
-    assert manifest["train"]["shards"][0]["sha256"] == sources.sha256_of(folder / "tokens" / "train-00000.bin")
+    assert manifest["train"]["shards"][0]["sha256"] == files.sha256_of(folder / "tokens" / "train-00000.bin")
 
 
 def test_shards_and_resumption_give_the_same_tokens(tokenized, monkeypatch):
     data, folder = tokenized
-    text.tokenize(data, folder / "tok", None, None, 3000, folder / "one")
-    monkeypatch.setattr(text, "SHARD", 700)
+    tokenize.tokenize(data, folder / "tok", None, None, 3000, folder / "one")
+    monkeypatch.setattr(tokenize, "SHARD", 700)
     calls = 0
-    write = text._write_shard
+    write = tokenize._write_shard
 
     def killed(path, ids):
         nonlocal calls
@@ -215,12 +217,12 @@ def test_shards_and_resumption_give_the_same_tokens(tokenized, monkeypatch):
             raise KeyboardInterrupt
         return write(path, ids)
 
-    monkeypatch.setattr(text, "_write_shard", killed)
+    monkeypatch.setattr(tokenize, "_write_shard", killed)
     with pytest.raises(KeyboardInterrupt):
-        text.tokenize(data, folder / "tok", None, None, 3000, folder / "many")
+        tokenize.tokenize(data, folder / "tok", None, None, 3000, folder / "many")
     before = (folder / "many" / "train-00000.bin").stat().st_mtime_ns
-    monkeypatch.setattr(text, "_write_shard", write)
-    manifest = text.tokenize(data, folder / "tok", None, None, 3000, folder / "many")
+    monkeypatch.setattr(tokenize, "_write_shard", write)
+    manifest = tokenize.tokenize(data, folder / "tok", None, None, 3000, folder / "many")
     assert (folder / "many" / "train-00000.bin").stat().st_mtime_ns == before, "whole shards are kept"
     assert [s["tokens"] for s in manifest["train"]["shards"]] == [700] * 4 + [200]
     joined = b"".join(p.read_bytes() for p in sorted((folder / "many").glob("train-*.bin")))
@@ -237,26 +239,26 @@ def test_shards_and_resumption_give_the_same_tokens(tokenized, monkeypatch):
 def test_no_tokenizer_and_no_tokens(tokenized):
     data, folder = tokenized
     with pytest.raises(masa.MasaError, match=r"nowhere holds no tokenizer\.json"):
-        text.tokenize(data, folder / "nowhere", None, None, 100, folder / "tokens")
+        tokenize.tokenize(data, folder / "nowhere", None, None, 100, folder / "tokens")
     with pytest.raises(masa.MasaError, match="at least 1, got -5"):
-        text.tokenize(data, folder / "tok", None, None, -5, folder / "tokens")
+        tokenize.tokenize(data, folder / "tok", None, None, -5, folder / "tokens")
 
 
 def test_a_process_that_dies_after_its_last_shard(tokenized, monkeypatch):
     data, folder = tokenized
     monkeypatch.setattr(
-        text, "write_json", lambda path, what: path.name == "manifest.json" or run.write_json(path, what)
+        tokenize, "write_json", lambda path, what: path.name == "manifest.json" or run.write_json(path, what)
     )
-    text.tokenize(data, folder / "tok", None, None, 1000, folder / "tokens")
+    tokenize.tokenize(data, folder / "tok", None, None, 1000, folder / "tokens")
     run.write_json(folder / "tokens" / "state.json", {"gone": True})
     monkeypatch.undo()
     for tokens in (1000, 700):
-        state = text.tokenize(data, folder / "tok", None, None, tokens, folder / "tokens")
+        state = tokenize.tokenize(data, folder / "tok", None, None, tokens, folder / "tokens")
         assert [s["tokens"] for s in state["train"]["shards"]] == [tokens]
 
 
 def test_checksum_of_local_files(jsonl):
-    right = sources.sha256_of(jsonl)
+    right = files.sha256_of(jsonl)
     assert read(corpus(jsonl, sha256=right))
     with pytest.raises(masa.MasaError, match=f"sha256 is {right}, expected 000"):
         read(corpus(jsonl, sha256="0" * 64))
@@ -265,9 +267,9 @@ def test_checksum_of_local_files(jsonl):
 def test_too_small_a_corpus_and_missing_shards(tokenized):
     data, folder = tokenized
     with pytest.raises(masa.MasaError, match=r"holds only .* training tokens, but the run needs 10,000,000"):
-        text.tokenize(data, folder / "tok", None, None, 10_000_000, folder / "tokens")
+        tokenize.tokenize(data, folder / "tok", None, None, 10_000_000, folder / "tokens")
     assert not (folder / "tokens" / "manifest.json").exists()
-    text.tokenize(data, folder / "tok", None, None, 1000, folder / "tokens")
+    tokenize.tokenize(data, folder / "tok", None, None, 1000, folder / "tokens")
     with pytest.raises(masa.MasaError, match="holds 15 blocks of 64 tokens, the run needs 16"):
         token_files.PackedTokens(folder / "tokens", 64, 16, 0)
     (folder / "tokens" / "train-00000.bin").write_bytes(b"123")
@@ -278,13 +280,13 @@ def test_too_small_a_corpus_and_missing_shards(tokenized):
 def test_pretrained_tokenizer_and_vocabulary_mismatch(tokenized):
     data, folder = tokenized
     again = data | {"tokenizer": {"source": f"file:{folder}/tok", "vocab_size": 280}}
-    assert text.make_tokenizer(again, None, None, folder / "again")["vocab_size"] == 280
+    assert tokenize.make_tokenizer(again, None, None, folder / "again")["vocab_size"] == 280
     again["tokenizer"]["vocab_size"] = 281
     with pytest.raises(masa.MasaError, match=r"has 280 tokens, but data.tokenizer.vocab_size is 281"):
-        text.make_tokenizer(again, None, None, folder / "again")
+        tokenize.make_tokenizer(again, None, None, folder / "again")
     again["tokenizer"]["source"] = f"file:{folder}/none"
     with pytest.raises(masa.MasaError, match=r"none holds no tokenizer\.json"):
-        text.make_tokenizer(again, None, None, folder / "again")
+        tokenize.make_tokenizer(again, None, None, folder / "again")
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
@@ -297,7 +299,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
         for i in range(24000):
             file.write(json.dumps({"content": f"{i} " + "lorem ipsum dolor sit amet " * 40}) + "\n")
     data = {"corpus": corpus(path), "tokenizer": {"source": "train", "vocab_size": 280, "training_bytes": 20000}}
-    text.make_tokenizer(data, None, None, tmp_path / "tok")
+    tokenize.make_tokenizer(data, None, None, tmp_path / "tok")
     code = (
         "import sys, json, resource; from pathlib import Path; from masa import text; text.SHARD = 50_000;"
         "data, folder, tokens = json.loads(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]);"

@@ -13,9 +13,11 @@ import torch
 from conftest import ROOT, kill_after_checkpoints, kill_again_and_again, language_model, stop_and_resume
 
 import masa
-from masa import config, run, trainer, training
-from masa import tokens as token_files
-from masa.perplexity import held_out_loss
+from masa.data import tokens as token_files
+from masa.evaluation.perplexity import held_out_loss
+from masa.runs import run
+from masa.study import config
+from masa.training import language, trainer
 
 
 def spec_of(method="masa", seed=0, **recipe):
@@ -41,7 +43,7 @@ def spec_of(method="masa", seed=0, **recipe):
 
 
 def test_a_run_learns_and_stores_everything(tokens, tmp_path):
-    result = training.pretrain(spec_of(steps=60), tokens, tmp_path)
+    result = language.pretrain(spec_of(steps=60), tokens, tmp_path)
     log = list(run.read_jsonl(tmp_path / "metrics.jsonl"))
     losses = [r["validation_loss"] for r in log if "validation_loss" in r]
     assert len(losses) == 4
@@ -64,10 +66,10 @@ def test_a_run_learns_and_stores_everything(tokens, tmp_path):
 
 @pytest.mark.parametrize("method", ["masa", "vanilla", {"method": "masa", "coefficients": "mlp"}])
 def test_the_same_run_gives_the_same_bits(method, tokens, tmp_path):
-    first = training.pretrain(spec_of(method), tokens, tmp_path / "a")
-    second = training.pretrain(spec_of(method), tokens, tmp_path / "b")
+    first = language.pretrain(spec_of(method), tokens, tmp_path / "a")
+    second = language.pretrain(spec_of(method), tokens, tmp_path / "b")
     assert first["sha256"] == second["sha256"]
-    other = training.pretrain(spec_of(method, seed=1), tokens, tmp_path / "c")
+    other = language.pretrain(spec_of(method, seed=1), tokens, tmp_path / "c")
     assert other["sha256"] != first["sha256"]
 
 
@@ -84,7 +86,7 @@ def test_all_methods_see_the_same_batches_and_start_from_the_same_common_weights
             return step(self, model, inputs, *rest, **more)
 
         monkeypatch.setattr(trainer.Trainer, "training_step", look)
-        training.pretrain(spec_of(method, steps=3), tokens, tmp_path / method)
+        language.pretrain(spec_of(method, steps=3), tokens, tmp_path / method)
         monkeypatch.setattr(trainer.Trainer, "training_step", step)
         seen[method] = batches, start
     batches, start = seen["vanilla"]
@@ -95,8 +97,8 @@ def test_all_methods_see_the_same_batches_and_start_from_the_same_common_weights
 
 
 def test_gradient_accumulation_is_the_same_step(tokens, tmp_path):
-    whole = training.pretrain(spec_of(steps=5), tokens, tmp_path / "a")["training"]["validation_loss"]
-    parts = training.pretrain(spec_of(steps=5, micro_batch_size=2), tokens, tmp_path / "b")["training"][
+    whole = language.pretrain(spec_of(steps=5), tokens, tmp_path / "a")["training"]["validation_loss"]
+    parts = language.pretrain(spec_of(steps=5, micro_batch_size=2), tokens, tmp_path / "b")["training"][
         "validation_loss"
     ]
     assert parts == pytest.approx(whole, rel=1e-5)
@@ -139,18 +141,18 @@ def test_wrong_vocabulary(tokens, tmp_path):
     spec = spec_of()
     spec["model"]["vocab_size"] = 65
     with pytest.raises(masa.MasaError, match="made with a vocabulary of 64, but the model of test/masa/seed0 has 65"):
-        training.pretrain(spec, tokens, tmp_path)
+        language.pretrain(spec, tokens, tmp_path)
 
 
 def test_exploding_loss_stops_and_names_the_step(tokens, tmp_path):
     with pytest.raises(masa.MasaError, match=r"test/vanilla/seed0: the loss is \w+ at step \d+"):
-        training.pretrain(spec_of("vanilla", learning_rate=1e30, max_grad_norm=1e30), tokens, tmp_path)
+        language.pretrain(spec_of("vanilla", learning_rate=1e30, max_grad_norm=1e30), tokens, tmp_path)
     assert not (tmp_path / "manifest.json").exists()
 
 
 def test_two_processes_do_not_write_one_run(tokens, tmp_path):
     with run.exclusive(tmp_path), pytest.raises(masa.MasaError, match=f"being written by process {os.getpid()}"):
-        training.pretrain(spec_of(), tokens, tmp_path)
+        language.pretrain(spec_of(), tokens, tmp_path)
 
 
 def command(spec, tokens, out):
@@ -175,26 +177,26 @@ def start(spec, tokens, out):
 @pytest.mark.parametrize("method", ["masa", {"method": "masa", "coefficients": "mlp"}])
 def test_a_run_stopped_by_a_signal_goes_on_to_the_same_bits(method, tokens, tmp_path):
     spec = spec_of(method, steps=120)
-    stop_and_resume(training.pretrain, spec, "tokens", tokens, tmp_path, lines=20)
+    stop_and_resume(language.pretrain, spec, "tokens", tokens, tmp_path, lines=20)
 
 
 def test_a_checkpoint_cut_short_by_a_kill_is_passed_over(tokens, tmp_path):
     spec = spec_of(steps=120, checkpoint_minutes=1e-4)
-    whole = training.pretrain(spec, tokens, tmp_path / "whole")
-    kill_after_checkpoints(lambda: training.pretrain(spec, tokens, tmp_path / "cut"), tmp_path / "cut")
+    whole = language.pretrain(spec, tokens, tmp_path / "whole")
+    kill_after_checkpoints(lambda: language.pretrain(spec, tokens, tmp_path / "cut"), tmp_path / "cut")
     checkpoints = tmp_path / "cut" / "checkpoints"
     newest = max(checkpoints.glob("checkpoint-*"), key=lambda p: int(p.name[11:]))
     (newest / "complete.json").unlink(missing_ok=True)  # as if killed while writing it
     (newest / "model.safetensors").write_bytes(b"half")
-    again = training.pretrain(spec, tokens, tmp_path / "cut")
+    again = language.pretrain(spec, tokens, tmp_path / "cut")
     assert again["sha256"] == whole["sha256"]
 
 
 @pytest.mark.parametrize("harm", ["flipped", "missing"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(harm, tokens, tmp_path, capfd):
     spec = spec_of(steps=60, checkpoint_minutes=1e-4)
-    whole = training.pretrain(spec, tokens, tmp_path / "whole")
-    kill_after_checkpoints(lambda: training.pretrain(spec, tokens, tmp_path / "cut"), tmp_path / "cut")
+    whole = language.pretrain(spec, tokens, tmp_path / "whole")
+    kill_after_checkpoints(lambda: language.pretrain(spec, tokens, tmp_path / "cut"), tmp_path / "cut")
     checkpoints = tmp_path / "cut" / "checkpoints"
     newest = max(checkpoints.glob("checkpoint-*/complete.json"), key=lambda p: int(p.parent.name[11:])).parent
     file = newest / "optimizer.pt"
@@ -204,7 +206,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(harm, tokens, 
         "flipped": lambda: file.write_bytes(data),
         "missing": file.unlink,
     }[harm]()
-    again = training.pretrain(spec, tokens, tmp_path / "cut")
+    again = language.pretrain(spec, tokens, tmp_path / "cut")
     said = capfd.readouterr().err
     assert f"{file} is {'missing' if harm == 'missing' else 'corrupt'}" in said
     assert again["sha256"] == whole["sha256"]
@@ -213,9 +215,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(harm, tokens, 
 def test_twenty_kills_at_random_moments_change_no_bit(tokens, tmp_path):
     """SIGKILL in a process that saves all the time: between steps, in steps, and while checkpoints are written."""
     spec = spec_of("masa", steps=150, checkpoint_minutes=1e-5)
-    whole = training.pretrain(spec, tokens, tmp_path / "whole")
-    kills = kill_again_and_again(lambda: training.pretrain(spec, tokens, tmp_path / "cut"), tmp_path / "cut", 20)
-    again = training.pretrain(spec, tokens, tmp_path / "cut")
+    whole = language.pretrain(spec, tokens, tmp_path / "whole")
+    kills = kill_again_and_again(lambda: language.pretrain(spec, tokens, tmp_path / "cut"), tmp_path / "cut", 20)
+    again = language.pretrain(spec, tokens, tmp_path / "cut")
     assert again["sha256"] == whole["sha256"]
     assert kills == 20
     steps = [r["step"] for r in run.read_jsonl(tmp_path / "cut" / "metrics.jsonl") if "loss" in r]
@@ -228,7 +230,7 @@ def test_a_changed_spec_does_not_resume_the_old_run(tokens, tmp_path):
     (checkpoints / "identity").write_text("another run")
     (checkpoints / "checkpoint-5").mkdir()
     (tmp_path / "metrics.jsonl").write_text('{"step": 5}\n')
-    training.pretrain(spec_of(steps=4), tokens, tmp_path)
+    language.pretrain(spec_of(steps=4), tokens, tmp_path)
     assert all(r["step"] <= 4 for r in run.read_jsonl(tmp_path / "metrics.jsonl"))
 
 
@@ -239,7 +241,7 @@ def losses(out):
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes_give_the_loss_curve_of_one(parallel, tokens, tmp_path):
     """A batch of 4 in parts of 2: one process takes two passes a step, two processes one each."""
-    whole = training.pretrain(spec_of("masa", micro_batch_size=2), tokens, tmp_path / "one")
+    whole = language.pretrain(spec_of("masa", micro_batch_size=2), tokens, tmp_path / "one")
     process = start(
         spec_of("masa", micro_batch_size=2, processes_per_node=2, parallel=parallel), tokens, tmp_path / "two"
     )

@@ -10,10 +10,12 @@ import torch
 from conftest import ROOT
 
 import masa
-from masa import analysis, checkpoint, kinds
-from masa.projections import FusedLinear, SharedLinear, blocks, decoder, family_of
-from masa.spec import ModelShape
-from masa.vision import timm_vit, vit
+from masa.evaluation import analysis
+from masa.models import timm_vit, vit
+from masa.sharing import checkpoint
+from masa.sharing.projections import FusedLinear, SharedLinear, blocks, decoder, family_of
+from masa.sharing.spec import ModelShape
+from masa.study import kinds
 
 SIZES = {
     "family": "vit",
@@ -146,7 +148,7 @@ def test_the_papers_sizes_and_reductions(width, layers, heads, dense, shared, re
 
 def test_torch_free_shape_is_the_models():
     model = timm_vit.build(SIZES, {"method": "vanilla"})
-    from masa.projections import model_shape
+    from masa.sharing.projections import model_shape
 
     assert model_shape(model, family_of(model)) == ModelShape.of_sizes(vit.resolve(SIZES))
 
@@ -247,7 +249,7 @@ def test_a_vit_checkpoint_of_another_size_is_refused(tmp_path):
 
 def test_language_models_do_not_import_timm(tmp_path):
     code = (
-        "import sys, masa, masa.training; from masa import models;"
+        "import sys, masa, masa.training.language; from masa import models;"
         "sizes = dict(num_layers=3, hidden_size=16, num_attention_heads=2, intermediate_size=16, vocab_size=8);"
         "m = models.build(sizes, {'method': 'masa'}, 8); masa.save(m, sys.argv[1]); masa.load(sys.argv[1]);"
         "bad = sorted(m for m in sys.modules if m.split('.')[0] == 'timm'); assert not bad, bad[:9]"

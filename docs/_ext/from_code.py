@@ -31,7 +31,7 @@ def _table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 def config_keys() -> str:
     """Every key of the configuration, a section of the page for each at the top."""
-    from masa import config
+    from masa.study import config
 
     groups: dict[str, list[list[str]]] = {}
     for line in config.describe().splitlines()[2:]:
@@ -53,7 +53,7 @@ def _key(kind: str, default: str, effect: str) -> str:
 def cli_verbs() -> str:
     """Every verb with its arguments and example."""
     from masa.cli import make_parser
-    from masa.verbs.base import EXIT
+    from masa.cli.base import EXIT
 
     return "\n".join(
         f"(masa-{name})=\n## masa {name}\n\n{_verb(parser, EXIT)}" for name, parser in _subparsers(make_parser())
@@ -82,7 +82,7 @@ def _verb(parser: argparse.ArgumentParser, exit_status: str) -> str:
 
 def sharing_methods() -> str:
     """The methods of training, with the fields that each reads."""
-    from masa.spec import METHODS
+    from masa.sharing.spec import METHODS
 
     def show(value: object) -> str:
         return f"`{value}`"
@@ -120,14 +120,14 @@ def compressors() -> str:
 
 def columns() -> str:
     """The columns of tables."""
-    from masa.report.metrics import METRICS
+    from masa.evaluation.metrics import METRICS
 
     return _table(("column", "heading", "better"), ([f"`{m.name}`", m.label, m.better] for m in METRICS))
 
 
 def artefacts() -> str:
     """Tables and figures of the default configuration."""
-    from masa import config, job_specs
+    from masa.study import config, job_specs
 
     c = config.load()
     rows = [[f"`{name}`", "table", "see [](own-tables)"] for name in job_specs.OWN_TABLES]
@@ -138,14 +138,14 @@ def artefacts() -> str:
 
 def figure_kinds() -> str:
     """Kinds of figures, and the data of the models that each can draw."""
-    from masa.config import FIGURES
+    from masa.study.config import FIGURES
 
     return _table(("kind", "about models of"), ([f"`{k}`", ", ".join(v)] for k, v in FIGURES.items()))
 
 
 def devices() -> str:
     """Devices that a plan can be made for."""
-    from masa.cost.devices import DEVICES
+    from masa.study.cost.devices import DEVICES
 
     return ", ".join(f"`{name}`" for name in DEVICES)
 
@@ -160,8 +160,8 @@ def _module(name: str) -> str:
     module = import_module(name)
     exported = {(package, n) for package in ("masa", "masa.compression") for n in import_module(package).__all__}
     here = sorted(n for p, n in exported if getattr(getattr(import_module(p), n, None), "__module__", "") == name)
-    if name in ("masa.spec", "masa.compression.base"):  # tables of methods, which have no __module__
-        here += ["METHODS"] if name == "masa.spec" else ["COMPRESSORS"]
+    if name in ("masa.sharing.spec", "masa.compression.base"):  # tables of methods, which have no __module__
+        here += ["METHODS"] if name == "masa.sharing.spec" else ["COMPRESSORS"]
     assert module.__doc__, f"{name} has no docstring"
     excluded = f"   :exclude-members: {', '.join(here)}\n" if here else ""
     return f".. automodule:: {name}\n   :members:\n   :ignore-module-all:\n{excluded}"

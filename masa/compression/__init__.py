@@ -12,18 +12,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from masa.compression.spec import CompressionSpec
+from masa.sharing.compression_spec import CompressionSpec
 
 if TYPE_CHECKING:
     from masa.compression.api import compress
     from masa.compression.base import COMPRESSORS, Compressor, make_compressor
-    from masa.compression.calibration import calibrate
-    from masa.compression.collect import run_calibrate
-    from masa.compression.healing import heal
+    from masa.compression.calibration.calibrate import calibrate
+    from masa.compression.calibration.collect import run_calibrate
+    from masa.compression.calibration.statistics import Calibration
+    from masa.compression.healing.heal import heal
     from masa.compression.report import CompressionReport
     from masa.compression.run import run_compress
     from masa.compression.scoring import perplexity
-    from masa.compression.statistics import Calibration
 
 __all__ = [
     "COMPRESSORS",
@@ -40,10 +40,10 @@ __all__ = [
     "run_compress",
 ]
 
-_LAZY = {"compress": "api", "Compressor": "base", "make_compressor": "base", "calibrate": "calibration"}
-_LAZY |= {"Calibration": "statistics", "CompressionReport": "report", "perplexity": "scoring"}
-_LAZY |= {"heal": "healing"}
-_LAZY |= {"run_calibrate": "collect", "run_compress": "run"}
+_LAZY = {"compress": "api", "Compressor": "base", "make_compressor": "base", "calibrate": "calibration.calibrate"}
+_LAZY |= {"Calibration": "calibration.statistics", "CompressionReport": "report", "perplexity": "scoring"}
+_LAZY |= {"heal": "healing.heal"}
+_LAZY |= {"run_calibrate": "calibration.collect", "run_compress": "run"}
 
 
 def __getattr__(name: str) -> Any:
@@ -53,7 +53,7 @@ def __getattr__(name: str) -> Any:
         from masa.compression.names import METHODS
 
         for module in sorted(set(METHODS.values())):
-            import_module(f"masa.compression.{module}")
+            import_module(f"masa.compression.methods.{module}")
         return import_module("masa.compression.base").COMPRESSORS
     if name in _LAZY:
         return getattr(import_module(f"masa.compression.{_LAZY[name]}"), name)

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from masa.compression.base import Compressor, Problem, make_compressor
-from masa.compression.calibration import Progress, check_weights
+from masa.compression.calibration.calibrate import Progress, check_weights
+from masa.compression.calibration.statistics import Calibration
 from masa.compression.report import CompressionReport, peak_rss, reset_peak_rss
-from masa.compression.spec import CompressionSpec
-from masa.compression.statistics import Calibration
 from masa.errors import MasaError
-from masa.projections import SharedProjections, decoder, family_of, model_shape, separate
-from masa.sharing import Sharing, count_parameters, install
-from masa.spec import ATTENTION
+from masa.sharing.compression_spec import CompressionSpec
+from masa.sharing.projections import SharedProjections, decoder, family_of, model_shape, separate
+from masa.sharing.share import Sharing, count_parameters, install
+from masa.sharing.spec import ATTENTION
 
 TOLERANCE = 0.005
 """Achieved reductions lie within this above the requested one."""

@@ -17,14 +17,14 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from masa.compression.calibration import Progress
+from masa.compression.calibration.calibrate import Progress
+from masa.compression.calibration.statistics import Calibration, model_sha256
 from masa.compression.names import METHODS
 from masa.compression.report import peak_rss
-from masa.compression.statistics import Calibration, model_sha256
 from masa.errors import MasaError, unknown
-from masa.projections import decoder, family_of
-from masa.spec import ModelShape
-from masa.weight_sources import WeightSource
+from masa.sharing.projections import decoder, family_of
+from masa.sharing.spec import ModelShape
+from masa.sharing.weight_sources import WeightSource
 
 COMPRESSORS: dict[str, type[Compressor]] = {}
 
@@ -180,7 +180,7 @@ def make_compressor(method: str, **options: Any) -> Compressor:
         MasaError: an unknown method or option.
     """
     if method not in COMPRESSORS and method in METHODS:
-        import_module(f"masa.compression.{METHODS[method]}")
+        import_module(f"masa.compression.methods.{METHODS[method]}")
     if method not in COMPRESSORS:
         raise unknown("Compression method", method, {*COMPRESSORS, *METHODS})
     cls = COMPRESSORS[method]

@@ -25,10 +25,16 @@ METHODS = {
     "matrix-pca-fisher": "matrix_pca",
     "matrix-pca-aligned": "aligned_pca",
 }
-"""Method -> its module below :mod:`masa.compression`."""
+"""Method -> its module below :mod:`masa.compression.methods`."""
 
 GRADIENT_SAMPLES = 12
 """Calibration sequences that also run backward, where a method needs gradients and nobody said how many."""
+
+
+def modules(method: str) -> list[str]:
+    """Modules that decide what a method gives, besides those that they import."""
+    found = ["masa.compression.sweep"]
+    return found if method == ORIGINAL else [*found, f"masa.compression.methods.{METHODS[method]}"]
 
 
 def needs_gradients(method: str) -> bool:

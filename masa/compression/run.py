@@ -9,18 +9,18 @@ from typing import Any
 
 import torch
 
-from masa.checkpoint import save
 from masa.compression.api import compress
 from masa.compression.base import make_compressor
+from masa.compression.calibration.texts import load_tokens, read_documents
 from masa.compression.names import GRADIENT_SAMPLES, needs_gradients
 from masa.compression.scoring import perplexity
 from masa.compression.terminal import terminal
-from masa.compression.texts import load_tokens, read_documents
 from masa.errors import MasaError
-from masa.pretrained import load_pretrained, save_plain
-from masa.run import write_json
-from masa.sources import whole_folder
-from masa.spec import ATTENTION
+from masa.models.pretrained import load_pretrained, save_plain
+from masa.runs.files import whole_folder
+from masa.runs.run import write_json
+from masa.sharing.checkpoint import save
+from masa.sharing.spec import ATTENTION
 
 ACCOUNT = "compression.json"
 """Written into every output; a folder that has it may be replaced."""

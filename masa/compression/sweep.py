@@ -1,7 +1,7 @@
 """One method on one pretrained model at several reductions, each scored: what the workflow's tables are made of.
 
-Every reduction is a directory with ``metrics.json`` in the form that :mod:`masa.evaluation` writes, so that tables read
-both alike. It appears when the reduction is done, and an interrupted sweep goes on with the next.
+Every reduction is a directory with ``metrics.json`` in the form that :mod:`masa.evaluation.language` writes, so that
+tables read both alike. It appears when the reduction is done, and an interrupted sweep goes on with the next.
 """
 
 from __future__ import annotations
@@ -15,19 +15,21 @@ from typing import Any
 
 import torch
 
-from masa import checkpoint, evaluation, excerpts, run
-from masa.compression import plan
 from masa.compression.api import compress
 from masa.compression.base import make_compressor
-from masa.compression.names import ORIGINAL
+from masa.compression.calibration.statistics import Calibration
+from masa.compression.calibration.texts import load_tokens
+from masa.compression.names import ORIGINAL, modules
 from masa.compression.run import terminal
 from masa.compression.scoring import perplexity
-from masa.compression.statistics import Calibration
-from masa.compression.texts import load_tokens
+from masa.data import excerpts
 from masa.errors import MasaError
-from masa.fingerprint import fingerprint
-from masa.pretrained import load_pretrained
-from masa.sharing import count_parameters, fold
+from masa.evaluation import language
+from masa.models.pretrained import load_pretrained
+from masa.runs import run
+from masa.runs.fingerprint import fingerprint
+from masa.sharing import checkpoint
+from masa.sharing.share import count_parameters, fold
 
 
 def sweep(
@@ -41,11 +43,11 @@ def sweep(
     """Compress and score at every reduction of ``spec``; write ``out/PERCENT/metrics.json`` and ``out/manifest.json``.
 
     Args:
-        model_dir: with the manifest of :func:`masa.pretrained.fetch`.
-        spec: from :func:`masa.compression.plan.run_spec`.
+        model_dir: with the manifest of :func:`masa.models.pretrained.fetch`.
+        spec: of the method, its reductions and how they are scored (``masa sweep --spec``).
         calibration_dir: what ``masa calibrate`` wrote; None where the method needs none.
-        texts: name -> file of :func:`masa.excerpts.prepare`; the first is the held-out text.
-        tasks: manifest of :func:`masa.benchmarks.prepare`.
+        texts: name -> file of :func:`masa.data.excerpts.prepare`; the first is the held-out text.
+        tasks: manifest of :func:`masa.data.benchmarks.prepare`.
         out: of this method.
 
     Raises:
@@ -63,7 +65,7 @@ def sweep(
         "texts": run.digest([r.get("sha256") for r in documents.values()]),
     }
     compressor = None if spec["method"] == ORIGINAL else make_compressor(spec["method"], **spec["options"])
-    code, records = fingerprint(*(f"masa.{name}" for name in plan.modules(spec))), {}
+    code, records = fingerprint(*modules(spec["method"])), {}
     with run.exclusive(out, wait=True):  # what another process has finished by then is not done again
         for percent in spec["reductions"]:
             chosen = {k: v for k, v in spec.items() if k not in ("reductions", "tasks_at")}
@@ -122,7 +124,7 @@ def _one(
             )
             report = found.to_dict()
         if spec.get("heal"):
-            from masa.compression.healing import heal
+            from masa.compression.healing.heal import heal
 
             teacher, _ = load_pretrained(model_dir, device="auto")
             healing = heal(model, tokens, teacher=teacher, progress=show, **spec["heal"])
@@ -140,7 +142,7 @@ def _one(
         }
     held_out = scores[next(iter(documents))]
     raw = (
-        evaluation.harness(model, tokenizer, tasks, settings, model.device.type)
+        language.harness(model, tokenizer, tasks, settings, model.device.type)
         if tasks
         else {"results": {}, "examples": {}}
     )
@@ -154,7 +156,7 @@ def _one(
         "corpus": {"loss": held_out["nll"] / held_out["tokens"], **held_out},
         "texts": scores,
         "text_data": {n: {k: v for k, v in r.items() if k != "documents"} for n, r in documents.items()},
-        "tasks": {t: evaluation.scores(raw["results"][t]) for t in tasks if t in raw["results"]},
+        "tasks": {t: language.scores(raw["results"][t]) for t in tasks if t in raw["results"]},
         "task_data": {t: {k: v for k, v in r.items() if k != "path"} for t, r in tasks.items()},
         "examples": {t: raw["examples"][t] for t in tasks if t in raw["examples"]},
         "lm_eval": json.loads(json.dumps(raw, default=str)),

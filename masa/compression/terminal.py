@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from masa.progress import Progress
+from masa.runs.progress import Progress
 
 
 @contextmanager
@@ -39,7 +39,7 @@ def _silent(what: str, done: int, of: int) -> None:
 
 
 class _Lines:
-    """One :class:`~masa.progress.Progress` a phase."""
+    """One :class:`~masa.runs.progress.Progress` a phase."""
 
     def __init__(self) -> None:
         self.phase, self.progress, self.done = "", Progress("", 1, ""), 0

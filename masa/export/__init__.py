@@ -3,7 +3,7 @@
 export("nano/masa-qkvo/seed0", "plain")                         # transformers (or timm) loads it without masa
 export("results/runs/nano/masa-qkvo/seed0", "gguf", "gguf")     # one file for llama.cpp
 
-What a kind of model needs is one module (``export`` of :class:`masa.kinds.Kind`): :mod:`masa.export.language`,
+What a kind of model needs is one module (``export`` of :class:`masa.study.kinds.Kind`): :mod:`masa.export.language`,
 :mod:`masa.export.images`, :mod:`masa.export.boxes`. A format is one entry of :data:`FORMATS`.
 """
 
@@ -17,10 +17,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from masa import run as runs
 from masa.errors import MasaError, unknown
 from masa.export.source import Source, find
-from masa.sources import sha256_of, whole_folder
+from masa.runs import run as runs
+from masa.runs.files import sha256_of, whole_folder
 
 ACCOUNT = "export.json"
 """Written into every export; a folder that has it may be replaced."""
@@ -86,7 +86,7 @@ def export(
     out = Path(out).resolve()
     _check_out(out)
     source = find(run, Path(results), tokenizer and Path(tokenizer), data and Path(data))
-    kind = import_module(f"masa.{source.kind.export}")
+    kind = import_module(source.kind.export)
     if format not in kind.FORMATS:
         raise MasaError(
             f"{source.name} is {source.kind.label}, which has no format {format!r}: use --format "
@@ -141,7 +141,7 @@ def _plain(source: Source, kind: Any, folder: Path, options: Options) -> dict[st
     """Fold, convert to the dtype, and let the kind write its folder."""
     import torch
 
-    from masa.sharing import count_parameters, fold
+    from masa.sharing.share import count_parameters, fold
 
     factored = source.load()
     counts = count_parameters(factored).to_dict()

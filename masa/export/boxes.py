@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
+from masa.data.pixels import data_digest as data_digest
 from masa.errors import MasaError
 from masa.export.images import picture_rows
 from masa.export.source import Source
-from masa.vision import detector
-from masa.vision.pixels import data_digest as data_digest
+from masa.models import detector
 
 FORMATS = ("hf",)
 LIBRARY, TASK = "transformers", "object-detection"

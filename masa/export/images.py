@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from masa.data.pixels import data_digest as data_digest
 from masa.export.source import Source
-from masa.vision import timm_vit
-from masa.vision.pixels import data_digest as data_digest
+from masa.models import timm_vit
 
 FORMATS = ("hf",)
 LIBRARY, TASK = "timm", "image-classification"

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from masa import run
+from masa.data.tokens import load_tokenizer
 from masa.errors import MasaError
 from masa.export.source import Source
-from masa.sources import sha256_of
-from masa.tokens import load_tokenizer
+from masa.runs import run
+from masa.runs.files import sha256_of
 
 FORMATS = ("hf", "gguf")
 LIBRARY, TASK = "transformers", "text-generation"
@@ -52,7 +52,7 @@ def write(model: nn.Module, folder: Path, source: Source) -> dict[str, Any] | No
 
 
 def data_digest(manifest: Mapping[str, Any]) -> str:
-    """What :func:`masa.training.pretrain` kept of the tokens."""
+    """What :func:`masa.training.language.pretrain` kept of the tokens."""
     return run.digest(manifest["train"])
 
 

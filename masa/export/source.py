@@ -8,11 +8,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from masa import kinds, run
 from masa.errors import MasaError
-from masa.report.metrics import is_of
-from masa.run_names import unknown_run
-from masa.sources import sha256_of, verify
+from masa.evaluation.metrics import is_of
+from masa.runs import run
+from masa.runs.files import sha256_of, verify
+from masa.runs.run_names import unknown_run
+from masa.study import kinds
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Source:
         Raises:
             MasaError: a file that is damaged.
         """
-        from masa import checkpoint
+        from masa.sharing import checkpoint
 
         verify(self.model, self.sha256, "train it again with `masa pretrain` (delete its manifest.json first)")
         return checkpoint.load(self.model)
@@ -199,7 +200,7 @@ def _data(
         return None
     manifest = run.read_json(path, f"masa {'tokenize' if kind is kinds.LANGUAGE else kind.data}")
     try:
-        digest = import_module(f"masa.{kind.export}").data_digest(manifest)
+        digest = import_module(kind.export).data_digest(manifest)
     except (KeyError, TypeError) as error:
         raise MasaError(f"{path} is not one of {kind.data}; say where the run's are with --data DIR.") from error
     if digest == trained_with.get(kind.data):

@@ -27,10 +27,10 @@ from typing import Any
 import pandas as pd
 from scipy import stats
 
-from masa import claims as asked
+from masa.evaluation import metrics as m
 from masa.report import examples
-from masa.report import metrics as m
 from masa.report.tables import write_files
+from masa.study import claims as asked
 
 LEVEL = 0.95
 ROUNDING = 1e-9
@@ -206,7 +206,7 @@ def _by_example(
 
 
 def write(claims: Sequence[Mapping[str, Any]], results: Path, folder: Path) -> None:
-    """``claims.*``: one row a claim and scale (:func:`masa.claims.spec`).
+    """``claims.*``: one row a claim and scale (:func:`masa.study.claims.spec`).
 
     Raises:
         MasaError: there are claims to judge, but of none all records are there.

@@ -12,9 +12,9 @@ from typing import Any
 
 import pandas as pd
 
-from masa.report import metrics as m
-from masa.report.run_sources import COMPRESSION, Run
-from masa.sources import whole_file
+from masa.evaluation import metrics as m
+from masa.report.runs import COMPRESSION, Run
+from masa.runs.files import whole_file
 
 _COUNTS = ("parameters", "attention_parameters", "attn_cr_pct", "model_cr_pct")
 _SAID_BEFORE = ("provenance.seed", "provenance.threads")
@@ -118,7 +118,7 @@ class Comparison:
 
 
 def compare(runs: Sequence[Run]) -> Comparison:
-    """Compare runs that count in the same unit (:func:`masa.report.run_sources.find`)."""
+    """Compare runs that count in the same unit (:func:`masa.report.runs.find`)."""
     at = {
         f"{column}_at": max(common)
         for column, key in (("training_loss", "loss"), ("held_out_loss", "validation_loss"))

@@ -13,9 +13,9 @@ from masa.errors import MasaError
 from masa.report.canvas import Canvas
 from masa.report.compare import Comparison
 from masa.report.labels import End
-from masa.report.run_sources import COMPRESSION, Run
+from masa.report.runs import COMPRESSION, Run
 from masa.report.style import STYLE, TEXT, look
-from masa.sources import whole_file
+from masa.runs.files import whole_file
 
 SUFFIXES = (".png", ".pdf", ".svg")
 OTHERS = tuple(

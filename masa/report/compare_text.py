@@ -9,8 +9,8 @@ from typing import Any
 from tabulate import tabulate
 
 from masa.report.compare import HEADINGS, Comparison
-from masa.report.run_sources import COMPRESSION
-from masa.status.view import clean
+from masa.report.runs import COMPRESSION
+from masa.study.status.view import clean
 
 LONGEST = 20
 """Characters of a value of a spec; sha256 sums and lists are longer."""

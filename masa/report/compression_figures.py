@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from masa.report import metrics as m
+from masa.evaluation import metrics as m
 from masa.report.canvas import Canvas
 from masa.report.labels import End, width_of
 from masa.report.style import BLACK, ORANGE, PROJECTION, SKY, SMALLEST, TEXT, look

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from masa.report import metrics as m
+from masa.evaluation import metrics as m
 
 BASELINE = "svd-llm"
 
@@ -19,7 +19,7 @@ def add_comparisons(frame: pd.DataFrame, spec: Mapping[str, Any], results: Path)
 
     Args:
         frame: one row for each of ``spec["rows"]``.
-        spec: from :func:`masa.experiments.artefact_spec`.
+        spec: from :func:`masa.study.experiments.artefact_spec`.
         results: directory with ``compression/``.
     """
     records = [m.load(results, row["records"][0]) for row in spec["rows"]]

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from masa import run
 from masa.errors import MasaError
-from masa.report import metrics as m
+from masa.evaluation import metrics as m
+from masa.runs import run
 
 
 def by_scale(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from masa.errors import MasaError, is_plain
-from masa.faults import writing
-from masa.status.numbers import is_number
-from masa.status.runs import Status
-from masa.status.tail import Growing
+from masa.runs.faults import writing
+from masa.study.status.numbers import is_number
+from masa.study.status.runs import Status
+from masa.study.status.tail import Growing
 
 SUFFIX = ".masa"
 """How the names of our event files end; others in the same folder are left alone."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from masa.errors import MasaError
-from masa.report.metrics import MEND
+from masa.evaluation.metrics import MEND
 
 Record = Mapping[str, Any]
 Scores = tuple[list[float], list[int]]

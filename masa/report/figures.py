@@ -12,18 +12,18 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from masa import run
 from masa.errors import MasaError, unknown
+from masa.evaluation import metrics as m
 from masa.report import compression_figures as compressed
 from masa.report import image_figures as images
-from masa.report import metrics as m
 from masa.report import vision_figures as vision
 from masa.report.canvas import Canvas, of_seeds
 from masa.report.curve import at, by_scale, curve
 from masa.report.gap_figure import gap
 from masa.report.labels import End
 from masa.report.style import PROJECTION, STYLE, TEXT, look
-from masa.sources import whole_file
+from masa.runs import run
+from masa.runs.files import whole_file
 
 
 def write(spec: Mapping[str, Any], results: Path, folder: Path) -> None:
@@ -46,7 +46,7 @@ def draw(spec: Mapping[str, Any], results: Path) -> Figure:
     """One figure in the common style, for :func:`write` or a notebook.
 
     Args:
-        spec: from :func:`masa.experiments.artefact_spec`; its ``kind`` is a key of :data:`KINDS`.
+        spec: from :func:`masa.study.experiments.artefact_spec`; its ``kind`` is a key of :data:`KINDS`.
         results: directory with ``evaluations/``, ``runs/`` and ``compression/``.
     """
     with plt.rc_context(STYLE):

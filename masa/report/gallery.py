@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from masa import config, experiments
-from masa.compression import plan
-from masa.fingerprint import ROOT
 from masa.report.style import COLUMN, TEXT
+from masa.runs.fingerprint import ROOT
+from masa.study import compressions, config, experiments
 
 RUNS = {
     "laptop": ("the default run", [], "snakemake --cores all {name}"),
@@ -67,7 +66,7 @@ def page(root: Path = ROOT) -> str:
 
 def _models(c: config.Config, figure: dict[str, Any]) -> str:
     """What a figure is about: a key of :data:`SECTIONS`."""
-    if plan.is_compression(c, figure):
+    if compressions.is_compression(c, figure):
         return "pretrained"
     return experiments.kind_of(c, c["grids"][figure["grid"]]["scales"][0]).data
 

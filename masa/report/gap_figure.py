@@ -11,14 +11,14 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from masa import run
 from masa.errors import MasaError
-from masa.report import metrics as m
+from masa.evaluation import metrics as m
 from masa.report.canvas import Canvas
 from masa.report.claims import Variance, judge, of_seeds
 from masa.report.curve import at, by_scale, curve
 from masa.report.labels import End
 from masa.report.style import TEXT, look
+from masa.runs import run
 
 APART = 1.025
 """Factor between neighbouring methods' bars, which would hide one another at the same place."""

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from masa.errors import MasaError
-from masa.report import metrics as m
+from masa.evaluation import metrics as m
 from masa.report.canvas import Canvas
 from masa.report.labels import shortened, width_of
 from masa.report.style import COLOURS, GREEN, LABEL, SMALLEST, TEXT, VERMILLION, readable

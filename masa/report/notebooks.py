@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from masa import config
 from masa.errors import MasaError
-from masa.fingerprint import ROOT
+from masa.runs.fingerprint import ROOT
+from masa.study import config
 
 if TYPE_CHECKING:
     from IPython.display import Image

@@ -9,13 +9,13 @@ from typing import Any
 
 import pandas as pd
 
-from masa import run
-from masa.fingerprint import ROOT
+from masa.evaluation import metrics as m
 from masa.report import claims
-from masa.report import metrics as m
 from masa.report.paper import published_rows
 from masa.report.tables import write_files
-from masa.sources import whole_file
+from masa.runs import run
+from masa.runs.files import whole_file
+from masa.runs.fingerprint import ROOT
 
 PUBLISHED = ROOT / "config" / "paper" / "other.csv"
 REDUCTIONS = "config/paper/table1.csv"
@@ -28,7 +28,7 @@ def write(name: str, spec: Any, results: Path, folder: Path) -> None:
 
     Args:
         name: a key of :data:`WRITERS`.
-        spec: from :func:`masa.job_specs.table_spec`.
+        spec: from :func:`masa.study.job_specs.table_spec`.
         results: directory with ``evaluations/``, ``runs/`` and the like.
     """
     WRITERS[name](spec, results, folder)
@@ -179,4 +179,4 @@ WRITERS: dict[str, Callable[[Any, Path, Path], None]] = {
     "parameters": parameters,
     "claims": claims.write,
 }
-"""One for each of :data:`masa.job_specs.OWN_TABLES`."""
+"""One for each of :data:`masa.study.job_specs.OWN_TABLES`."""

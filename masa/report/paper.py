@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from masa.errors import MasaError
-from masa.fingerprint import ROOT
+from masa.runs.fingerprint import ROOT
 
 
 def published_rows(paper: Mapping[str, Any] | None) -> list[dict[str, Any]]:

@@ -10,10 +10,10 @@ from typing import Any
 
 import pandas as pd
 
+from masa.evaluation import metrics as m
 from masa.report import compression_tables, vision_tables
-from masa.report import metrics as m
 from masa.report.paper import match, published_rows
-from masa.sources import whole_file
+from masa.runs.files import whole_file
 
 NA = "n/a"
 _KEYS = ("scale", "method", "label", "seeds")
@@ -23,7 +23,7 @@ def build(spec: Mapping[str, Any], results: Path) -> pd.DataFrame:
     """Make one table.
 
     Args:
-        spec: from :func:`masa.experiments.artefact_spec`.
+        spec: from :func:`masa.study.experiments.artefact_spec`.
         results: directory with ``evaluations/``.
 
     Returns:

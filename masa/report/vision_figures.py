@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from masa.report import metrics as m
+from masa.evaluation import metrics as m
 from masa.report.canvas import Canvas, of_seeds
 from masa.report.labels import End, shortened, width_of
 from masa.report.paper import match, published_rows

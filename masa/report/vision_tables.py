@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from masa.report import metrics as m
+from masa.evaluation import metrics as m
 
 OF_KIND = {
     "classification": "with one seed top-1 ± its standard error over images. In brackets the paper's value (CIFAR-100 "
@@ -31,7 +31,7 @@ def note(spec: Mapping[str, Any], results: Path) -> str:
     """Data, sizes and lengths of training of every scale, and what the cells mean.
 
     Args:
-        spec: from :func:`masa.experiments.artefact_spec`.
+        spec: from :func:`masa.study.experiments.artefact_spec`.
         results: directory with ``evaluations/``.
     """
     first = {row["scale"]: (row, m.load(results, row["records"][0])) for row in reversed(spec["rows"])}

@@ -1,4 +1,4 @@
-# Helpers of all rules. Everything here is cheap: no torch, and nothing is written but what masa.fingerprint keeps.
+# Helpers of all rules. Everything here is cheap: no torch, and nothing is written but what masa.runs.fingerprint keeps.
 
 import functools
 import json
@@ -11,16 +11,17 @@ from snakemake.exceptions import WorkflowError
 
 sys.path.insert(0, str(Path(workflow.basedir).parent))
 
-from masa import claims
-from masa import config as settings
-from masa import cost
-from masa import experiments
-from masa import job_specs
-from masa import launch
-from masa import sources
-from masa.compression import plan
+from masa.compression.names import modules
+from masa.data import sources
 from masa.errors import MasaError
-from masa.fingerprint import fingerprint
+from masa.runs.fingerprint import fingerprint
+from masa.study import claims
+from masa.study import compressions
+from masa.study import config as settings
+from masa.study import cost
+from masa.study import experiments
+from masa.study import job_specs
+from masa.training import launch
 from masa.report.page import assets
 
 try:
@@ -68,7 +69,7 @@ def as_json(data):
 
 def meaning(*modules):
     """Fingerprint of the code of a job; it changes with what the code does, not with a comment."""
-    return fingerprint(*(f"masa.{module}" for module in modules))
+    return fingerprint(*modules)
 
 
 @functools.cache
@@ -181,7 +182,7 @@ def local_model_files(name):
 
 def calibration_of(wildcards):
     """The statistics that a compression needs, if any."""
-    name = plan.calibration_of(config, f"{wildcards.model}/{wildcards.name}")
+    name = compressions.calibration_of(config, f"{wildcards.model}/{wildcards.name}")
     folder = f"{RESULTS}/compression/{wildcards.model}/calibrations"
     return [f"{folder}/{name}/calibration.json"] if name else []
 
@@ -243,10 +244,10 @@ def made_from(artefact):
 
 def evaluations_of(artefact):
     """Metrics files, or manifests of compressions."""
-    if plan.is_compression(config, artefact):
+    if compressions.is_compression(config, artefact):
         return expand(
             f"{RESULTS}/compression/{{run}}/manifest.json",
-            run=plan.artefact_runs(config, artefact),
+            run=compressions.artefact_runs(config, artefact),
         )
     return expand(
         f"{RESULTS}/evaluations/{{run}}/metrics.json",

@@ -14,7 +14,7 @@ rule text:
         **asks_for("text"),
     params:
         spec=lambda wildcards: as_json(job_specs.text_spec(config, wildcards.name)),
-        code=meaning("excerpts"),
+        code=meaning("masa.data.excerpts"),
     message:
         "Text {wildcards.name}"
     shell:
@@ -36,7 +36,7 @@ rule pretrained:
         spec=lambda wildcards: as_json(
             job_specs.pretrained_spec(config, wildcards.model)
         ),
-        code=meaning("pretrained"),
+        code=meaning("masa.models.pretrained"),
         out=lambda wildcards, output: Path(output[0]).parent,
     message:
         "Fetching {wildcards.model}"
@@ -59,7 +59,7 @@ rule calibrate:
     resources:
         **asks_for("calibrate"),
     params:
-        code=meaning("compression.collect"),
+        code=meaning("masa.compression.calibration.collect"),
         model=lambda wildcards, input: Path(input.model).parent,
         out=lambda wildcards, output: Path(output[0]).parent,
         threads=config["compression"]["threads"],  # the configuration's, whatever --cores says
@@ -96,10 +96,10 @@ rule compress:
         **asks_for("compress"),
     params:
         spec=lambda wildcards: as_json(
-            plan.run_spec(config, wildcards.model, wildcards.name)
+            compressions.run_spec(config, wildcards.model, wildcards.name)
         ),
         code=lambda wildcards: meaning(
-            *plan.modules(plan.run_spec(config, wildcards.model, wildcards.name))
+            *modules(config["compressions"][wildcards.name]["method"])
         ),
         model=lambda wildcards, input: Path(input.model).parent,
         benchmarks=lambda wildcards, input: Path(input.benchmarks).parent,

@@ -9,7 +9,7 @@ rule benchmarks:
         **asks_for("benchmarks"),
     params:
         spec=as_json(job_specs.benchmarks_spec(config)),
-        code=meaning("benchmarks"),
+        code=meaning("masa.data.benchmarks"),
         out=lambda wildcards, output: Path(output[0]).parent,
     message:
         "Fetching the benchmark data"
@@ -30,7 +30,7 @@ rule tokenizer:
         **asks_for("tokenizer"),
     params:
         spec=as_json(job_specs.data_spec(config)),
-        code=meaning("text"),
+        code=meaning("masa.data.tokenize"),
         out=lambda wildcards, output: Path(output[0]).parent,
     message:
         "Training or fetching the tokenizer"
@@ -53,7 +53,7 @@ rule tokenize:
     params:
         spec=as_json(job_specs.data_spec(config)),
         tokens=lambda wildcards: experiments.tokens_needed(config, wildcards.scale),
-        code=meaning("text"),
+        code=meaning("masa.data.tokenize"),
         tokenizer=lambda wildcards, input: Path(input[0]).parent,
         out=lambda wildcards, output: Path(output[0]).parent,
     message:

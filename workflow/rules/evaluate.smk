@@ -17,7 +17,7 @@ rule evaluate:
         **asks_for("evaluate"),
     params:
         spec=as_json(config["evaluation"]),
-        code=meaning("evaluation"),
+        code=meaning("masa.evaluation.language"),
         run=lambda wildcards, input: Path(input.run).parent,
         tokens=lambda wildcards, input: Path(input.tokens).parent,
         tokenizer=lambda wildcards, input: Path(input.tokenizer).parent,
@@ -44,7 +44,7 @@ rule time_methods:
         spec=lambda wildcards: as_json(
             job_specs.throughput_spec(config, wildcards.scale)
         ),
-        code=meaning("throughput"),
+        code=meaning("masa.training.throughput"),
     message:
         "Timing all methods at {wildcards.scale}"
     shell:
@@ -62,7 +62,7 @@ rule count_parameters:
         **asks_for("count_parameters"),
     params:
         spec=as_json(job_specs.parameters_spec(config)),
-        code=meaning("accounting"),
+        code=meaning("masa.study.accounting"),
     message:
         "Counting parameters"
     shell:

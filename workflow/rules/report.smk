@@ -16,7 +16,9 @@ rule table:
     params:
         spec=lambda wildcards: as_json(job_specs.table_spec(config, wildcards.name)),
         code=lambda wildcards: meaning(
-            "report.own_tables" if wildcards.name in OWN_INPUTS else "report.tables"
+            "masa.report.own_tables"
+            if wildcards.name in OWN_INPUTS
+            else "masa.report.tables"
         ),
         results=lambda wildcards: RESULTS,
         out=lambda wildcards, output: Path(output[0]).parent,
@@ -42,7 +44,7 @@ rule figure:
         spec=lambda wildcards: as_json(
             experiments.artefact_spec(config, "figures", wildcards.name)
         ),
-        code=meaning("report.figures"),
+        code=meaning("masa.report.figures"),
         results=lambda wildcards: RESULTS,
         out=lambda wildcards, output: Path(output[0]).parent,
     message:
@@ -116,7 +118,7 @@ rule report:
         ENVIRONMENT
     params:
         spec=as_json(config),
-        code=lambda wildcards: meaning("report.page.build"),
+        code=lambda wildcards: meaning("masa.report.page.build"),
         assets=assets.digest(),
         results=lambda wildcards: RESULTS,
         overlays=["--configfile", *OVERLAYS] if OVERLAYS else [],

@@ -16,7 +16,7 @@ rule images:
         spec=lambda wildcards: as_json(
             job_specs.vision_data_spec(config, "images", wildcards.name)
         ),
-        code=meaning("vision.images"),
+        code=meaning("masa.data.images"),
         out=lambda wildcards, output: Path(output[0]).parent,
     message:
         "Images of {wildcards.name}"
@@ -39,7 +39,7 @@ rule boxes:
         spec=lambda wildcards: as_json(
             job_specs.vision_data_spec(config, "boxes", wildcards.name)
         ),
-        code=meaning("vision.boxes"),
+        code=meaning("masa.data.boxes"),
         out=lambda wildcards, output: Path(output[0]).parent,
     message:
         "Boxes of {wildcards.name}"

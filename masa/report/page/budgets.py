@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from masa.cost import Plan
-from masa.cost.jobs import Job
-from masa.cost.logs import log_of, read
-from masa.cost.report import by_rule
 from masa.report.page.found import Found, number
+from masa.study.cost import Plan
+from masa.study.cost.jobs import Job
+from masa.study.cost.logs import log_of, read
+from masa.study.cost.report import by_rule
 
 
 def parameters(found: Found) -> list[dict[str, Any]]:
@@ -48,7 +48,7 @@ def parameters(found: Found) -> list[dict[str, Any]]:
 def rules(found: Found, jobs: Sequence[Job]) -> list[dict[str, Any]]:
     """One entry a rule: jobs, how many have said what they took, their seconds together, the longest, memory.
 
-    ``estimated`` is :mod:`masa.cost`'s figure for those very jobs on the configuration's device.
+    ``estimated`` is :mod:`masa.study.cost`'s figure for those very jobs on the configuration's device.
     """
     views = []
     for rule, found_jobs in by_rule(jobs).items():

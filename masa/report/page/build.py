@@ -10,13 +10,13 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from masa.cost import Plan
-from masa.cost.report import duration, size
-from masa.cost.workflow import jobs as all_jobs
 from masa.errors import MasaError
 from masa.report.page import assets, budgets, curves, figures, graph, origins, tables
 from masa.report.page.found import Found
-from masa.sources import whole_file
+from masa.runs.files import whole_file
+from masa.study.cost import Plan
+from masa.study.cost.report import duration, size
+from masa.study.cost.workflow import jobs as all_jobs
 
 
 def write(config: Mapping[str, Any], results: Path, out: Path, overlays: Iterable[str] = ()) -> Found:

@@ -6,8 +6,8 @@ import base64
 from collections.abc import Mapping
 from typing import Any
 
-from masa import experiments
 from masa.report.page.found import Found
+from masa.study import experiments
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from masa import experiments, run
 from masa.errors import MasaError, is_plain
-from masa.status.runs import differs
+from masa.runs import run
+from masa.study import experiments
+from masa.study.status.runs import differs
 
 SNAKEMAKE = "snakemake --cores all"
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import networkx as nx
 
-from masa.cost.jobs import Job
+from masa.study.cost.jobs import Job
 
 WIDTH, HEIGHT, GAP_X, GAP_Y, MARGIN = 144, 46, 48, 20, 8
 SWEEPS = 12

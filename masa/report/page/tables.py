@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from masa import job_specs
-from masa.report import metrics as m
+from masa.evaluation import metrics as m
 from masa.report.page.found import Found, number
+from masa.study import job_specs
 
 CURVES = "metrics"
 """The table of all logged steps: the page draws it instead."""
@@ -47,7 +47,7 @@ LABELS = {
     "inference_tokens_per_second": "Folded inference (tokens/s)",
     "inference_ratio": "Inference / vanilla",
 }
-"""Headings of columns that are no metric of :data:`masa.report.metrics.METRICS`."""
+"""Headings of columns that are no metric of :data:`masa.evaluation.metrics.METRICS`."""
 
 METRICS = {metric.name: metric for metric in m.METRICS}
 

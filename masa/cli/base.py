@@ -1,0 +1,115 @@
+"""What all verbs have in common: the parser that says what was meant, and how ``--spec`` is read."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from masa.errors import MasaError, did_you_mean
+from masa.study import config
+from masa.study.verb_specs import check as check_spec
+
+EXIT = """\
+exit status: 0 done; 1 a defect of masa (please report it); 2 bad input, the message says what; 75 interrupted by a
+signal after a checkpoint, run the same command again to go on; 130 interrupted by Ctrl-C."""
+
+Call = Callable[[argparse.Namespace], None]
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Texts as they are written, and names of verbs in one column."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30)
+
+    def add_argument(self, action: argparse.Action) -> None:
+        """Python forgets the indentation of verbs when it measures their names."""
+        super().add_argument(action)
+        if isinstance(action, argparse._SubParsersAction):
+            self._action_max_length += self._indent_increment
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that says what was probably meant."""
+
+    def __init__(self, **more: Any) -> None:
+        super().__init__(**({"formatter_class": Help} | more))
+
+    def error(self, message: str) -> NoReturn:
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction) and "invalid choice" in message:
+                verb = message.split("'")[1]
+                hint = did_you_mean(verb, action.choices, 1)
+                message = f"there is no verb {verb!r}.{hint} Verbs: {', '.join(action.choices)}."
+        verb = self.prog.removeprefix("masa").strip() or "VERB"
+        print(f"masa: error: {message}\nTry 'masa --help' or 'masa {verb} --help'.", file=sys.stderr)
+        raise SystemExit(2)
+
+    def reject(self, words: list[str]) -> NoReturn:
+        """Arguments that are left over: an option that does not exist, or one word too many."""
+        options = [name for action in self._actions for name in action.option_strings]
+        word = next((w for w in words if w.startswith("-")), words[0])
+        what = "option" if word.startswith("-") else "argument"
+        self.error(f"{self.prog} takes no {what} {word!r}.{did_you_mean(word.partition('=')[0], options, 1)}")
+
+
+class Verbs:
+    """The verbs of the command line; a module of :mod:`masa.cli` adds its own with :meth:`add`."""
+
+    def __init__(self, parser: Parser) -> None:
+        self._parsers = parser.add_subparsers(title="verbs", metavar="VERB")
+
+    def add(self, name: str, call: Call, summary: str, example: str, gpu: bool = False) -> argparse.ArgumentParser:
+        """Add a verb.
+
+        Args:
+            call: does the work.
+            summary: one line, for ``masa --help``; also what ``masa NAME --help`` begins with.
+            example: a command line that works.
+            gpu: a GPU is leased for it where there is one.
+        """
+        sub = self._parsers.add_parser(
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            epilog=f"example:\n  {example}\n\n{EXIT}",
+        )
+        sub.set_defaults(call=call, gpu=gpu, parser=sub)
+        sub.add_argument("--configfile", nargs="+", default=[], metavar="YAML", help="overlays over config/*.yaml")
+        sub.add_argument("--log", metavar="FILE", help="write an error here, or seconds and peak memory")
+        return sub
+
+
+def spec_of(given: argparse.Namespace, default: Callable[[config.Config], Any], what: str) -> Any:
+    """``--spec`` as JSON text or file, else what the configuration says.
+
+    Raises:
+        MasaError: it is not JSON, or not of the form ``what`` (a key of :data:`masa.study.verb_specs.FORMS`).
+    """
+    if given.spec is None:
+        return default(config.load(given.configfile))
+    spec = read_spec(given.spec)
+    check_spec(what, spec)
+    return spec
+
+
+def read_spec(text: str) -> Any:
+    """JSON text, or a file of it.
+
+    Raises:
+        MasaError: it is not JSON, or there is no such file.
+    """
+    inline = text.lstrip()[:1] in ("{", "[")
+    try:
+        text = text if inline else Path(text).read_text(encoding="utf-8")
+        return json.loads(text, parse_constant=_no_number)
+    except (OSError, ValueError, RecursionError) as error:
+        raise MasaError(f"--spec is not valid JSON ({error}); give JSON text or a file of it.") from error
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")

@@ -1,0 +1,156 @@
+"""Verbs of training-free compression."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from masa.cli.base import Verbs, spec_of
+from masa.cli.train import benchmarks_of
+from masa.compression.names import GRADIENT_SAMPLES, METHODS, needs_gradients
+from masa.study import compressions
+
+
+def add(verbs: Verbs) -> None:
+    """Add the verbs of this module."""
+    v = verbs.add(
+        "calibrate",
+        _calibrate,
+        "collect the statistics that compression needs",
+        "masa calibrate MODEL --text documents.jsonl --out statistics",
+        gpu=True,
+    )
+    v.add_argument("model", metavar="MODEL", help="folder, GGUF file, or ORG/NAME on the hub with --revision")
+    v.add_argument("--text", required=True, metavar="FILE", help="plain text, or JSON lines with text, content or page")
+    v.add_argument("--samples", type=int, default=64, help="sequences (default 64; the paper's size is 256)")
+    v.add_argument("--length", type=int, default=512, help="tokens a sequence (default 512; the paper's size is 2048)")
+    v.add_argument("--gradient-samples", type=int, default=0, help="sequences for the *-fisher methods (default 0)")
+    v.add_argument("--projections", default="qkvo", help="letters to measure (default qkvo; all linears: qkvogud)")
+    v.add_argument("--batch-size", type=int, default=4, help="sequences at once (default 4)")
+    v.add_argument("--seed", type=int, default=0)
+    v.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda:1, …")
+    v.add_argument("--threads", type=int, help="CPU threads (default: all)")
+    v.add_argument("--revision", metavar="COMMIT", help="of a model on the hub")
+    v.add_argument("--out", "--output", required=True, metavar="DIR")
+
+    v = verbs.add(
+        "compress",
+        _compress,
+        "compress a pretrained Llama-like model without training",
+        "masa compress MODEL --method svd-global --reduction 0.2 --text documents.jsonl --output smaller",
+        gpu=True,
+    )
+    v.add_argument("model", metavar="MODEL", help="folder, GGUF file, or ORG/NAME on the hub with --revision")
+    v.add_argument("--method", default="svd-global", help=f"{', '.join(METHODS)} (default svd-global)")
+    v.add_argument("--reduction", type=float, default=0.2, help="fraction of attention to save (default 0.2)")
+    data = v.add_mutually_exclusive_group()
+    data.add_argument("--calibration", metavar="DIR", help="what `masa calibrate` wrote")
+    data.add_argument("--text", metavar="FILE", help="calibrate on it in passing (64 x 512 tokens)")
+    v.add_argument("--projections", default="qkvo", help="letters to compress (default qkvo; all linears: qkvogud)")
+    v.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="of the method: ranks=global")
+    v.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda:1, …")
+    v.add_argument("--json", action="store_true", help="print the whole account as JSON")
+    v.add_argument("--plain", action="store_true", help="write an ordinary Hugging Face folder instead of factors")
+    v.add_argument("--evaluate", metavar="FILE", help="documents for the perplexity before and after")
+    v.add_argument("--threads", type=int, help="CPU threads (default: all)")
+    v.add_argument("--revision", metavar="COMMIT", help="of a model on the hub")
+    v.add_argument("--out", "--output", required=True, metavar="DIR")
+
+    v = verbs.add(
+        "sweep",
+        _sweep,
+        "compress a model by one method at several reductions and score each",
+        "masa sweep SmolLM2-135M/svd-llm --model results/pretrained/SmolLM2-135M --calibration statistics "
+        "--texts held_out.json --benchmarks results/data/benchmarks --out results/compression/SmolLM2-135M/svd-llm",
+        gpu=True,
+    )
+    v.add_argument("run", metavar="MODEL/NAME", help="a pretrained model and a compression of the configuration")
+    v.add_argument("--spec", metavar="JSON", help="the run as data; default: from the configuration")
+    v.add_argument("--model", required=True, metavar="DIR", help="what `masa pretrained` wrote")
+    v.add_argument("--calibration", metavar="DIR", help="what `masa calibrate` wrote")
+    v.add_argument("--texts", nargs="+", required=True, metavar="FILE", help="of `masa text`; held-out text first")
+    v.add_argument("--benchmarks", required=True, metavar="DIR", help="what `masa fetch` wrote")
+    v.add_argument("--out", required=True, metavar="DIR")
+
+
+def _calibrate(given: argparse.Namespace) -> None:
+    from masa.compression import run_calibrate
+
+    summary = run_calibrate(
+        given.model,
+        given.out,
+        given.text,
+        samples=given.samples,
+        length=given.length,
+        seed=given.seed,
+        revision=given.revision,
+        projections=given.projections,
+        batch_size=given.batch_size,
+        gradient_samples=given.gradient_samples,
+        threads=given.threads,
+        device=given.device,
+    )
+    print(json.dumps(summary, indent=1, default=str))
+
+
+def _compress(given: argparse.Namespace) -> None:
+    import tempfile
+
+    import yaml
+
+    from masa.compression import run_calibrate, run_compress
+
+    options = dict(option.partition("=")[::2] for option in given.option)
+    shared = {"projections": given.projections, "threads": given.threads, "device": given.device}
+    shared |= {"revision": given.revision}
+    with tempfile.TemporaryDirectory() as folder:
+        if given.text:
+            gradients = GRADIENT_SAMPLES if needs_gradients(given.method) else 0
+            run_calibrate(given.model, folder, given.text, gradient_samples=gradients, **shared)
+        summary = run_compress(
+            given.model,
+            given.out,
+            given.method,
+            given.reduction,
+            folder if given.text else given.calibration,
+            options={key: yaml.safe_load(value) for key, value in options.items()},
+            plain=given.plain,
+            evaluate=given.evaluate,
+            **shared,
+        )
+    print(json.dumps(summary, indent=1, default=str) if given.json else _account(summary))
+
+
+def _account(summary: dict[str, Any]) -> str:
+    """The closing lines of a compression, for people."""
+    lines = [
+        f"{summary['method']}: {100 * summary['reduction_achieved']:.2f} % of {summary['projections']} saved "
+        f"(asked for {100 * summary['reduction_requested']:g} %), {100 * summary['model_reduction']:.2f} % of all",
+        f"parameters: {summary['parameters_before']:,} -> {summary['parameters_after']:,}",
+    ]
+    if "perplexity_after" in summary:
+        before, after = summary["perplexity_before"], summary["perplexity_after"]
+        lines.append(
+            f"perplexity: {before['token_perplexity']:.3f} -> {after['token_perplexity']:.3f} a token, "
+            f"{before['word_perplexity']:.2f} -> {after['word_perplexity']:.2f} a word ({after['tokens']:,} tokens)"
+        )
+    if summary["regularisation"]:
+        worst = max(summary["regularisation"].values())
+        lines.append(
+            f"regularised: {len(summary['regularisation'])} matrices, by at most {worst:g} of the mean diagonal"
+        )
+    lines.append(f"time and memory: {summary['seconds']:.1f} s, peak {summary['peak_rss_bytes'] / 2**30:.2f} GiB")
+    lines.append(f"written: {summary['output']} (all of the above and ranks in compression.json)")
+    return "\n".join(lines)
+
+
+def _sweep(given: argparse.Namespace) -> None:
+    spec = spec_of(given, lambda c: compressions.run_spec(c, *compressions.parse_run(given.run)), "sweep")
+    from masa.compression.sweep import sweep
+
+    tasks = benchmarks_of(Path(given.benchmarks))
+    texts = {Path(file).stem: Path(file) for file in given.texts}
+    calibration = Path(given.calibration) if given.calibration else None
+    sweep(Path(given.model), spec, calibration, texts, tasks, Path(given.out))

@@ -1,0 +1,155 @@
+"""Verbs that train and score."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from masa.cli.base import Verbs, spec_of
+from masa.errors import MasaError
+from masa.runs import devices, memory
+from masa.study import experiments, kinds
+from masa.study.cost.limits import estimated_need
+from masa.study.job_specs import throughput_spec
+from masa.study.verb_specs import check as check_spec
+from masa.training import launch
+
+
+def add(verbs: Verbs) -> None:
+    """Add the verbs of this module."""
+    v = verbs.add(
+        "pretrain",
+        _pretrain,
+        "train one language model",
+        "masa pretrain --run nano/masa-qkvo/seed0 --tokens results/data/tokens/nano "
+        "--out results/runs/nano/masa-qkvo/seed0",
+    )  # leases its own GPUs: as many as the run has processes
+    v.add_argument("--tokens", required=True, metavar="DIR", help="what `masa tokenize` wrote")
+    _add_run(v)
+
+    v = verbs.add(
+        "train-vit",
+        _pretrain,
+        "train one Vision Transformer or detector",
+        "masa train-vit --run digits-compact/masa-qkvo/seed0 --images results/data/images/digits "
+        "--out results/runs/digits-compact/masa-qkvo/seed0",
+    )
+    data = v.add_mutually_exclusive_group(required=True)
+    data.add_argument("--images", metavar="DIR", help="of a Vision Transformer: what `masa images` wrote")
+    data.add_argument("--boxes", metavar="DIR", help="of a detector: what `masa boxes` wrote")
+    _add_run(v)
+
+    v = verbs.add(
+        "evaluate",
+        _evaluate,
+        "score a finished run",
+        "masa evaluate results/runs/nano/masa-qkvo/seed0 --tokens results/data/tokens/nano --tokenizer "
+        "results/data/tokenizer --benchmarks results/data/benchmarks --out results/evaluations/nano/masa-qkvo/seed0",
+        gpu=True,
+    )
+    v.add_argument("directory", metavar="RUN_DIR")
+    v.add_argument("--spec", metavar="JSON", help="evaluation settings; default: from the configuration")
+    v.add_argument("--tokens", metavar="DIR", help="of a language model, with --tokenizer and --benchmarks")
+    v.add_argument("--tokenizer", metavar="DIR")
+    v.add_argument("--benchmarks", metavar="DIR")
+    v.add_argument("--images", metavar="DIR", help="of a Vision Transformer")
+    v.add_argument("--boxes", metavar="DIR", help="of a detector")
+    v.add_argument("--out", required=True, metavar="DIR")
+
+    v = verbs.add(
+        "throughput",
+        _throughput,
+        "time training and folded inference",
+        "masa throughput --scale nano --out t.json",
+        gpu=True,
+    )
+    which = v.add_mutually_exclusive_group(required=True)
+    which.add_argument("--scale", help="a scale of the configuration")
+    which.add_argument("--spec", metavar="JSON", help="{runs, settings, threads}")
+    v.add_argument("--out", required=True, metavar="FILE")
+
+
+def _add_run(v: argparse.ArgumentParser) -> None:
+    which = v.add_mutually_exclusive_group(required=True)
+    which.add_argument("--run", metavar="SCALE/EXPERIMENT/seedN", help="a run of the configuration")
+    which.add_argument("--spec", metavar="JSON", help="a resolved run, as JSON or as a file")
+    v.add_argument("--out", required=True, metavar="DIR", help="the run's directory; the same again goes on from it")
+    v.add_argument(
+        "--no-wait", action="store_true", help="stop where another process trains in DIR, which is else waited for"
+    )
+
+
+def _pretrain(given: argparse.Namespace) -> None:
+    if given.run:
+        experiments.parse_run(given.run)
+    spec = spec_of(given, lambda c: experiments.run_spec(c, *experiments.parse_run(given.run)), "run")
+    kind = kinds.of(spec)
+    data = _needed(given, kind.data, spec)
+    with devices.leased(launch.layout(spec)[1]):
+        if launch.is_wanted(spec):
+            launch.launch(spec, _without(given.arguments, "--log"))
+        else:
+            train = import_module(kind.training).pretrain
+            try:
+                train(spec, data, Path(given.out), wait=not given.no_wait)
+            except memory.OutOfMemory as error:
+                raise MasaError(f"{error} {estimated_need(spec)}".rstrip()) from error
+
+
+def _without(arguments: Sequence[str], option: str) -> list[str]:
+    """The arguments of the command line but for one option and its value."""
+    left, rest = [], iter(arguments)
+    for argument in rest:
+        if argument == option:
+            next(rest, None)
+        elif not argument.startswith(f"{option}="):
+            left.append(argument)
+    return left
+
+
+def _evaluate(given: argparse.Namespace) -> None:
+    from masa.runs import run
+
+    directory, out = Path(given.directory), Path(given.out)
+    run.read_json(directory / "manifest.json")  # written last: without it, the run is not whole
+    spec = run.read_json(directory / "spec.json", "masa pretrain")
+    check_spec("run", spec, str(directory / "spec.json"))
+    kind = kinds.of(spec)
+    module = import_module(kind.evaluation)
+    if kind is not kinds.LANGUAGE:
+        settings = spec_of(given, lambda c: c["vision_evaluation"], "vision_evaluation")
+        module.evaluate(directory, _needed(given, kind.data, spec), settings, out)
+        return
+    settings = spec_of(given, lambda c: c["evaluation"], "evaluation")
+    tokens, tokenizer, benchmarks = (_needed(given, name, spec) for name in ("tokens", "tokenizer", "benchmarks"))
+    tasks = benchmarks_of(benchmarks)
+    tasks = {task: tasks[task] for task in settings["tasks"] if task in tasks}
+    module.evaluate(directory, tokens, tokenizer, tasks, settings, out)
+
+
+def benchmarks_of(directory: Path) -> dict[str, Any]:
+    """The manifest of ``masa fetch``."""
+    from masa.runs import run
+
+    tasks = run.read_json(directory / "manifest.json", "masa fetch")
+    check_spec("benchmarks", tasks, str(directory / "manifest.json"))
+    return tasks
+
+
+def _needed(given: argparse.Namespace, name: str, spec: Any) -> Path:
+    """The directory of an option that this kind of run needs."""
+    if getattr(given, name, None) is None:
+        kind = kinds.of(spec)
+        verb = f" (masa {kind.verb})" if given.call is _pretrain else ""
+        raise MasaError(f"{spec['run']} is {kind.label} and needs --{name} DIR{verb}.")
+    return Path(getattr(given, name))
+
+
+def _throughput(given: argparse.Namespace) -> None:
+    spec = spec_of(given, lambda c: throughput_spec(c, given.scale), "throughput")
+    from masa.training import throughput
+
+    throughput.measure(spec["runs"], spec["settings"], spec["threads"], Path(given.out))

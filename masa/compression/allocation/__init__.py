@@ -1,0 +1,1 @@
+"""Which layers go together, and how many numbers each matrix may keep."""

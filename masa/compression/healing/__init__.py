@@ -1,0 +1,1 @@
+"""Short fine-tunes of what was compressed."""

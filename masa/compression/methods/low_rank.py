@@ -1,0 +1,101 @@
+"""From matrices and rank rules to :class:`~masa.sharing.compressed_sources.Factored` sources."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from masa.compression.allocation.ranks import Key
+from masa.compression.base import Problem
+from masa.compression.methods.algebra import Truncation
+from masa.sharing.compressed_sources import Factored
+from masa.sharing.weight_sources import WeightSource
+
+
+@dataclass
+class AtomGroup:
+    """A dictionary of one projection: ``sum_s coefficients[i, s] atoms[s]`` for layer ``layers[i]``."""
+
+    layers: list[int]
+    atoms: Tensor  # (S, out, in)
+    coefficients: Tensor  # (n, S)
+
+    def numbers(self) -> int:
+        return self.atoms.numel() + self.coefficients.numel()
+
+
+Factors = dict[Key, tuple[Tensor, Tensor]]
+"""Key -> B (n * out, r) and A (r, in); None stands for dense."""
+
+
+def factorise(
+    truncations: Mapping[Key, Truncation], ranks: Mapping[Key, int | None], weight: Callable[[Key], Tensor]
+) -> Factors:
+    """Factors of every matrix that is not dense; float32 unless the weights are float64, as all are held at once.
+
+    Args:
+        weight: key -> the matrix (n * out, in) that was truncated.
+    """
+    found: Factors = {}
+    for key, rank in ranks.items():
+        if rank is not None:
+            left, right = truncations[key].factors(rank, weight(key))
+            found[key] = left.to(truncations[key].left.dtype), right.to(truncations[key].left.dtype)
+    return found
+
+
+@torch.no_grad()
+def factored_sources(
+    problem: Problem,
+    factors: Factors,
+    ranks: Mapping[Key, int | None],
+    atoms: Mapping[str, list[AtomGroup]] | None = None,
+) -> list[WeightSource]:
+    """One source a projection, in the dtype and on the device of the model's weights.
+
+    Args:
+        factors: of the matrices with a rank.
+        ranks: of all matrices; None keeps its layers dense.
+        atoms: dictionaries by projection.
+    """
+    sources: list[WeightSource] = []
+    for letter in problem.projections:
+        keys = [key for key in ranks if key[0] == letter]
+        dense = [layer for key in keys if ranks[key] is None for layer in key[1]]
+        low = [key for key in keys if ranks[key]]
+        # a dictionary serves only the layers that are not dense
+        groups = [g for g in (atoms or {}).get(letter, []) if set(g.layers) - set(dense)]
+        rows = [[i for i, layer in enumerate(g.layers) if layer not in dense] for g in groups]
+        source = Factored(
+            letter,
+            problem.shape.num_layers,
+            problem.shape.shapes[letter],
+            atoms=[
+                {"layers": [g.layers[i] for i in row], "atoms": len(g.atoms)}
+                for g, row in zip(groups, rows, strict=True)
+            ],
+            factors=[{"layers": list(key[1]), "rank": ranks[key]} for key in low],
+            dense=dense,
+        ).to(problem.weight(letter, 0))
+        for i, (group, row) in enumerate(zip(groups, rows, strict=True)):
+            source.atoms[i].copy_(group.atoms)
+            source.coefficients[i].copy_(group.coefficients[row])
+        for i, key in enumerate(low):
+            left, right = factors[key]
+            source.left[i].copy_(left.view(source.left[i].shape))
+            source.right[i].copy_(right)
+        for i, layer in enumerate(dense):
+            source.dense[i].copy_(problem.weight(letter, layer))
+        sources.append(source)
+    return sources
+
+
+def ranks_by_projection(ranks: Mapping[Key, int | None]) -> dict[str, list[list]]:
+    """JSON-able: projection -> [[layers, rank or "dense"], ...]."""
+    table: dict[str, list[list]] = {}
+    for (letter, layers), rank in ranks.items():
+        table.setdefault(letter, []).append([list(layers), "dense" if rank is None else rank])
+    return table

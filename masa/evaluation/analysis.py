@@ -1,0 +1,78 @@
+"""What trained weights look like, as small JSON: effective ranks, spectra and coefficients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from masa.errors import MasaError
+from masa.runs import run
+from masa.runs.files import verify
+from masa.sharing import checkpoint
+from masa.sharing.projections import SharedProjections, blocks, decoder, family_of
+from masa.sharing.share import count_parameters, fold
+from masa.sharing.spec import ATTENTION
+from masa.sharing.weight_sources import Atoms
+
+
+def effective_rank(weight: Tensor) -> float:
+    """exp of the entropy of the normalised singular values of a matrix (Roy and Vetterli 2007)."""
+    values = torch.linalg.svdvals(weight.float())
+    p = values / values.sum()
+    return float(torch.exp(-(p * p.clamp_min(1e-12).log()).sum()))
+
+
+@torch.no_grad()
+def describe_weights(model: nn.Module) -> dict[str, Any]:
+    """Effective rank of every attention matrix, mean \\|cos\\| between layers, and MASA's coefficients.
+
+    Returns:
+        ``effective_rank``: projection -> L numbers; ``similarity``: projection -> mean absolute cosine between the
+        matrices of different layers; ``coefficients``: projection -> (L, S) lists, for MASA.
+    """
+    family = family_of(model)
+    ranks, similarity = {}, {}
+    for letter in ATTENTION:
+        weights = [family.projection(block, letter).weight for block in blocks(model)]
+        ranks[letter] = [round(effective_rank(w), 4) for w in weights]
+        flat = nn.functional.normalize(torch.stack([w.flatten().float() for w in weights]), dim=1)
+        cosines = (flat @ flat.T).abs()
+        count = len(weights)
+        similarity[letter] = float((cosines.sum() - cosines.trace()) / max(count * (count - 1), 1))
+    coefficients = {}
+    shared = getattr(decoder(model), "shared", None)
+    if isinstance(shared, SharedProjections):
+        for source in shared.values():
+            if isinstance(source, Atoms):
+                coefficients |= {p: source.coefficients(p).tolist() for p in source.projections}
+    return {"effective_rank": ranks, "similarity": similarity, "coefficients": coefficients}
+
+
+def folded_run(run_dir: Path, manifest: Mapping[str, Any], out: Path) -> nn.Module:
+    """The model of a finished run, folded and on a GPU where there is one; ``weights.json`` is written into ``out``.
+
+    Args:
+        run_dir: of the run.
+        manifest: its ``manifest.json``.
+        out: of the evaluation.
+
+    Raises:
+        MasaError: a file of the checkpoint is damaged, or it holds another number of attention parameters than the
+            manifest says.
+    """
+    again = f"train it again with `masa pretrain` (delete {run_dir / 'manifest.json'} first)"
+    try:
+        expected, sums = manifest["parameters"]["attention"], dict(manifest["sha256"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise MasaError(f"{run_dir / 'manifest.json'} is not one of a finished run; {again}.") from error
+    verify(run_dir / "model", sums, again)
+    factored = checkpoint.load(run_dir / "model")
+    found = count_parameters(factored).attention
+    if found != expected:
+        raise MasaError(f"{run_dir / 'model'} holds {found} attention numbers, its manifest says otherwise.")
+    run.write_json(out / "weights.json", describe_weights(factored))
+    return fold(factored).to("cuda" if torch.cuda.is_available() else "cpu")

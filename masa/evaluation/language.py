@@ -1,0 +1,145 @@
+"""Evaluate a run: held-out perplexity of the corpus and lm-eval's tasks, on the folded model read back from disk."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from masa.data import benchmarks
+from masa.data.tokens import load_tokenizer, validation_tokens
+from masa.errors import MasaError
+from masa.evaluation import analysis
+from masa.evaluation.perplexity import held_out_loss, tokens_by_document
+from masa.runs import memory, run
+from masa.runs.progress import Progress
+
+
+def evaluate(
+    run_dir: Path, tokens: Path, tokenizer_dir: Path, tasks: Mapping[str, Any], settings: Mapping[str, Any], out: Path
+) -> dict[str, Any]:
+    """Write ``metrics.json``, ``lm_eval.json`` (the harness's own output) and ``weights.json`` into ``out``.
+
+    Args:
+        run_dir: a finished run (:func:`masa.training.language.pretrain`).
+        tokens, tokenizer_dir: what it was trained with.
+        tasks: manifest of :func:`masa.data.benchmarks.prepare`.
+        settings: the configuration's ``evaluation``.
+
+    Raises:
+        MasaError: an incomplete run, or a task that lm-eval does not know.
+    """
+    manifest = run.read_json(run_dir / "manifest.json")
+    spec = run.read_json(run_dir / "spec.json")
+    memory.keep_freed()
+    torch.set_num_threads(spec["training"]["threads"])
+    model = analysis.folded_run(run_dir, manifest, out)
+    ids, record = validation_tokens(tokens)
+    loss = held_out_loss(model, ids, spec["training"]["context"])
+    corpus = {
+        "loss": loss.mean,
+        "word_perplexity": loss.perplexity(record["words"]),
+        "byte_perplexity": loss.perplexity(record["bytes"]),
+        "loss_by_document": [round(x, 6) for x in loss.by_document(record["document_ends"])],
+        "tokens_by_document": tokens_by_document(record["document_ends"]),
+    }
+    tokenizer = load_tokenizer(tokenizer_dir)
+    raw = harness(model, tokenizer, tasks, settings, model.device.type)
+    run.write_json(out / "lm_eval.json", raw)
+    metrics = {
+        "run": spec["run"],
+        "parameters": manifest["parameters"],
+        "training": manifest["training"],
+        "corpus": corpus,
+        "tasks": {task: scores(raw["results"][task]) for task in tasks if task in raw["results"]},
+        "task_data": {task: {k: v for k, v in r.items() if k != "path"} for task, r in tasks.items()},
+        "examples": {task: raw["examples"][task] for task in tasks if task in raw["examples"]},
+        "settings": dict(settings),
+        "provenance": run.provenance({"run": manifest["identity"]}),
+    }
+    run.write_json(out / "metrics.json", metrics)
+    return metrics
+
+
+def harness(model: Any, tokenizer: Any, tasks: Mapping[str, Any], settings: Mapping[str, Any], device: str) -> dict:
+    """Run lm-eval zero-shot on a model in memory; tasks with the same limit are batched together.
+
+    Returns:
+        lm-eval's ``results``, ``versions``, ``n-shot`` and ``configs``, and ``examples`` scored a task.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    class Quiet(HFLM):
+        """Without a progress bar a request type and task, which would drown the lines of parallel jobs."""
+
+        def _loglikelihood_tokens(self, requests: Any, *more: Any, **named: Any) -> Any:
+            longest = max((len(continuation) for _, _, continuation in requests), default=0)
+            if longest > self.max_length:  # the harness has an assertion here that says nothing
+                raise MasaError(
+                    f"evaluation.max_length = {self.max_length} is too small: a continuation that is scored has "
+                    f"{longest} tokens. Set it to {longest} or more (evaluation, or compression.evaluation)."
+                )
+            return super()._loglikelihood_tokens(requests, *more, **named)
+
+        def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
+            return super().loglikelihood(requests, disable_tqdm=True)
+
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> Any:
+            return super().loglikelihood_rolling(requests, disable_tqdm=True)
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    loaded, manager = benchmarks.load_tasks(tasks)
+    language_model = Quiet(
+        pretrained=model,
+        tokenizer=tokenizer,
+        backend="causal",
+        batch_size=settings["batch_size"],
+        max_length=settings["max_length"],
+        device=device,
+    )
+    limits = {task: settings["limit_per_task"].get(task, settings["limit"]) for task in loaded}
+    merged: dict[str, Any] = {"results": {}, "versions": {}, "n-shot": {}, "configs": {}, "examples": {}}
+    progress = Progress("lm-eval", len(loaded), "tasks")
+    for limit in dict.fromkeys(limits.values()):
+        chosen = [task for task in loaded if limits[task] == limit]
+        output = simple_evaluate(
+            language_model,
+            tasks=[loaded[task] for task in chosen],
+            task_manager=manager,  # without it, the harness would index thousands of task files a call
+            num_fewshot=0,
+            limit=limit,
+            bootstrap_iters=0,
+            log_samples=False,
+        )
+        for key in ("results", "versions", "n-shot", "configs"):
+            merged[key] |= json.loads(json.dumps(output[key], default=str))
+        _without_paths(merged["configs"], tasks)
+        for task, counts in output["n-samples"].items():
+            merged["examples"][task] = counts["effective"]
+        progress.update(sum(task in merged["results"] for task in loaded), ", ".join(chosen))
+    progress.close(len(loaded))
+    for task in [t for t in loaded if t not in merged["examples"]]:  # a group: the sum over its members
+        merged["examples"][task] = sum(n for name, n in merged["examples"].items() if name.startswith(f"{task}_"))
+    return merged
+
+
+def _without_paths(configs: Mapping[str, Any], tasks: Mapping[str, Any]) -> None:
+    """Where the data came from instead of where this machine keeps it: results are shown to others."""
+    known = {record["path"]: record.get("source") for record in tasks.values() if record.get("path")}
+    for config in configs.values():
+        if isinstance(config, dict) and config.get("dataset_path") in known:
+            config["dataset_path"] = known[config["dataset_path"]]
+
+
+def scores(results: Mapping[str, Any]) -> dict[str, float]:
+    """``{"acc,none": 0.5, …}`` as ``{"acc": 0.5, "acc_stderr": …}``."""
+    return {
+        name.split(",")[0]: value
+        for name, value in results.items()
+        if name.endswith(",none") and isinstance(value, int | float)
+    }

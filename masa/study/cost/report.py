@@ -1,0 +1,199 @@
+"""The printed plan: one line a run, then the sums of every rule, then the whole; or all of it as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from masa.study.cost.devices import GIB
+from masa.study.cost.jobs import Job, Plan
+from masa.study.cost.schedule import on_cores, on_gpus
+from masa.study.cost.workflow import jobs as all_jobs
+
+RUNS = ("pretrain", "compress")
+"""Rules whose jobs are printed one by one."""
+
+GPUS = (8, 64)
+"""Sizes of clusters that days are given for."""
+
+
+def as_json(plan: Plan, cores: int) -> str:
+    """All numbers: ``device``, ``jobs`` (seconds, bytes, FLOPs), ``rules``, ``total`` and ``too_large``."""
+    jobs = all_jobs(plan)
+    device = dataclasses.asdict(plan.device) | {"matmul_flops": dict(plan.device.matmul_flops)}
+    data = {
+        "device": device,
+        "jobs": [{k: v for k, v in dataclasses.asdict(job).items() if k != "needs"} for job in jobs],
+        "rules": {rule: _sums(found) for rule, found in by_rule(jobs).items()},
+        "total": totals(plan, jobs, cores),
+        "too_large": too_large(plan, jobs),
+    }
+    return json.dumps(data, indent=1)
+
+
+def text(plan: Plan, cores: int) -> str:
+    """For people."""
+    jobs = all_jobs(plan)
+    parts = [_runs(plan, jobs), _rules(jobs), _total(plan, jobs, cores)]
+    return "\n\n".join(part for part in [*parts, "\n".join(too_large(plan, jobs))] if part)
+
+
+def by_rule(jobs: Sequence[Job]) -> dict[str, list[Job]]:
+    """Jobs of each rule, in the workflow's order."""
+    found: dict[str, list[Job]] = {}
+    for job in jobs:
+        found.setdefault(job.rule, []).append(job)
+    return found
+
+
+def totals(plan: Plan, jobs: Sequence[Job], cores: int) -> dict[str, Any]:
+    """Sums over all jobs: runs, tokens, images, FLOPs, seconds, GPU hours, days on clusters, disk."""
+    found: dict[str, Any] = {
+        "jobs": len(jobs),
+        "runs": sum(job.rule in RUNS for job in jobs),
+        "tokens": sum(job.amount for job in jobs if job.unit == "tokens"),
+        "images": sum(job.amount for job in jobs if job.unit == "images"),
+        "flops": sum(job.flops for job in jobs),
+        "job_seconds": sum(job.seconds for job in jobs),
+        "kept_bytes": sum(job.kept_bytes for job in jobs),
+        "disk_bytes": sum(job.kept_bytes for job in jobs) + max(job.disk_bytes - job.kept_bytes for job in jobs),
+        "unknown": [f"{job.rule} {job.name}" for job in jobs if not job.known],
+    }
+    if plan.device.gpu:
+        found["gpu_hours"] = sum(job.seconds * job.devices for job in jobs) / 3600
+        found["days_on_gpus"] = {n: on_gpus(jobs, n) / 86400 for n in GPUS}
+    else:
+        found |= {"cores": cores, "seconds": on_cores(jobs, cores)}
+    return found
+
+
+def too_large(plan: Plan, jobs: Sequence[Job]) -> list[str]:
+    """One sentence for every run that the device's memory does not hold, saying what to lower."""
+    found = {}
+    for job in jobs:
+        if not job.known or job.memory_bytes <= plan.device.memory_bytes:
+            continue
+        if job.rule == "pretrain":
+            scale, micro = job.name.split("/")[0], plan.spec(job.name)["training"]["micro_batch_size"]
+            section = "vision_scales" if job.unit == "images" else "scales"
+            cure = f"lower {section}.{scale}.training.micro_batch_size (now {micro})"
+        elif job.rule == "calibrate":
+            cure = f"lower batch_size or gradient_samples of calibrations.{job.name.split('/')[1]}"
+        elif "post-share" in job.name:
+            cure = "leave it out: it trains all weights of the model"
+        else:
+            setting = {"compress": "compression.evaluation", "evaluate_vision": "vision_evaluation"}
+            cure = f"lower {setting.get(job.rule, 'evaluation')}.batch_size"
+        name = f"{job.rule} {job.name.rsplit('/seed', 1)[0]}"
+        found[name] = (
+            f"{name} needs about {job.memory_bytes / GIB:.0f} GiB, and {plan.device.name} has "
+            f"{plan.device.memory_bytes / GIB:.0f}: {cure}."
+        )
+    return list(found.values())
+
+
+def _runs(plan: Plan, jobs: Sequence[Job]) -> str:
+    groups: dict[tuple[str, str], list[Job]] = {}
+    for job in jobs:
+        if job.rule in RUNS:
+            groups.setdefault((job.rule, job.name.rsplit("/seed", 1)[0]), []).append(job)
+    rows = [["run", "seeds", "parameters", "data", "FLOPs", "each", "memory", "disk"]]
+    for (rule, name), found in groups.items():
+        job = found[0]
+        if not job.known:
+            rows.append([name, "", "unknown", "", "", "", "", ""])
+            continue
+        data = f"{job.amount:,.0f} {job.unit}" if job.unit else "compression"
+        rows.append(
+            [
+                name,
+                f"× {len(found)}" if rule == "pretrain" else "",
+                f"{job.parameters:,}",
+                data,
+                f"{job.flops:.2e}",
+                duration(job.seconds) + (f" on {job.devices}" if job.devices > 1 else ""),
+                size(job.memory_bytes),
+                size(job.disk_bytes),
+            ]
+        )
+    return aligned(rows)
+
+
+def _sums(jobs: Sequence[Job]) -> dict[str, float]:
+    return {
+        "jobs": len(jobs),
+        "seconds": sum(job.seconds for job in jobs),
+        "flops": sum(job.flops for job in jobs),
+        "memory_bytes": max(job.memory_bytes for job in jobs),
+        "kept_bytes": sum(job.kept_bytes for job in jobs),
+    }
+
+
+def _rules(jobs: Sequence[Job]) -> str:
+    rows = [["rule", "jobs", "time", "longest", "FLOPs", "memory, at most", "disk"]]
+    for rule, found in by_rule(jobs).items():
+        sums = _sums(found)
+        rows.append(
+            [
+                rule,
+                str(len(found)),
+                duration(sums["seconds"]),
+                duration(max(job.seconds for job in found)),
+                f"{sums['flops']:.1e}" if sums["flops"] else "",
+                size(sums["memory_bytes"]),
+                size(sums["kept_bytes"]),
+            ]
+        )
+    return aligned(rows)
+
+
+def _total(plan: Plan, jobs: Sequence[Job], cores: int) -> str:
+    found = totals(plan, jobs, cores)
+    data = [f"{found[unit]:,.0f} {unit}" for unit in ("tokens", "images") if found[unit]]
+    lines = [
+        f"{found['runs']} runs in {found['jobs']} jobs, {' and '.join(data) or 'nothing trained'}, "
+        f"{found['flops']:.2e} FLOPs",
+        f"disk: {size(found['kept_bytes'])} of results, {size(found['disk_bytes'])} while the largest run trains",
+    ]
+    if plan.device.gpu:
+        days = ", ".join(f"{value:.1f} days on {n}" for n, value in found["days_on_gpus"].items())
+        lines.append(f"{found['gpu_hours']:,.0f} GPU hours of {plan.device.name}: {days}")
+    else:
+        lines.append(f"about {duration(found['seconds'])} on {cores} core{'s' * (cores > 1)}")
+    if found["unknown"]:
+        lines.append(
+            f"unknown: {len(found['unknown'])} jobs of models without `sizes` under pretrained; the sums leave them out"
+        )
+    return "\n".join(lines)
+
+
+def duration(seconds: float) -> str:
+    """43 s, 12 min, 3.4 h or 5.1 days."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 172800 else f"{seconds / 86400:.1f} days"
+
+
+def size(count: float) -> str:
+    """Bytes as MiB, GiB or TiB."""
+    if count < 1:
+        return ""
+    power = min(4, max(2, math.floor(math.log(count, 1024))))
+    value = count / 1024**power
+    return f"{value:.{1 if value < 10 else 0}f} {' KMGT'[power]}iB"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Columns under their headings: the first to the left, all others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )

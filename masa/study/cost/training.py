@@ -1,0 +1,121 @@
+"""One training run: steps, tokens, seconds, memory and disk."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from masa.study.cost.devices import Device
+from masa.study.cost.sizes import Sizes
+from masa.study.cost.transformer import Work, forward, optimiser_step, training_bytes, training_pass
+
+PARALLEL = 0.9
+"""Efficiency of several processes on one node (DDP overlaps the sum of gradients with backward), and, squared, of
+several nodes."""
+
+IMAGE_SECONDS = 4e-7
+"""Seconds of one core to read, crop and flip one pixel of an image with a mild augmentation; three times that with an
+automatic one. A rough figure, for pictures of 32 x 32 and 64 x 64."""
+
+ITEM_SECONDS = 2.5e-4
+"""Seconds of one core to fetch one image, whatever its size: a run of digits spent 6 s beside its steps on 24,128."""
+
+BESIDE = {"tokens": 1.4, "images": 1.6}
+"""What a training takes beside its steps, in start-ups: that itself, the Trainer, held-out data, saving and hashing,
+and for images timm and torchvision."""
+
+MATCHING_SECONDS = 2.5e-4
+"""Seconds of one core to match one image's boxes with a detector's predictions (Hungarian method in SciPy); rough."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """One run.
+
+    Attributes:
+        steps: optimiser steps.
+        amount, unit: tokens or images that it reads.
+        flops: of all, held-out scores included.
+        seconds: with start-up, on all devices at once.
+        world: devices that it runs on.
+        memory: bytes on each device, without what a process needs by itself.
+        checkpoint: bytes of one checkpoint; model: of what is kept in the end.
+    """
+
+    steps: int
+    amount: float
+    unit: str
+    flops: float
+    seconds: float
+    world: int
+    memory: float
+    checkpoint: float
+    model: float
+
+
+def world_size(recipe: Mapping[str, Any]) -> int:
+    """Devices of a run."""
+    return int(recipe.get("nodes") or 1) * int(recipe.get("processes_per_node") or 1)
+
+
+def steps_of(recipe: Mapping[str, Any], images: int | None) -> int:
+    """Optimiser steps; a recipe in epochs needs the number of training images."""
+    return recipe.get("steps") or max(1, math.ceil((images or 0) * recipe["epochs"] / recipe["batch_size"]))
+
+
+def train(spec: Mapping[str, Any], sizes: Sizes, device: Device, images: int | None, held_out: float) -> Training:
+    """Estimate one run.
+
+    Args:
+        spec: resolved.
+        images: training images of its data set (vision).
+        held_out: sequences or images of one held-out score.
+    """
+    recipe = spec["training"]
+    world, dtype = world_size(recipe), device.dtype(recipe["dtype"])
+    steps, batch, micro = steps_of(recipe, images), recipe["batch_size"], recipe["micro_batch_size"]
+    passes = max(1, batch // (micro * world))
+    step = training_pass(sizes, micro) * passes + optimiser_step(sizes, world)
+    scoring = forward(sizes, 1) * held_out * min(recipe["evaluations"], steps)
+    scoring = Work(scoring.flops, scoring.elements, scoring.scores, scoring.launches / 16)  # in batches
+    threads = recipe["threads"]
+    efficiency = 1.0 if world == 1 else PARALLEL if (recipe.get("nodes") or 1) == 1 else PARALLEL**2
+    seconds = steps * step.seconds(device, dtype, threads) / efficiency
+    seconds += scoring.seconds(device, "float32" if not device.gpu else dtype, threads)
+    seconds += steps * batch / world * _reading(spec, device)
+    unit = "images" if sizes.patch else "tokens"
+    seconds += BESIDE[unit] * device.startup_seconds
+    saves = seconds / 60 / recipe["checkpoint_minutes"]
+    checkpoint = 12.0 * sizes.parameters
+    seconds += math.floor(saves) * checkpoint / 3e8  # written and hashed
+    return Training(
+        steps=steps,
+        amount=steps * batch * (1 if sizes.patch else sizes.tokens),
+        unit=unit,
+        flops=steps * step.flops * world + scoring.flops,
+        seconds=seconds,
+        world=world,
+        memory=training_bytes(sizes, micro, dtype),
+        checkpoint=checkpoint,
+        model=4.0 * sizes.stored,
+    )
+
+
+def _reading(spec: Mapping[str, Any], device: Device) -> float:
+    """Seconds a step waits for each image: all of it in the same process, what workers cannot hide otherwise."""
+    model, recipe = spec["model"], spec["training"]
+    if "image_size" not in model:
+        return 0.0
+    pixels = model["image_size"] ** 2
+    augmentation = recipe.get("augmentation")
+    seconds = ITEM_SECONDS
+    if augmentation:
+        seconds += IMAGE_SECONDS * pixels * (3 if augmentation.get("auto_augment") else 1)
+    if model["family"] == "yolos":
+        seconds += 1e-8 * pixels * 3
+    workers = recipe.get("workers") or 0
+    if workers:
+        seconds = seconds / workers if device.gpu else seconds  # on a CPU workers take the model's cores
+    return seconds + (MATCHING_SECONDS if model["family"] == "yolos" else 0.0)

@@ -1,0 +1,198 @@
+"""What a configuration asks for: its runs, and its tables and figures as pure data. Needs neither torch nor Snakemake.
+
+A run is ``{scale}/{experiment}/seed{n}``; its spec is everything that decides its bits, as JSON-able data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from masa.errors import MasaError, unknown
+from masa.sharing.spec import METHODS, ModelShape, SharingSpec
+from masa.study import compressions, kinds
+
+Config = dict[str, Any]
+
+
+def active(config: Config, kind: str) -> dict[str, Config]:
+    """The tables or figures whose grid has at least one scale or pretrained model."""
+    grids = {name: grid.get("scales") or grid.get("pretrained") for name, grid in config["grids"].items()}
+    return {n: a for n, a in config[kind].items() if a and grids[a["grid"]]}
+
+
+def artefact_runs(config: Config, artefact: Config) -> list[str]:
+    """Run ids of one table or figure: every scale, experiment and seed; none if it is about pretrained models."""
+    grid = config["grids"][artefact["grid"]]
+    if compressions.is_compression(config, artefact):
+        return []
+    return [
+        f"{scale}/{name}/seed{seed}"
+        for scale in grid["scales"]
+        for name in experiments_at(config, artefact["experiments"], scale)
+        for seed in grid["seeds"]
+    ]
+
+
+def experiments_at(config: Config, names: Iterable[str], scale: str, possible: bool = False) -> list[str]:
+    """Those of some experiments that are made at one scale.
+
+    Args:
+        possible: also leave out what that kind of model cannot have: grouped heads in vision.
+    """
+    grouped = possible and kind_of(config, scale) is not kinds.LANGUAGE
+    return [
+        name
+        for name in names
+        if scale in (entry := config["experiments"][name]).get("only", [scale])
+        and not (grouped and getattr(METHODS.get(entry["method"]), "source", None) == "grouped_heads")
+    ]
+
+
+def sizes(config: Config) -> dict[str, Config]:
+    """All scales, of language models and of vision."""
+    return {name: size for section in ("scales", "vision_scales") for name, size in config[section].items() if size}
+
+
+def kind_of(config: Config, scale: str) -> kinds.Kind:
+    """What kind of model a scale is of."""
+    return kinds.of(sizes(config)[scale])
+
+
+def all_runs(config: Config) -> list[str]:
+    """Run ids of all tables and figures, each once, in the order of the artefacts."""
+    ids = (
+        run for kind in ("tables", "figures") for a in active(config, kind).values() for run in artefact_runs(config, a)
+    )
+    return list(dict.fromkeys(ids))
+
+
+def parse_run(run: str) -> tuple[str, str, int]:
+    """Split a run id.
+
+    Raises:
+        MasaError: it is not of the form scale/experiment/seedN.
+    """
+    parts = run.split("/")
+    if len(parts) != 3 or not parts[2].startswith("seed") or not parts[2][4:].isdigit():
+        raise MasaError(f"Run {run!r} is not of the form SCALE/EXPERIMENT/seedN, e.g. nano/masa-qkvo/seed0.")
+    return parts[0], parts[1], int(parts[2][4:])
+
+
+def vanilla_parameters(model: Mapping[str, Any], vocab_size: int) -> int:
+    """Parameters of the vanilla model with biases, LayerNorms and tied embeddings."""
+    d, ffn, layers = model["hidden_size"], model["intermediate_size"], model["num_layers"]
+    return vocab_size * d + layers * (4 * (d * d + d) + 2 * d * ffn + ffn + d + 4 * d) + 2 * d
+
+
+def sharing_of(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of :class:`masa.SharingSpec` in an experiment, whatever the scale."""
+    return {k: v for k, v in entry.items() if k not in ("label", "paper", "per_scale", "only")}
+
+
+def run_spec(config: Config, scale: str, experiment: str, seed: int) -> dict[str, Any]:
+    """Everything that decides a run's bits, apart from the data: model, sharing, recipe and seed.
+
+    Raises:
+        MasaError: an unknown name, or a model, sharing spec or recipe that cannot be built; the message says where.
+    """
+    known = sizes(config)
+    if scale not in known:
+        raise unknown("Scale", scale, known)
+    if experiment not in config["experiments"]:
+        raise unknown("Experiment", experiment, config["experiments"])
+    size, entry = known[scale], config["experiments"][experiment]
+    sharing = sharing_of(entry) | (entry.get("per_scale") or {}).get(scale, {})
+    kind = kinds.of(size)
+    if kind.resolve:
+        model, training = size["model"], size["training"]
+        run = f"{scale}/{experiment}/seed{seed}"
+        return kind.resolve({"run": run, "seed": seed, "model": model, "sharing": sharing, "training": training})
+    model = _language_model(config, size)
+    where = f"Run {scale}/{experiment}/seed{seed}"
+    heads, width = model["num_attention_heads"], model["hidden_size"]
+    if width % heads or (width // heads) % 2:
+        raise MasaError(
+            f"{where}: num_attention_heads = {heads} must divide hidden_size = {width} into heads of even width (RoPE)."
+        )
+    try:
+        resolved = SharingSpec.coerce(sharing).resolve(ModelShape.of_sizes(model))
+    except MasaError as error:
+        raise MasaError(f"{where}: {error}") from error
+    return {
+        "run": f"{scale}/{experiment}/seed{seed}",
+        "seed": seed,
+        "model": model,
+        "sharing": resolved.to_dict(),
+        "training": _recipe(where, config["training"] | (size.get("training") or {}), model),
+    }
+
+
+def _language_model(config: Config, size: Mapping[str, Any]) -> dict[str, Any]:
+    return {"vocab_size": config["data"]["tokenizer"]["vocab_size"]} | size["model"]
+
+
+def _recipe(where: str, given: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
+    recipe = dict(given)
+    per_parameter = recipe.pop("tokens_per_parameter")
+    tokens = recipe.pop("tokens") or int(per_parameter * vanilla_parameters(model, model["vocab_size"]))
+    recipe["micro_batch_size"] = recipe["micro_batch_size"] or recipe["batch_size"]
+    if recipe["batch_size"] % recipe["micro_batch_size"]:
+        raise MasaError(
+            f"{where}: micro_batch_size = {recipe['micro_batch_size']} does not divide "
+            f"batch_size = {recipe['batch_size']}."
+        )
+    recipe["steps"] = tokens // (recipe["batch_size"] * recipe["context"])
+    if recipe["steps"] < 1:
+        raise MasaError(
+            f"{where}: {tokens} tokens are less than one step of {recipe['batch_size']} x {recipe['context']}."
+        )
+    return recipe
+
+
+def tokens_needed(config: Config, scale: str) -> int:
+    """Training tokens that every run at this scale reads."""
+    size = sizes(config)[scale]
+    recipe = _recipe(f"Scale {scale}", config["training"] | (size.get("training") or {}), _language_model(config, size))
+    return recipe["steps"] * recipe["batch_size"] * recipe["context"]
+
+
+def artefact_spec(config: Config, kind: str, name: str) -> dict[str, Any]:
+    """A table or figure as pure data: its caption and rows with their runs and labels.
+
+    Raises:
+        MasaError: no such artefact, or its grid has no scale in this configuration.
+    """
+    if name not in config[kind] or config[kind][name] is None:
+        raise unknown(kind.removesuffix("s").capitalize(), name, [n for n, a in config[kind].items() if a])
+    if name not in active(config, kind):
+        raise MasaError(f"{name} has no runs in this configuration: grids.{config[kind][name]['grid']} is empty.")
+    artefact = config[kind][name]
+    rows = (
+        compressions.rows(config, artefact)
+        if compressions.is_compression(config, artefact)
+        else _rows(config, artefact)
+    )
+    return {k: v for k, v in artefact.items() if k not in ("grid", "experiments")} | {"name": name, "rows": rows}
+
+
+def _rows(config: Config, artefact: Config) -> list[dict[str, Any]]:
+    grid = config["grids"][artefact["grid"]]
+    return [
+        {
+            "scale": scale,
+            "experiment": experiment,
+            "label": config["experiments"][experiment]["label"],
+            **{
+                k: v
+                for k, v in run_spec(config, scale, experiment, grid["seeds"][0]).items()
+                if k in ("model", "sharing")
+            },
+            "runs": [f"{scale}/{experiment}/seed{seed}" for seed in grid["seeds"]],
+            "records": [f"evaluations/{scale}/{experiment}/seed{seed}" for seed in grid["seeds"]],
+            "paper": {"scale": sizes(config)[scale].get("compare_with")}
+            | (config["experiments"][experiment].get("paper") or {}),
+        }
+        for scale in grid["scales"]
+        for experiment in experiments_at(config, artefact["experiments"], scale)
+    ]

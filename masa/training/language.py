@@ -1,0 +1,57 @@
+"""Pretraining of language models: the same recipe and batches for every method (loop: :mod:`masa.training.trainer`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from masa.data.tokens import PackedTokens, read_manifest, validation_tokens
+from masa.errors import MasaError
+from masa.evaluation.perplexity import held_out_loss
+from masa.models import language
+from masa.runs import run
+from masa.runs.fingerprint import fingerprint
+from masa.training import trainer
+
+
+def pretrain(spec: Mapping[str, Any], tokens: Path, out: Path, wait: bool = False) -> dict[str, Any]:
+    """Train one language model, or go on with a run that was interrupted.
+
+    Args:
+        spec: from :func:`masa.study.experiments.run_spec`.
+        tokens: token directory (:func:`masa.data.tokenize.tokenize`).
+        out: run directory.
+        wait: for another process that trains in the same directory.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        MasaError: token data that does not fit the spec, and what :func:`masa.training.trainer.train` raises.
+    """
+    recipe = spec["training"]
+    trainer.set_up(spec)
+    manifest = read_manifest(tokens)
+    if manifest["vocab_size"] != spec["model"]["vocab_size"]:
+        raise MasaError(
+            f"{tokens} was made with a vocabulary of {manifest['vocab_size']}, but the model of {spec['run']} has "
+            f"{spec['model']['vocab_size']} (data.tokenizer.vocab_size). Tokenize again."
+        )
+    held_out, _ = validation_tokens(tokens)
+
+    def score(model: nn.Module) -> dict[str, float]:
+        return {"validation_loss": held_out_loss(model, held_out, recipe["context"]).mean}
+
+    task = trainer.Task(
+        build=lambda: language.build(spec["model"], spec["sharing"], recipe["context"]),
+        data=PackedTokens(tokens, recipe["context"], recipe["steps"] * recipe["batch_size"], spec["seed"]),
+        score=score,
+        unit="tokens",
+        units_per_step=recipe["batch_size"] * recipe["context"],
+        inputs={"tokens": run.digest(manifest["train"]), "tokenizer": manifest["tokenizer"]},
+        identity=run.digest([spec, manifest["train"], manifest["tokenizer"], fingerprint("masa.training.language")]),
+    )
+    return trainer.train(spec, task, out, wait)

@@ -1,1 +1,0 @@
-"""Vision Transformers and detectors with shared weights: data, models, training, evaluation."""
