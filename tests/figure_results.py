@@ -4,7 +4,7 @@ import numpy as np
 from PIL import Image
 
 from masa.runs import run
-from masa.study import config, experiments
+from masa.study import artefacts, config
 
 
 def spec_of(name, names=None, overlays=(), **grid):
@@ -14,7 +14,7 @@ def spec_of(name, names=None, overlays=(), **grid):
     merged["grids"][figure["grid"]] |= grid
     if names:
         figure["experiments"] = names
-    return experiments.artefact_spec(merged, "figures", name)
+    return artefacts.artefact_spec(merged, "figures", name)
 
 
 def write_results(spec, folder, classes=10, texts=("held_out",), examples=16, titles=None):

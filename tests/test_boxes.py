@@ -456,7 +456,7 @@ def test_specs_need_neither_numpy_nor_torch():
         f"box_spec.resolve({SHAPES!r});"
         "assert not {'torch', 'transformers', 'datasets', 'pandas', 'numpy'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=sources.Path(box_spec.__file__).parents[1])
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=sources.Path(box_spec.__file__).parents[2])
 
 
 def test_damaged_box_directories(tmp_path):

@@ -13,7 +13,7 @@ from masa.errors import MasaError
 from masa.report import claims as report
 from masa.report import own_tables
 from masa.runs import run
-from masa.study import claims, config, job_specs
+from masa.study import artefacts, claims, config
 
 
 def test_residual_variance_is_that_of_least_squares():
@@ -139,7 +139,7 @@ EXPERIMENTS = ["vanilla", "gqa", "masa-qkv", "low-rank", "sequential", "repeat-a
 def main_claims():
     merged = config.load()
     merged["grids"]["main"]["seeds"] = [0, 1, 2]
-    return {c["name"]: c for c in job_specs.table_spec(merged, "claims") if c["name"] in NAMES}
+    return {c["name"]: c for c in artefacts.table_spec(merged, "claims") if c["name"] in NAMES}
 
 
 def test_the_interval_covers_the_truth_19_times_of_20(main_claims, tmp_path):
@@ -196,7 +196,7 @@ def test_the_table(main_claims, tmp_path):
 
 def test_a_misspelt_table_is_told_the_tables_that_every_configuration_has():
     with pytest.raises(MasaError, match="Did you mean 'claims'"):
-        job_specs.table_spec(config.load(), "claimz")
+        artefacts.table_spec(config.load(), "claimz")
 
 
 def test_a_table_of_which_nothing_can_be_decided(main_claims, tmp_path):
@@ -239,7 +239,7 @@ def images_scored(folder, right):
 def vision_claims():
     merged = config.load()
     merged["grids"]["vision"]["seeds"] = [0, 1, 2]
-    found = {c["name"]: c for c in job_specs.table_spec(merged, "claims") if c["name"].startswith("vit-")}
+    found = {c["name"]: c for c in artefacts.table_spec(merged, "claims") if c["name"].startswith("vit-")}
     for claim in found.values():
         claim["noise"] = {name: records for name, records in claim["noise"].items() if name in VISION}
     return found
@@ -282,7 +282,7 @@ def compressed(folder, name, losses, tokens, texts):
 
 
 def test_perplexities_of_a_text_that_may_be_missing(tmp_path):
-    found = [c for c in job_specs.table_spec(config.load(), "claims") if c["name"].startswith("pca-")]
+    found = [c for c in artefacts.table_spec(config.load(), "claims") if c["name"].startswith("pca-")]
     claim = next(c for c in found if c["metric"] == "wikitext_token_ppl" and c["scale"].endswith("20 %"))
     tokens = [10, 20, 30]
     compressed(tmp_path, "svd-llm", [3.0, 3.2, 3.1], tokens, ["wikitext"])
@@ -295,7 +295,7 @@ def test_perplexities_of_a_text_that_may_be_missing(tmp_path):
 
 
 def test_one_seed_takes_its_noise_from_those_that_have_several():
-    found = {c["name"]: c for c in job_specs.table_spec(config.load(), "claims")}
+    found = {c["name"]: c for c in artefacts.table_spec(config.load(), "claims")}
     sweep = found["more-atoms-qkvo"]
     assert len(sweep["records"]["masa-qkvo-s8"]) == 1
     assert sorted(sweep["noise"]) == sorted(EXPERIMENTS) and all(len(r) == 2 for r in sweep["noise"].values())
@@ -312,7 +312,7 @@ def test_an_experiment_with_other_seeds_takes_no_noise_from_the_rest():
 
 def test_a_claim_asks_for_no_run_of_its_own():
     smoke = config.load([ROOT / "config" / "smoke.yaml"])
-    found = job_specs.table_spec(smoke, "claims")
+    found = artefacts.table_spec(smoke, "claims")
     assert {c["name"] for c in found} == set(smoke["claims"])
     assert any(c["records"] is None for c in found) and any(c["records"] for c in found)
 

@@ -25,7 +25,7 @@ from masa.errors import MasaError
 from masa.models.pretrained import fetch, load_pretrained
 from masa.report import compression_tables, figures, tables
 from masa.runs import run
-from masa.study import compressions, config, experiments
+from masa.study import artefacts, compressions, config, experiments
 
 MODEL = "SmolLM2-135M"
 NAMES = ["original", "svd-llm", "matrix-pca", "svd-global"]
@@ -40,7 +40,7 @@ def test_the_names_known_without_torch_are_the_methods():
 
 def test_runs_and_rows_of_the_configuration():
     merged = config.load()
-    table = experiments.artefact_spec(merged, "tables", "table3")
+    table = artefacts.artefact_spec(merged, "tables", "table3")
     assert [(r["experiment"], r["reduction"]) for r in table["rows"][:3]] == [
         ("original", 0),
         ("svd", 20),
@@ -336,7 +336,7 @@ def merged():
 
 
 def test_table_3(swept, merged, tmp_path):
-    spec = experiments.artefact_spec(merged, "tables", "table3")
+    spec = artefacts.artefact_spec(merged, "tables", "table3")
     results = swept / "results"
     tables.write(tables.build(spec, results), spec, tmp_path, tables.note_for(spec, results))
     frame = pd.read_csv(tmp_path / "table3.csv")
@@ -391,7 +391,7 @@ def test_the_trade_off_shows_the_perplexities_at_the_achieved_reductions(swept, 
     from masa.report import compression_figures
 
     figure = compression_figures.perplexity_reduction(
-        experiments.artefact_spec(merged, "figures", "perplexity_reduction"), swept / "results"
+        artefacts.artefact_spec(merged, "figures", "perplexity_reduction"), swept / "results"
     )
     lines = {line.get_label(): line for line in figure.axes[0].lines}
     drawn = lines["Matrix PCA"].get_xydata()
@@ -404,7 +404,7 @@ def test_the_trade_off_shows_the_perplexities_at_the_achieved_reductions(swept, 
 
 @pytest.mark.parametrize("name", ["perplexity_reduction", "compression_ranks", "kl_drift"])
 def test_figures_are_drawn_the_same_twice(swept, merged, tmp_path, name):
-    spec = experiments.artefact_spec(merged, "figures", name)
+    spec = artefacts.artefact_spec(merged, "figures", name)
     for folder in ("a", "b"):
         figures.write(spec, swept / "results", tmp_path / folder)
     pictures = [(tmp_path / folder / f"{name}.png").read_bytes() for folder in ("a", "b")]

@@ -343,7 +343,7 @@ def test_logs_are_where_the_workflow_puts_them():
 
 def test_the_plan_needs_neither_torch_nor_numpy():
     code = (
-        "import sys; from masa import config; from masa.study.cost import Plan, report, resources, workflow;"
+        "import sys; from masa.study import config; from masa.study.cost import Plan, report, resources, workflow;"
         "c = config.load();"
         "resources(c, 'pretrain', 'nano/vanilla/seed0'); workflow.jobs(Plan(c));"
         "assert not {'torch', 'transformers', 'numpy', 'pandas', 'scipy'} & set(sys.modules)"

@@ -19,7 +19,7 @@ from conftest import ROOT
 import masa
 import masa.compression
 from masa.cli import make_parser
-from masa.study import config, experiments, job_specs
+from masa.study import artefacts, config, experiments
 
 DOCS = ROOT / "docs"
 PAGES = sorted(p for p in DOCS.rglob("*.md") if "notebooks" not in p.relative_to(DOCS).parts)
@@ -210,7 +210,7 @@ def _check_masa(page, words, folder):
     if hasattr(given, "call"):
         c = _load(page, given.configfile, folder)
         if words[0] in ("tables", "figures"):
-            known = job_specs.table_names(c) if words[0] == "tables" else experiments.active(c, "figures")
+            known = artefacts.table_names(c) if words[0] == "tables" else experiments.active(c, "figures")
             assert set(given.names) <= set(known)
 
 
@@ -222,7 +222,7 @@ def _check_snakemake(page, words, folder):
     rules = [
         r for file in (ROOT / "workflow").rglob("*.smk") for r in re.findall(r"^rule (\w+):", file.read_text(), re.M)
     ]
-    known = {*job_specs.table_names(c), *experiments.active(c, "figures"), *rules}
+    known = {*artefacts.table_names(c), *experiments.active(c, "figures"), *rules}
     for target in given.targets:
         assert target in known or Path(target).is_relative_to(c["results"]), f"{target} is no target"
     for profile in re.findall(r"(?<=profile )\S+", " ".join(words)):

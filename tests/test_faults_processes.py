@@ -134,8 +134,8 @@ def test_a_clock_that_jumps_by_days(fake_clock, tokens, tmp_path):
     spec = long_run(checkpoint_minutes=0.1 / 60)
     whole = language.pretrain(spec, tokens, tmp_path / "whole")
     out = tmp_path / "run"
-    code = "import sys; from masa import cli, progress, run_log\n"
-    code += "run_log.Progress = lambda *a: progress.Progress(*a, every=0.05)\n"  # more lines to look at
+    code = "import sys; from masa import cli; from masa.runs import progress; from masa.training import log\n"
+    code += "log.Progress = lambda *a: progress.Progress(*a, every=0.05)\n"  # more lines to look at
     code += "sys.exit(cli.main(sys.argv[1:]))"
     started = time.monotonic()
     printed = tmp_path / "said.txt"

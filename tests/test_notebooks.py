@@ -13,7 +13,7 @@ from projects import BIN, ROOT
 
 from masa.errors import MasaError
 from masa.report import notebooks
-from masa.study import experiments
+from masa.study import artefacts
 
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 READ_RESULTS = ("01_idea", "04_results")
@@ -164,7 +164,7 @@ def test_a_configuration_goes_with_its_results(tmp_path):
 
 
 def test_rows_that_are_not_evaluated_are_left_out(tmp_path):
-    spec = experiments.artefact_spec(notebooks.configuration(tmp_path / "results"), "figures", "validation_loss")
+    spec = artefacts.artefact_spec(notebooks.configuration(tmp_path / "results"), "figures", "validation_loss")
     for run in ("nano/vanilla/seed0", "nano/vanilla/seed1", "nano/masa-qkvo/seed1", "nano/gqa/seed0"):
         folder = tmp_path / "evaluations" / run
         folder.mkdir(parents=True)
@@ -180,7 +180,7 @@ def test_rows_that_are_not_evaluated_are_left_out(tmp_path):
 
 
 def test_compressions_have_no_seeds_to_pair(tmp_path):
-    spec = experiments.artefact_spec(notebooks.configuration(tmp_path / "results"), "tables", "table3")
+    spec = artefacts.artefact_spec(notebooks.configuration(tmp_path / "results"), "tables", "table3")
     kept = [row["records"][0] for row in spec["rows"] if row["experiment"] in ("original", "svd-llm")]
     for record in kept:
         (tmp_path / record).mkdir(parents=True)

@@ -9,7 +9,7 @@ import masa
 from masa.evaluation import metrics
 from masa.report import figures, own_tables, tables
 from masa.runs import run
-from masa.study import accounting, config, experiments, job_specs
+from masa.study import accounting, artefacts, config, inputs
 
 
 def evaluation(loss, piqa, with_race=True, attention=100):
@@ -56,7 +56,7 @@ def spec():
     merged = config.load(["config/paper.yaml"])
     merged["grids"]["main"] = {"scales": ["S"], "seeds": [0, 1]}
     merged["tables"]["table1"]["experiments"] = ["vanilla", "masa-qkvo"]
-    return experiments.artefact_spec(merged, "tables", "table1")
+    return artefacts.artefact_spec(merged, "tables", "table1")
 
 
 def test_a_row_has_mean_std_paper_difference_and_verdict(spec, results):
@@ -139,8 +139,8 @@ def test_counted_parameters_are_judged_by_the_papers_own_digits(tmp_path):
     """Counts of the real models at S; a model of another size differs."""
     c = config.load()
     c["parameters"]["scales"] = ["S"]
-    accounting.count(job_specs.parameters_spec(c), tmp_path / "parameters.json")
-    spec = job_specs.table_spec(c, "parameters")
+    accounting.count(inputs.parameters_spec(c), tmp_path / "parameters.json")
+    spec = artefacts.table_spec(c, "parameters")
     own_tables.parameters(spec, tmp_path, tmp_path)
     frame = pd.read_csv(tmp_path / "parameters.csv").set_index("method")
     assert set(frame.loc[frame["verdict"] == "agrees"].index) == {
@@ -171,7 +171,7 @@ def test_every_figure_is_drawn_the_same_twice(name, results, tmp_path):
     merged["grids"] |= {key: {"scales": ["S"], "seeds": [0, 1]} for key in ("main", "sweep")}
     known = ["masa-qkvo"] if name == "coefficient_maps" else ["vanilla", "masa-qkvo"]
     merged["figures"][name]["experiments"] = known
-    spec = experiments.artefact_spec(merged, "figures", name)
+    spec = artefacts.artefact_spec(merged, "figures", name)
     pictures = []
     for folder in ("a", "b"):
         figures.write(spec, results, tmp_path / folder)

@@ -32,7 +32,7 @@ from masa.data import coco, sources, tokenize
 from masa.evaluation import language as evaluation
 from masa.models import pretrained
 from masa.runs import files, run
-from masa.study import config, experiments, job_specs
+from masa.study import artefacts, config, experiments, inputs
 from masa.training import language as training
 from masa.training import resuming, trainer
 
@@ -685,23 +685,23 @@ def test_the_specs_of_the_workflow_itself_pass():
     for overlay in ("smoke", "mirror", "paper", "vision"):
         c = config.load([ROOT / "config" / f"{overlay}.yaml"])
         checked = {
-            "fetch": [job_specs.benchmarks_spec(c)],
-            "data": [job_specs.data_spec(c)],
+            "fetch": [inputs.benchmarks_spec(c)],
+            "data": [inputs.data_spec(c)],
             "run": [experiments.run_spec(c, *experiments.parse_run(r)) for r in experiments.all_runs(c)[:30]],
             "evaluation": [c["evaluation"]],
             "vision_evaluation": [c["vision_evaluation"]],
-            "text": [job_specs.text_spec(c, name) for name in c["texts"]],
-            "pretrained": [job_specs.pretrained_spec(c, n) for n, entry in c["pretrained"].items() if entry],
-            "vision_data": [job_specs.vision_data_spec(c, s, n) for s in ("images", "boxes") for n in c[s]],
-            "throughput": [job_specs.throughput_spec(c, scale) for scale in c["throughput"]["scales"]],
-            "parameters": [job_specs.parameters_spec(c)],
+            "text": [inputs.text_spec(c, name) for name in c["texts"]],
+            "pretrained": [inputs.pretrained_spec(c, n) for n, entry in c["pretrained"].items() if entry],
+            "vision_data": [inputs.vision_data_spec(c, s, n) for s in ("images", "boxes") for n in c[s]],
+            "throughput": [inputs.throughput_spec(c, scale) for scale in c["throughput"]["scales"]],
+            "parameters": [inputs.parameters_spec(c)],
             "artefact": [
-                experiments.artefact_spec(c, kind, n)
+                artefacts.artefact_spec(c, kind, n)
                 for kind in ("tables", "figures")
                 for n in experiments.active(c, kind)
             ],
-            "table runs": [job_specs.table_spec(c, "runs")],
-            "table throughput": [job_specs.table_spec(c, "throughput")],
+            "table runs": [artefacts.table_spec(c, "runs")],
+            "table throughput": [artefacts.table_spec(c, "throughput")],
             "sweep": [
                 compressions.run_spec(c, *compressions.parse_run(r))
                 for n, a in experiments.active(c, "tables").items()

@@ -288,7 +288,8 @@ def test_known_tasks_are_the_benchmarks():
 
 def test_parsing_needs_neither_torch_nor_transformers():
     code = (
-        "import sys; from masa import config, cli, fingerprint, job_specs; c = config.load(); job_specs.data_spec(c);"
+        "import sys; from masa import cli; from masa.runs import fingerprint; from masa.study import config, inputs;"
+        "c = config.load(); inputs.data_spec(c);"
         "fingerprint.fingerprint('masa.training.language');"
         "assert not {'torch', 'transformers', 'datasets', 'pandas', 'numpy'} & set(sys.modules)"
     )

@@ -301,7 +301,8 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
     data = {"corpus": corpus(path), "tokenizer": {"source": "train", "vocab_size": 280, "training_bytes": 20000}}
     tokenize.make_tokenizer(data, None, None, tmp_path / "tok")
     code = (
-        "import sys, json, resource; from pathlib import Path; from masa import text; text.SHARD = 50_000;"
+        "import sys, json, resource; from pathlib import Path; from masa.data import tokenize as text;"
+        "text.SHARD = 50_000;"
         "data, folder, tokens = json.loads(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]);"
         "text.tokenize(data, folder / 'tok', None, None, tokens, folder / sys.argv[3]);"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"

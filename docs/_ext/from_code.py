@@ -127,10 +127,10 @@ def columns() -> str:
 
 def artefacts() -> str:
     """Tables and figures of the default configuration."""
-    from masa.study import config, job_specs
+    from masa.study import config
 
     c = config.load()
-    rows = [[f"`{name}`", "table", "see [](own-tables)"] for name in job_specs.OWN_TABLES]
+    rows = [[f"`{name}`", "table", "see [](own-tables)"] for name in artefacts.OWN_TABLES]
     for kind in ("tables", "figures"):
         rows += [[f"`{name}`", kind.removesuffix("s"), a["title"]] for name, a in c[kind].items() if a]
     return _table(("name", "kind", "title"), rows)

@@ -10,7 +10,7 @@ from pathlib import Path
 from masa.cli.base import Verbs, spec_of
 from masa.errors import MasaError
 from masa.study import config
-from masa.study.job_specs import benchmarks_spec, data_spec, pretrained_spec, text_spec, vision_data_spec
+from masa.study.inputs import benchmarks_spec, data_spec, pretrained_spec, text_spec, vision_data_spec
 
 
 def add(verbs: Verbs) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 from masa.cli.base import Verbs, spec_of
 from masa.errors import MasaError
 from masa.study import config, experiments
-from masa.study.job_specs import OWN_TABLES, parameters_spec, table_names, table_spec
+from masa.study.artefacts import OWN_TABLES, artefact_spec, table_names, table_spec
+from masa.study.inputs import parameters_spec
 
 
 def add(verbs: Verbs) -> None:
@@ -59,9 +60,7 @@ def _figures(given: argparse.Namespace) -> None:
     def make(name: str, spec: Any, results: Path, out: Path) -> None:
         figures.write(spec, results, out)
 
-    _each(
-        given, lambda c: experiments.active(c, "figures"), lambda c, n: experiments.artefact_spec(c, "figures", n), make
-    )
+    _each(given, lambda c: experiments.active(c, "figures"), lambda c, n: artefact_spec(c, "figures", n), make)
 
 
 def _each(

@@ -13,7 +13,7 @@ from masa.errors import MasaError
 from masa.runs import devices, memory
 from masa.study import experiments, kinds
 from masa.study.cost.limits import estimated_need
-from masa.study.job_specs import throughput_spec
+from masa.study.inputs import throughput_spec
 from masa.study.verb_specs import check as check_spec
 from masa.training import launch
 

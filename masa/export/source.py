@@ -12,8 +12,8 @@ from masa.errors import MasaError
 from masa.evaluation.metrics import is_of
 from masa.runs import run
 from masa.runs.files import sha256_of, verify
-from masa.runs.run_names import unknown_run
 from masa.study import kinds
+from masa.study.experiments import unknown_run
 
 
 @dataclass(frozen=True)

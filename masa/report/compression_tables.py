@@ -19,7 +19,7 @@ def add_comparisons(frame: pd.DataFrame, spec: Mapping[str, Any], results: Path)
 
     Args:
         frame: one row for each of ``spec["rows"]``.
-        spec: from :func:`masa.study.experiments.artefact_spec`.
+        spec: from :func:`masa.study.artefacts.artefact_spec`.
         results: directory with ``compression/``.
     """
     records = [m.load(results, row["records"][0]) for row in spec["rows"]]

@@ -46,7 +46,7 @@ def draw(spec: Mapping[str, Any], results: Path) -> Figure:
     """One figure in the common style, for :func:`write` or a notebook.
 
     Args:
-        spec: from :func:`masa.study.experiments.artefact_spec`; its ``kind`` is a key of :data:`KINDS`.
+        spec: from :func:`masa.study.artefacts.artefact_spec`; its ``kind`` is a key of :data:`KINDS`.
         results: directory with ``evaluations/``, ``runs/`` and ``compression/``.
     """
     with plt.rc_context(STYLE):

@@ -28,7 +28,7 @@ def write(name: str, spec: Any, results: Path, folder: Path) -> None:
 
     Args:
         name: a key of :data:`WRITERS`.
-        spec: from :func:`masa.study.job_specs.table_spec`.
+        spec: from :func:`masa.study.artefacts.table_spec`.
         results: directory with ``evaluations/``, ``runs/`` and the like.
     """
     WRITERS[name](spec, results, folder)
@@ -179,4 +179,4 @@ WRITERS: dict[str, Callable[[Any, Path, Path], None]] = {
     "parameters": parameters,
     "claims": claims.write,
 }
-"""One for each of :data:`masa.study.job_specs.OWN_TABLES`."""
+"""One for each of :data:`masa.study.artefacts.OWN_TABLES`."""

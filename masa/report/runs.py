@@ -11,8 +11,8 @@ from typing import Any
 from masa.errors import MasaError, is_plain
 from masa.evaluation import metrics as m
 from masa.runs import run
-from masa.runs.run_names import unknown_run
 from masa.study.compressions import HEAL
+from masa.study.experiments import unknown_run
 from masa.study.status.numbers import is_number
 from masa.study.status.runs import is_run_directory
 

@@ -23,7 +23,7 @@ def build(spec: Mapping[str, Any], results: Path) -> pd.DataFrame:
     """Make one table.
 
     Args:
-        spec: from :func:`masa.study.experiments.artefact_spec`.
+        spec: from :func:`masa.study.artefacts.artefact_spec`.
         results: directory with ``evaluations/``.
 
     Returns:

@@ -31,7 +31,7 @@ def note(spec: Mapping[str, Any], results: Path) -> str:
     """Data, sizes and lengths of training of every scale, and what the cells mean.
 
     Args:
-        spec: from :func:`masa.study.experiments.artefact_spec`.
+        spec: from :func:`masa.study.artefacts.artefact_spec`.
         results: directory with ``evaluations/``.
     """
     first = {row["scale"]: (row, m.load(results, row["records"][0])) for row in reversed(spec["rows"])}

@@ -5,14 +5,18 @@ A run is ``{scale}/{experiment}/seed{n}``; its spec is everything that decides i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from masa.errors import MasaError, unknown
+from masa.errors import MasaError, did_you_mean, unknown
 from masa.sharing.spec import METHODS, ModelShape, SharingSpec
 from masa.study import compressions, kinds
 
 Config = dict[str, Any]
+
+MANY = 24
+"""Names that a message still lists; of more it says how many there are."""
 
 
 def active(config: Config, kind: str) -> dict[str, Config]:
@@ -77,6 +81,29 @@ def parse_run(run: str) -> tuple[str, str, int]:
     if len(parts) != 3 or not parts[2].startswith("seed") or not parts[2][4:].isdigit():
         raise MasaError(f"Run {run!r} is not of the form SCALE/EXPERIMENT/seedN, e.g. nano/masa-qkvo/seed0.")
     return parts[0], parts[1], int(parts[2][4:])
+
+
+def unknown_run(what: str, name: str, known: Sequence[str], results: Path) -> MasaError:
+    """Build the error for a run that does not exist: the nearest ones, or that there are no results to look in.
+
+    Args:
+        what: is named so, as in "Run".
+        name: what was asked for.
+        known: all that could have been named.
+        results: where they were looked for.
+    """
+    if not known:
+        why = "holds no runs yet" if results.is_dir() else "does not exist here"
+        return MasaError(
+            f"{what} {name!r} does not exist: the directory of results, {results}, {why}. Call masa in the directory "
+            "of the project, name the results by --results DIR, or make them with `snakemake --cores all`."
+        )
+    if len(known) <= MANY:
+        return unknown(what, name, known)
+    hint = did_you_mean(name, sorted(known))
+    return MasaError(
+        f"{what} {name!r} does not exist.{hint} There are {len(known)}; `masa status` lists those of trainings."
+    )
 
 
 def vanilla_parameters(model: Mapping[str, Any], vocab_size: int) -> int:
@@ -155,44 +182,3 @@ def tokens_needed(config: Config, scale: str) -> int:
     size = sizes(config)[scale]
     recipe = _recipe(f"Scale {scale}", config["training"] | (size.get("training") or {}), _language_model(config, size))
     return recipe["steps"] * recipe["batch_size"] * recipe["context"]
-
-
-def artefact_spec(config: Config, kind: str, name: str) -> dict[str, Any]:
-    """A table or figure as pure data: its caption and rows with their runs and labels.
-
-    Raises:
-        MasaError: no such artefact, or its grid has no scale in this configuration.
-    """
-    if name not in config[kind] or config[kind][name] is None:
-        raise unknown(kind.removesuffix("s").capitalize(), name, [n for n, a in config[kind].items() if a])
-    if name not in active(config, kind):
-        raise MasaError(f"{name} has no runs in this configuration: grids.{config[kind][name]['grid']} is empty.")
-    artefact = config[kind][name]
-    rows = (
-        compressions.rows(config, artefact)
-        if compressions.is_compression(config, artefact)
-        else _rows(config, artefact)
-    )
-    return {k: v for k, v in artefact.items() if k not in ("grid", "experiments")} | {"name": name, "rows": rows}
-
-
-def _rows(config: Config, artefact: Config) -> list[dict[str, Any]]:
-    grid = config["grids"][artefact["grid"]]
-    return [
-        {
-            "scale": scale,
-            "experiment": experiment,
-            "label": config["experiments"][experiment]["label"],
-            **{
-                k: v
-                for k, v in run_spec(config, scale, experiment, grid["seeds"][0]).items()
-                if k in ("model", "sharing")
-            },
-            "runs": [f"{scale}/{experiment}/seed{seed}" for seed in grid["seeds"]],
-            "records": [f"evaluations/{scale}/{experiment}/seed{seed}" for seed in grid["seeds"]],
-            "paper": {"scale": sizes(config)[scale].get("compare_with")}
-            | (config["experiments"][experiment].get("paper") or {}),
-        }
-        for scale in grid["scales"]
-        for experiment in experiments_at(config, artefact["experiments"], scale)
-    ]

@@ -20,7 +20,7 @@ from masa.study import compressions
 from masa.study import config as settings
 from masa.study import cost
 from masa.study import experiments
-from masa.study import job_specs
+from masa.study import artefacts
 from masa.training import launch
 from masa.report.page import assets
 
@@ -45,7 +45,7 @@ OVERLAYS = [
     for path in workflow.overwrite_configfiles
 ]
 
-TABLES = job_specs.table_names(config)
+TABLES = artefacts.table_names(config)
 FIGURES = list(experiments.active(config, "figures"))
 
 
@@ -210,7 +210,7 @@ def local_image_files(section, name):
         raise WorkflowError(f"{section}.{name}: {error}") from None
 
 
-# what job_specs.OWN_TABLES are made from
+# what artefacts.OWN_TABLES are made from
 OWN_INPUTS = {
     "runs": lambda: expand(
         f"{RESULTS}/evaluations/{{run}}/metrics.json", run=experiments.all_runs(config)
@@ -224,7 +224,7 @@ OWN_INPUTS = {
     "parameters": lambda: [f"{RESULTS}/parameters.json"],
     "claims": lambda: expand(
         f"{RESULTS}/{{record}}",
-        record=claims.files(job_specs.table_spec(config, "claims")),
+        record=claims.files(artefacts.table_spec(config, "claims")),
     ),
 }
 

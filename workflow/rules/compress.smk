@@ -13,7 +13,7 @@ rule text:
     resources:
         **asks_for("text"),
     params:
-        spec=lambda wildcards: as_json(job_specs.text_spec(config, wildcards.name)),
+        spec=lambda wildcards: as_json(inputs.text_spec(config, wildcards.name)),
         code=meaning("masa.data.excerpts"),
     message:
         "Text {wildcards.name}"
@@ -33,9 +33,7 @@ rule pretrained:
     resources:
         **asks_for("pretrained"),
     params:
-        spec=lambda wildcards: as_json(
-            job_specs.pretrained_spec(config, wildcards.model)
-        ),
+        spec=lambda wildcards: as_json(inputs.pretrained_spec(config, wildcards.model)),
         code=meaning("masa.models.pretrained"),
         out=lambda wildcards, output: Path(output[0]).parent,
     message:

@@ -8,7 +8,7 @@ rule benchmarks:
     resources:
         **asks_for("benchmarks"),
     params:
-        spec=as_json(job_specs.benchmarks_spec(config)),
+        spec=as_json(inputs.benchmarks_spec(config)),
         code=meaning("masa.data.benchmarks"),
         out=lambda wildcards, output: Path(output[0]).parent,
     message:
@@ -29,7 +29,7 @@ rule tokenizer:
     resources:
         **asks_for("tokenizer"),
     params:
-        spec=as_json(job_specs.data_spec(config)),
+        spec=as_json(inputs.data_spec(config)),
         code=meaning("masa.data.tokenize"),
         out=lambda wildcards, output: Path(output[0]).parent,
     message:
@@ -51,7 +51,7 @@ rule tokenize:
     resources:
         **asks_for("tokenize"),
     params:
-        spec=as_json(job_specs.data_spec(config)),
+        spec=as_json(inputs.data_spec(config)),
         tokens=lambda wildcards: experiments.tokens_needed(config, wildcards.scale),
         code=meaning("masa.data.tokenize"),
         tokenizer=lambda wildcards, input: Path(input[0]).parent,

@@ -41,9 +41,7 @@ rule time_methods:
     resources:
         **asks_for("time_methods"),
     params:
-        spec=lambda wildcards: as_json(
-            job_specs.throughput_spec(config, wildcards.scale)
-        ),
+        spec=lambda wildcards: as_json(inputs.throughput_spec(config, wildcards.scale)),
         code=meaning("masa.training.throughput"),
     message:
         "Timing all methods at {wildcards.scale}"
@@ -61,7 +59,7 @@ rule count_parameters:
     resources:
         **asks_for("count_parameters"),
     params:
-        spec=as_json(job_specs.parameters_spec(config)),
+        spec=as_json(inputs.parameters_spec(config)),
         code=meaning("masa.study.accounting"),
     message:
         "Counting parameters"

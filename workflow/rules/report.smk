@@ -14,7 +14,7 @@ rule table:
     resources:
         **asks_for("table"),
     params:
-        spec=lambda wildcards: as_json(job_specs.table_spec(config, wildcards.name)),
+        spec=lambda wildcards: as_json(artefacts.table_spec(config, wildcards.name)),
         code=lambda wildcards: meaning(
             "masa.report.own_tables"
             if wildcards.name in OWN_INPUTS
@@ -42,7 +42,7 @@ rule figure:
         **asks_for("figure"),
     params:
         spec=lambda wildcards: as_json(
-            experiments.artefact_spec(config, "figures", wildcards.name)
+            artefacts.artefact_spec(config, "figures", wildcards.name)
         ),
         code=meaning("masa.report.figures"),
         results=lambda wildcards: RESULTS,

@@ -14,7 +14,7 @@ rule images:
         **asks_for("images"),
     params:
         spec=lambda wildcards: as_json(
-            job_specs.vision_data_spec(config, "images", wildcards.name)
+            inputs.vision_data_spec(config, "images", wildcards.name)
         ),
         code=meaning("masa.data.images"),
         out=lambda wildcards, output: Path(output[0]).parent,
@@ -37,7 +37,7 @@ rule boxes:
         **asks_for("boxes"),
     params:
         spec=lambda wildcards: as_json(
-            job_specs.vision_data_spec(config, "boxes", wildcards.name)
+            inputs.vision_data_spec(config, "boxes", wildcards.name)
         ),
         code=meaning("masa.data.boxes"),
         out=lambda wildcards, output: Path(output[0]).parent,

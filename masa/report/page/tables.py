@@ -12,7 +12,7 @@ from typing import Any
 
 from masa.evaluation import metrics as m
 from masa.report.page.found import Found, number
-from masa.study import job_specs
+from masa.study import artefacts
 
 CURVES = "metrics"
 """The table of all logged steps: the page draws it instead."""
@@ -57,8 +57,8 @@ def views(found: Found) -> list[dict[str, Any]]:
 
     A table that is missing or damaged has no ``columns``; the reason of damage is among the page's problems.
     """
-    own = [name for name in reversed(job_specs.OWN_TABLES) if name != CURVES]
-    chosen = [name for name in job_specs.table_names(found.config) if name not in job_specs.OWN_TABLES]
+    own = [name for name in reversed(artefacts.OWN_TABLES) if name != CURVES]
+    chosen = [name for name in artefacts.table_names(found.config) if name not in artefacts.OWN_TABLES]
     return [_view(found, name) for name in [*chosen, *own]]
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from masa.errors import MasaError
-from masa.runs.run_names import unknown_run
 from masa.study import compressions as plan
 from masa.study import experiments
+from masa.study.experiments import unknown_run
 from masa.study.status.clock import FileClock
 from masa.study.status.runs import OVER, STATES, Place, Status, is_run_directory, look
 

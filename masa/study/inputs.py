@@ -1,12 +1,11 @@
-"""What the jobs of the workflow depend on, as data: the part of the configuration that each of them needs. No torch."""
+"""What the jobs of the workflow read, as data: the part of the configuration that each of them needs. No torch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from masa.errors import unknown
-from masa.study import claims, config, experiments
+from masa.study import config, experiments
 
 
 def data_spec(c: config.Config) -> dict[str, Any]:
@@ -68,36 +67,3 @@ def pretrained_spec(c: config.Config, name: str) -> dict[str, Any]:
         raise unknown("Pretrained model", name, [n for n, entry in c["pretrained"].items() if entry])
     model = {k: v for k, v in c["pretrained"][name].items() if k != "compare_with"}
     return {"model": model} | _places(c, model["source"])
-
-
-def labels(c: config.Config) -> dict[str, str]:
-    """Experiment -> its name in tables."""
-    return {name: entry["label"] for name, entry in c["experiments"].items()}
-
-
-OWN_TABLES: dict[str, Callable[[config.Config], Any]] = {
-    "runs": experiments.all_runs,
-    "metrics": experiments.all_runs,
-    "throughput": lambda c: {"scales": c["throughput"]["scales"], "labels": labels(c)},
-    "parameters": lambda c: {"labels": labels(c)},
-    "claims": claims.spec,
-}
-"""Tables that every configuration has, beside its own -> what each is made of (:mod:`masa.report.own_tables`)."""
-
-
-def table_names(c: config.Config) -> list[str]:
-    """All tables that a configuration makes."""
-    return [*OWN_TABLES, *experiments.active(c, "tables")]
-
-
-def table_spec(c: config.Config, name: str) -> Any:
-    """One table as data.
-
-    Raises:
-        MasaError: there is none of this name, or its grid is empty.
-    """
-    if name in OWN_TABLES:
-        return OWN_TABLES[name](c)
-    if not c["tables"].get(name):
-        raise unknown("Table", name, table_names(c))
-    return experiments.artefact_spec(c, "tables", name)
