@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 CORES ?= all
 
-.PHONY: env results report smoke docs test benchmarks lint clean
+.PHONY: env results report smoke docs test benchmarks findings lint clean
 
 env: .venv/.done
 
@@ -35,6 +35,12 @@ test: env
 BENCHMARKS = training_step training_loop inference tokenization calibration_speed mixing growth compression_growth workflow
 benchmarks: env
 	for name in $(BENCHMARKS); do PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$name.py || test $$? -eq 1 || exit; done
+
+# what was found in other packages: each script by itself, without masa; findings/README.md has the form
+findings:
+	@changed=0; for script in findings/*.sh; do test -e "$$script" || continue; \
+	if PYTHON="$(PYTHON)" bash "$$script" > /dev/null 2>&1; then echo "ok       $$script"; \
+	else echo "changed  $$script"; changed=1; fi; done; exit $$changed
 
 lint: env
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
