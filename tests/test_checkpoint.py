@@ -70,7 +70,8 @@ def test_broken_description(saved, text):
 
 
 def test_files_that_do_not_belong_together(saved):
-    tensors = load_file(saved / "model.safetensors")
+    # copies: up to safetensors 0.7 what is loaded is the file itself, mapped, which is written anew below
+    tensors = {k: v.clone() for k, v in load_file(saved / "model.safetensors").items()}
     save_file({k: v for k, v in tensors.items() if "shared.q.atoms" not in k}, saved / "model.safetensors")
     with pytest.raises(masa.MasaError, match=r"missing \['model.shared.q.atoms'\]"):
         masa.load(saved)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from masa.cli.base import Verbs
+from masa.runs.fingerprint import ROOT
 from masa.study import config
 
 
@@ -33,7 +34,9 @@ def add(verbs: Verbs) -> None:
 
 
 def _export(given: argparse.Namespace) -> None:
-    c = config.load(given.configfile)
+    c = {"results": "results", "cache": "cache"}
+    if given.configfile or (ROOT / "config").is_dir() or not Path(given.run).is_dir():
+        c = config.load(given.configfile)  # an installed masa has none, and a folder needs none
     from masa.export import Options, export
 
     options = Options(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import sys
 import time
 import traceback
 from collections.abc import Sequence
 from contextlib import nullcontext
+from importlib import metadata
 from pathlib import Path
 
 from masa import __version__
@@ -20,6 +22,16 @@ from masa.training import launch
 
 MODULES = (data, train, compress, export, report, page, compare, status, plan)
 """In the order of ``masa --help``; each has ``add(verbs)``. A new verb is one ``verbs.add`` in one of them."""
+
+DISTRIBUTIONS = {
+    "huggingface_hub": "transformers",
+    "markupsafe": "jinja2",
+    "PIL": "pillow",
+    "psutil": "accelerate",
+    "tokenizers": "transformers",
+    "yaml": "pyyaml",
+}
+"""Requirement that brings a module, where it is called otherwise; nothing knows this of a package that is absent."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,11 +79,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"; {faults.MENDS[error.errno]} and run the same command again" if error.errno in faults.MENDS else ""
             )
             return _fail(f"masa: error: {where}{error.strerror or error}{mend}", log, 2)
+        if isinstance(error, ModuleNotFoundError) and (command := _installs(error.name or "")):
+            verb, package = given.parser.prog, (error.name or "").partition(".")[0]
+            return _fail(f"masa: error: `{verb}` needs {package}, which is not installed; {command}", log, 2)
         return _fail(f"{traceback.format_exc()}masa: this is a defect; please report it with the lines above.", log, 1)
     if log:
         peak = memory.peak_bytes(resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
         _note(f"done in {time.monotonic() - started:.1f} s, peak memory {peak / 2**20:.0f} MiB", log)
     return 0
+
+
+def _installs(module: str) -> str | None:
+    """The command that installs a module which masa or one of its extras requires; None if none does."""
+    package = module.partition(".")[0]
+    if package == "masa":  # named by its own extras
+        return None
+    wanted = _normal(DISTRIBUTIONS.get(package, package))
+    try:
+        requirements = metadata.requires("masa") or []
+    except metadata.PackageNotFoundError:  # a clone on the path that was never installed
+        return None
+    for requirement in requirements:
+        found = re.match(r"[\w.-]+", requirement)
+        if found and _normal(found[0]) == wanted:
+            extra = re.search(r"extra == ['\"]([\w.-]+)['\"]", requirement)
+            return f"pip install 'masa[{extra[1]}]'" if extra else "pip install masa"
+    return None
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def _fail(message: str, log: Path | None, status: int) -> int:

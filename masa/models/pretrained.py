@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 import zipfile
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -94,13 +95,15 @@ def convert_gguf(file: str | Path, folder: str | Path) -> Path:
         ``folder``.
 
     Raises:
-        MasaError: the file is missing or transformers cannot read it.
+        MasaError: the file is missing, transformers cannot read it, or what it needs for that is not installed.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     file, folder = Path(file), Path(folder)
     if not file.is_file():
         raise MasaError(f"GGUF file {file} does not exist.")
+    if find_spec("gguf") is None:
+        raise MasaError(f"{file} is read with the package gguf, which is not installed: pip install 'masa[gguf]'.")
     if folder.exists():
         raise MasaError(f"{folder} exists already; the converted model needs a folder of its own.")
     where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name, "trust_remote_code": False}

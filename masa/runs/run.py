@@ -73,15 +73,25 @@ def provenance(inputs: Mapping[str, str], packages: Sequence[str] = ()) -> dict[
 
     Args:
         packages: further packages whose versions matter.
+
+    A package that is not installed, of an extra that the work did without, is left out.
     """
+    versions = {name: _version(name) for name in (*PACKAGES, *packages)}
     return {
-        "packages": {name: metadata.version(name) for name in (*PACKAGES, *packages)},
+        "packages": {name: version for name, version in versions.items() if version is not None},
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu(),
         "revision": _git_revision(),
         "inputs": dict(inputs),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _cpu() -> str:
@@ -98,7 +108,9 @@ def _cpu() -> str:
 
 def _git_revision() -> str | None:
     folder = Path(__file__).resolve().parent
-    try:
+    try:  # an installed masa may lie inside another project's checkout
+        ours = ["git", "ls-files", "--error-unmatch", "--", Path(__file__).name]
+        subprocess.run(ours, cwd=folder, capture_output=True, check=True)
         revision = subprocess.run(
             ["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True
         ).stdout.strip()
