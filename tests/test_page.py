@@ -131,7 +131,7 @@ def test_a_directory_is_no_page(tmp_path, capsys):
     [
         ("{oops", "--spec is not valid JSON"),
         ("none.json", "--spec is not valid JSON"),
-        ('{"results": "x"}', "is a required property"),
+        ('{"results": "x"}', "the configuration needs cache, data, scales, training"),
     ],
 )
 def test_a_wrong_configuration_is_an_error(spec, message, tmp_path, capsys):

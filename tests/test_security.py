@@ -28,7 +28,7 @@ from test_training import spec_of
 import masa
 from masa import cli, errors
 from masa.cli import plan as plan_verbs
-from masa.data import coco, sources, tokenize
+from masa.data import coco, documents, sources, tokenize
 from masa.evaluation import language as evaluation
 from masa.models import pretrained
 from masa.runs import files, run
@@ -187,7 +187,7 @@ def test_the_script_of_a_data_set_is_never_run(tmp_path, marker):
     (folder / "name.py").write_text(CODE.format(str(marker)))
     spec = corpus("", source=f"hub:org/name@{COMMIT}", reader="hub")
     with pytest.raises(masa.MasaError, match=r"hub:org/name@0+ could not be read"):
-        list(masa.documents.read(spec, None, str(tmp_path), "train"))
+        list(documents.read(spec, None, str(tmp_path), "train"))
 
 
 def test_no_source_distribution_is_ever_built(tmp_path, marker, monkeypatch):
@@ -680,7 +680,8 @@ def test_absurd_data_for_every_other_verb_is_a_message(tmp_path, capsys, monkeyp
 
 
 def test_the_specs_of_the_workflow_itself_pass():
-    from masa.study import compressions, verb_specs
+    from masa.study import compressions
+    from masa.study import specs as forms
 
     for overlay in ("smoke", "mirror", "paper", "vision"):
         c = config.load([ROOT / "config" / f"{overlay}.yaml"])
@@ -711,7 +712,7 @@ def test_the_specs_of_the_workflow_itself_pass():
         }
         for what, specs in checked.items():
             for spec in specs:
-                verb_specs.check(what, json.loads(json.dumps(spec)))
+                forms.check(what, json.loads(json.dumps(spec)))
 
 
 def test_nothing_of_the_corpus_is_read_through_a_name_with_a_line_break(tmp_path):

@@ -210,7 +210,7 @@ def test_gradient_checkpointing(images):
         ({"hidden_size": 0}, "hidden_size must be an integer of at least 1"),
         ({"patch": 2}, "Did you mean 'patch_size'"),
         ({"global_pool": "tokn"}, "Did you mean 'token'"),
-        ({"drop_path_rate": 1.0}, "drop_path_rate = 1.0 must be"),
+        ({"drop_path_rate": 1.0}, "drop_path_rate must be a number of at least 0 and less than 1, got 1.0"),
         ({"num_classes": 11}, "num_classes = 11, but the data has 10 classes"),
     ],
 )

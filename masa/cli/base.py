@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from masa.errors import MasaError, did_you_mean
 from masa.study import config
-from masa.study.verb_specs import check as check_spec
+from masa.study.specs import check as check_spec
 
 EXIT = """\
 exit status: 0 done; 1 a defect of masa (please report it); 2 bad input, the message says what; 75 interrupted by a
@@ -88,7 +88,7 @@ def spec_of(given: argparse.Namespace, default: Callable[[config.Config], Any], 
     """``--spec`` as JSON text or file, else what the configuration says.
 
     Raises:
-        MasaError: it is not JSON, or not of the form ``what`` (a key of :data:`masa.study.verb_specs.FORMS`).
+        MasaError: it is not JSON, or not of the form ``what`` (a key of :data:`masa.study.specs.SPECS`).
     """
     if given.spec is None:
         return default(config.load(given.configfile))

@@ -34,14 +34,15 @@ def add(verbs: Verbs) -> None:
     )
     v.add_argument("--describe", action="store_true", help="print every key with type, default and effect")
     v.add_argument("--json", action="store_true", help="print the merged configuration")
+    v.add_argument("--schema", action="store_true", help="print the JSON schema of configuration files, for editors")
 
 
 def _plan(given: argparse.Namespace) -> None:
     from masa.study.cost import Plan, device, report
-    from masa.study.cost.jobs import DEFAULTS
+    from masa.study.sections.evaluation import Plan as PlanSection
 
     c = config.load(given.configfile)
-    on = device(given.device or (DEFAULTS | c.get("plan", {}))["device"])
+    on = device(given.device or PlanSection.filled(c.get("plan") or {}, "plan")["device"])
     cores = (os.cpu_count() or 1) if given.cores is None else given.cores
     if cores < 1:
         raise MasaError(f"--cores = {cores} must be at least 1.")
@@ -71,6 +72,11 @@ def _config(given: argparse.Namespace) -> None:
 
     if given.describe:
         print(config.describe(), end="")
+        return
+    if given.schema:
+        import yaml
+
+        print(yaml.safe_dump(config.schema(), sort_keys=False, allow_unicode=True, width=120), end="")
         return
     c = config.load(given.configfile)
     if given.json:

@@ -14,7 +14,7 @@ from masa.runs import devices, memory
 from masa.study import experiments, kinds
 from masa.study.cost.limits import estimated_need
 from masa.study.inputs import throughput_spec
-from masa.study.verb_specs import check as check_spec
+from masa.study.specs import check as check_spec
 from masa.training import launch
 
 
@@ -90,7 +90,7 @@ def _pretrain(given: argparse.Namespace) -> None:
     data = _needed(given, kind.data, spec)
     with devices.leased(launch.layout(spec)[1]):
         if launch.is_wanted(spec):
-            launch.launch(spec, _without(given.arguments, "--log"))
+            launch.launch(spec, ["-m", "masa.cli", *_without(given.arguments, "--log")])
         else:
             train = import_module(kind.training).pretrain
             try:

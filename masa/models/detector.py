@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from masa.data.boxed_images import Target
 from masa.errors import MasaError
-from masa.models import yolos
+from masa.models import vit, yolos
 from masa.sharing.share import fold, share
 
 PACKAGES = ("torchvision", "torchmetrics", "pycocotools", "pillow", "scipy")
@@ -64,8 +64,7 @@ def build(model: Mapping[str, Any], sharing: Mapping[str, Any], classes: Sequenc
         image_size=[full["image_size"]] * 2,
         patch_size=full["patch_size"],
         num_channels=full["channels"],
-        num_detection_tokens=full["num_detection_tokens"],
-        **{key: full[key] for key in yolos.OPTIONAL if key != "family"},
+        **{key: full[key] for key in yolos.Model.model_fields if key not in vit.Patches.model_fields},
         id2label=dict(enumerate(names)),
         label2id={name: i for i, name in enumerate(names)},
     )

@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal
 
-from masa.errors import MasaError, unknown
+from pydantic import Field
+
+from masa.errors import MasaError
+from masa.settings import Amount, Positive, Section, Share, key
 from masa.sharing.spec import METHODS, ModelShape, SharingSpec
 
 FAMILY = "vit"
 """The value of ``model.family`` in a run spec that asks for a Vision Transformer; language models have none."""
 
-REQUIRED = (
-    "image_size",
-    "patch_size",
-    "channels",
-    "num_classes",
-    "num_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "intermediate_size",
-)
-OPTIONAL = {"family": FAMILY, "drop_rate": 0.0, "attn_drop_rate": 0.0, "drop_path_rate": 0.0, "global_pool": "token"}
-"""Further keys and their defaults; the last four are timm's own names."""
 
-POOLS = ("token", "avg")
+class Patches(Section):
+    """Sizes of a model that cuts images into patches."""
+
+    image_size: Positive = key("Pixels of a side.")
+    patch_size: Positive = key("Pixels of a patch's side; divides image_size.")
+    channels: Positive = key("1 (grey) or 3 (RGB).")
+    num_classes: Positive = key("Classes.")
+    num_layers: Positive = key("L.")
+    hidden_size: Positive = key("d.")
+    num_attention_heads: Positive = key("H; divides d.")
+    intermediate_size: Positive = key("Width of the FFN.")
+
+
+Rate = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Model(Patches):
+    """Sizes of a Vision Transformer; the last four keys are timm's own names."""
+
+    family: Literal["vit"] = key("vit or yolos.", FAMILY)
+    drop_rate: Rate = key("Dropout before the classifier.", 0.0)
+    attn_drop_rate: Rate = key("Dropout of attention weights.", 0.0)
+    drop_path_rate: Rate = key("Stochastic depth.", 0.0)
+    global_pool: Literal["token", "avg"] = key("What the classifier reads: the class token or the average.", "token")
 
 
 def resolve(model: Mapping[str, Any]) -> dict[str, Any]:
@@ -34,40 +47,26 @@ def resolve(model: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         MasaError: a key that is missing or unknown, or sizes that do not fit each other.
     """
-    full = check_sizes("A Vision Transformer's model", model, REQUIRED, OPTIONAL)
+    full = check_sizes("A Vision Transformer's model", model, Model)
     if full["channels"] not in (1, 3):
         raise MasaError(f"model.channels = {full['channels']}; images have 1 (grey) or 3 (RGB).")
     if full["num_classes"] < 2:
         raise MasaError("model.num_classes must be at least 2.")
-    if full["global_pool"] not in POOLS:
-        raise unknown("model.global_pool: pooling", full["global_pool"], POOLS)
-    check_rates(full, ("drop_rate", "attn_drop_rate", "drop_path_rate"))
     return full
 
 
-def check_sizes(
-    what: str, model: Mapping[str, Any], required: Sequence[str], optional: Mapping[str, Any]
-) -> dict[str, Any]:
+def check_sizes(what: str, model: Mapping[str, Any], section: type[Patches]) -> dict[str, Any]:
     """Sizes of a model that cuts images into patches, with every default filled in.
 
     Args:
         what: the model, for messages.
         model: as given.
-        required: keys that must be there, all of them whole numbers.
-        optional: further keys and their defaults.
+        section: its keys.
 
     Raises:
         MasaError: a key that is missing or unknown, or sizes that do not fit each other.
     """
-    for key in model:
-        if key not in (*required, *optional):
-            raise unknown(f"{what}: key", key, (*required, *optional))
-    if missing := [key for key in required if key not in model]:
-        raise MasaError(f"{what} needs {', '.join(missing)}.")
-    for key in required:
-        if isinstance(model[key], bool) or not isinstance(model[key], int) or model[key] < 1:
-            raise MasaError(f"model.{key} must be an integer of at least 1, got {model[key]!r}.")
-    full = {**optional, **model}
+    full = section.filled(model, "model", what)
     size, patch = full["image_size"], full["patch_size"]
     if size % patch:
         fits = [p for p in range(1, size + 1) if size % p == 0]
@@ -78,85 +77,61 @@ def check_sizes(
     return full
 
 
-def check_rates(model: Mapping[str, Any], keys: Sequence[str]) -> None:
-    """See that dropout rates are some.
-
-    Raises:
-        MasaError: one is not.
-    """
-    for key in keys:
-        if isinstance(model[key], bool) or not isinstance(model[key], int | float) or not 0 <= model[key] < 1:
-            raise MasaError(f"model.{key} = {model[key]!r} must be at least 0 and less than 1.")
-
-
 # --------------------------------------------------------------------------------------------------------- recipe
 
-RECIPE: dict[str, Any] = {
-    "epochs": None,
-    "steps": None,
-    "batch_size": None,
-    "micro_batch_size": None,
-    "learning_rate": None,
-    "min_learning_rate_ratio": 0.0,
-    "warmup_fraction": 0.1,
-    "weight_decay": 0.05,
-    "adam_betas": [0.9, 0.999],
-    "max_grad_norm": 1.0,
-    "coefficients_learning_rate_ratio": 1.0,
-    "dtype": "auto",
-    "evaluations": 10,
-    "checkpoint_minutes": 5,
-    "threads": 1,
-    "nodes": 1,
-    "processes_per_node": 1,
-    "parallel": "ddp",
-    "workers": 0,
-    "label_smoothing": 0.1,
-    "augmentation": None,
-    "mixup": None,
-    "ema_decay": None,
-}
-"""Keys of ``training`` and their defaults, DeiT's (Touvron et al. 2021) where it has one. The paper's text gives none.
 
-``epochs`` or ``steps`` must be given, and ``batch_size`` and ``learning_rate``. ``augmentation`` holds arguments of
-``timm.data.create_transform`` by their own names (timm's defaults for the others; None: no augmentation), ``mixup``
-those of ``timm.data.Mixup`` (None: none), ``workers`` the number of processes that read images.
-"""
+class Recipe(Section):
+    """How a Vision Transformer is trained; defaults are DeiT's (Touvron et al. 2021) where it has one. The paper's text
+    gives none."""
+
+    epochs: Annotated[float, Field(gt=0)] | None = key("Passes over the training images; either this or steps.", None)
+    steps: Positive | None = key("Optimiser steps; either this or epochs.", None)
+    batch_size: Positive = key("Images an optimiser step, over all devices.")
+    micro_batch_size: Positive | None = key("Images a device and pass (gradient accumulation). null: batch_size.", None)
+    learning_rate: float = key("Peak learning rate, the same for every method at one scale.", gt=0)
+    min_learning_rate_ratio: Rate = key("Final learning rate as a fraction of the peak.", 0.0)
+    warmup_fraction: Rate = key("Linear warmup over this fraction of the steps, then cosine.", 0.1)
+    weight_decay: Amount = key("AdamW weight decay of matrices (DeiT's; detectors: YOLOS', 1e-4).", 0.05)
+    adam_betas: list[float] = key("AdamW betas.", [0.9, 0.999], min_length=2, max_length=2)
+    max_grad_norm: float = key("Gradients are clipped to this norm (detectors: 0.1).", 1.0, gt=0)
+    coefficients_learning_rate_ratio: float = key(
+        "Learning rate of MASA's coefficients relative to all other parameters.", 1.0, gt=0
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = key("As training.dtype.", "auto")
+    evaluations: Positive = key("How many times the validation images are scored.", 10)
+    checkpoint_minutes: float = key("Minutes between checkpoints.", 5, gt=0)
+    threads: Positive = key("CPU threads of one process of a training.", 1)
+    nodes: Positive = key("As training.nodes.", 1)
+    processes_per_node: Positive = key("As training.processes_per_node.", 1)
+    parallel: Literal["ddp", "fsdp"] = key("As training.parallel.", "ddp")
+    workers: int = key("Processes that read and augment images; 0: the training's own.", 0, ge=0)
+    label_smoothing: Rate = key("Label smoothing.", 0.1)
+    augmentation: dict[str, Any] | None = key(
+        "Arguments of timm.data.create_transform by their own names; null: none.", None
+    )
+    mixup: dict[str, Any] | None = key(
+        "Arguments of timm.data.Mixup by their own names (mixup_alpha, cutmix_alpha, …); null: none.", None
+    )
+    ema_decay: Share | None = key(
+        "Decay of an average of the weights, which is then the model that is kept; null: none.", None
+    )
 
 
-def recipe(given: Mapping[str, Any]) -> dict[str, Any]:
+def recipe(given: Mapping[str, Any], section: type[Section] = Recipe) -> dict[str, Any]:
     """The recipe with every default filled in.
 
     Raises:
-        MasaError: a key that is unknown or missing, or a value out of its range.
+        MasaError: a key that is unknown or missing, a value out of its range, or values that do not fit each other.
     """
-    for key in given:
-        if key not in RECIPE:
-            raise unknown("training: key", key, RECIPE)
-    full = RECIPE | dict(given)
+    full = section.filled(given, "training", "training")
     if (full["epochs"] is None) == (full["steps"] is None):
         raise MasaError("training needs either epochs or steps.")
-    for key in ("batch_size", "learning_rate"):
-        if full[key] is None:
-            raise MasaError(f"training needs {key}.")
     full["micro_batch_size"] = full["micro_batch_size"] or full["batch_size"]
-    for key, low, high in (
-        ("epochs", 0, math.inf),
-        ("steps", 0, math.inf),
-        ("batch_size", 0, math.inf),
-        ("learning_rate", 0, math.inf),
-        ("ema_decay", 0, 1),
-    ):
-        if full[key] is not None and not low < full[key] < high:
-            raise MasaError(f"training.{key} = {full[key]!r} must be more than {low} and less than {high}.")
-    for key in ("label_smoothing", "warmup_fraction", "min_learning_rate_ratio"):
-        if not 0 <= full[key] < 1:
-            raise MasaError(f"training.{key} = {full[key]!r} must be at least 0 and less than 1.")
     if full["batch_size"] % full["micro_batch_size"]:
         raise MasaError(
             f"training.micro_batch_size = {full['micro_batch_size']} does not divide batch_size = {full['batch_size']}."
         )
-    if full["mixup"] is not None and full["micro_batch_size"] % 2:
+    if full.get("mixup") is not None and full["micro_batch_size"] % 2:
         raise MasaError(f"training.mixup pairs images: micro_batch_size = {full['micro_batch_size']} must be even.")
     return full
 

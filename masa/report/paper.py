@@ -8,6 +8,7 @@ from typing import Any
 
 from masa.errors import MasaError
 from masa.runs.fingerprint import ROOT
+from masa.study.sections.artefacts import Table
 
 
 def published_rows(paper: Mapping[str, Any] | None) -> list[dict[str, Any]]:
@@ -37,3 +38,9 @@ def match(wanted: Mapping[str, Any], paper: Sequence[Mapping[str, Any]], spec: M
     if len(found) > 1:
         raise MasaError(f"{spec['paper']['file']}: {len(found)} rows match {dict(wanted)}; add columns to paper.match.")
     return {k: v for k, v in found[0].items() if isinstance(v, float)} if found else {}
+
+
+def judgement(spec: Mapping[str, Any]) -> tuple[str, float]:
+    """The metric that a table's verdicts go by, and the points within which a row agrees."""
+    judged, tolerance = ({**Table.defaults(), **spec}[key] for key in ("judged", "tolerance"))
+    return judged, float(tolerance)

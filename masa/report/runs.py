@@ -11,8 +11,8 @@ from typing import Any
 from masa.errors import MasaError, is_plain
 from masa.evaluation import metrics as m
 from masa.runs import run
-from masa.study.compressions import HEAL
 from masa.study.experiments import unknown_run
+from masa.study.sections.compression import Heal
 from masa.study.status.numbers import is_number
 from masa.study.status.runs import is_run_directory
 
@@ -175,7 +175,7 @@ def _metrics(folder: Path) -> dict[str, Any]:
 def _compression(directory: Path, metrics: Mapping[str, Any]) -> Run:
     report = metrics["compression"] or {"method": "original"}
     spec = {k: report[k] for k in ("method", "options", "projections", "calibration") if k in report}
-    name = str(metrics.get("run", directory))
+    name, healing = str(metrics.get("run", directory)), metrics.get("healing")
     return Run(
         name=name,
         directory=directory,
@@ -183,7 +183,7 @@ def _compression(directory: Path, metrics: Mapping[str, Any]) -> Run:
         seed=None,
         unit=COMPRESSION,
         spec={"model": name.partition("/")[0], "reduction": metrics["requested_pct"], "compression": spec}
-        | ({"healing": {k: v for k, v in metrics["healing"].items() if k in HEAL}} if metrics.get("healing") else {}),
+        | ({"healing": {k: v for k, v in healing.items() if k in Heal.model_fields}} if healing else {}),
         provenance=metrics.get("provenance", {}),
         parameters=metrics["parameters"],
         scores=m.flatten(metrics),

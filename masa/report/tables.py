@@ -12,7 +12,7 @@ import pandas as pd
 
 from masa.evaluation import metrics as m
 from masa.report import compression_tables, vision_tables
-from masa.report.paper import match, published_rows
+from masa.report.paper import judgement, match, published_rows
 from masa.runs.files import whole_file
 
 NA = "n/a"
@@ -78,7 +78,7 @@ def _row(row: Mapping[str, Any], results: Path, paper: Sequence[Mapping[str, Any
     out["unavailable_tasks"] = ";".join(t for t, r in task_data.items() if "unavailable" in r)
     if "paper" in spec:
         out["paper_scale"] = row["paper"].get("scale")
-        out["verdict"] = _verdict(row, out, spec.get("judged", "avg_pct"), spec.get("tolerance", 1.0))
+        out["verdict"] = _verdict(row, out, *judgement(spec))
     return out
 
 

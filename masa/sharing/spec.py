@@ -75,7 +75,7 @@ class SharingSpec:
     """How the projections of a transformer share weights across layers.
 
     Args:
-        method: a key of :data:`METHODS`.
+        method: vanilla, gqa, low-rank, sequential, repeat-all-over or masa (:data:`METHODS`).
         projections: letters of the projections that share; q, k, v, o of attention, and u, d (and g in Llama-like
             models) of the FFN, e.g. "qkv", "qkvo", "qkvoud".
         atoms: number S of matrix atoms of each dictionary (``masa``); an integer, "L/3", or a mapping from a

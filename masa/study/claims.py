@@ -11,6 +11,7 @@ from typing import Any
 from masa.errors import MasaError, unknown
 from masa.evaluation.metrics import METRICS
 from masa.study import compressions, experiments
+from masa.study.sections.artefacts import Claim
 
 Config = Mapping[str, Any]
 
@@ -55,7 +56,7 @@ def spec(config: Config) -> list[dict[str, Any]]:
             "claim": claim["claim"],
             "source": claim["source"],
             "metric": claim["metric"],
-            "margin": claim.get("margin", 0),
+            "margin": claim.get("margin", Claim.defaults()["margin"]),
             "weights": dict(claim["contrast"]),
             "contrast": contrast({known[e]["label"]: w for e, w in claim["contrast"].items()}),
         }

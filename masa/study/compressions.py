@@ -10,11 +10,11 @@ from typing import Any
 
 from masa.compression.names import METHODS, ORIGINAL, needs_gradients
 from masa.errors import MasaError, unknown
+from masa.study.sections.compression import Compression
 
 Config = Mapping[str, Any]
 
-HEAL = ("objective", "steps", "batch_size", "length", "lr", "temperature", "seed", "dtype")
-"""Arguments of :func:`masa.compression.heal` that a configuration may give."""
+_DEFAULTS = Compression.defaults()
 
 
 def is_compression(config: Config, artefact: Config) -> bool:
@@ -41,9 +41,6 @@ def check(config: Config) -> None:
             raise MasaError(f"{where}: {entry['method']} needs calibrations.{chosen}.gradient_samples of at least 1.")
         elif extra := set(_projections(entry)) - set(config["calibrations"][chosen]["projections"]):
             raise MasaError(f"{where}: calibrations.{chosen} has no projection {', '.join(sorted(extra))}.")
-        for key in entry.get("heal") or ():
-            if key not in HEAL:
-                raise unknown(f"{where}.heal: key", key, HEAL)
         if entry["method"] != ORIGINAL and 0 in entry.get("reductions", ()):
             raise MasaError(f"{where}.reductions: 0 is the original; give percentages above it.")
     for name, entry in config["calibrations"].items():
@@ -67,11 +64,11 @@ def check(config: Config) -> None:
 
 
 def _calibration(config: Config, name: str) -> str | None:
-    return config["compressions"][name].get("calibration", "attention")
+    return config["compressions"][name].get("calibration", _DEFAULTS["calibration"])
 
 
 def _projections(entry: Config) -> str:
-    return entry.get("projections", "qkvo")
+    return entry.get("projections", _DEFAULTS["projections"])
 
 
 def reductions(config: Config, artefact: Config, name: str) -> list[float]:

@@ -43,7 +43,7 @@ def is_wanted(spec: Mapping[str, Any]) -> bool:
 
 
 def launch(spec: Mapping[str, Any], arguments: Sequence[str]) -> None:
-    """Run ``masa`` with the given arguments in all processes of a run, and wait for them.
+    """Run Python with the given arguments in all processes of a run, and wait for them.
 
     Raises:
         Interrupted: a signal stopped the run after a checkpoint.
@@ -80,7 +80,7 @@ def _on_devices(spec: Mapping[str, Any], nodes: int, processes: int, arguments: 
     )
     with tempfile.TemporaryDirectory() as folder, _changed({ERRORS: folder}), _passing_signals(_workers):
         try:
-            elastic_launch(config, sys.executable)("-m", "masa.cli", *arguments)
+            elastic_launch(config, sys.executable)(*arguments)
         except ChildFailedError as error:
             _raise(spec, Path(folder), error)
 
@@ -110,7 +110,7 @@ def _on_nodes(spec: Mapping[str, Any], nodes: int, processes: int, arguments: Se
     command = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=0"]
     if os.environ.get("SLURM_GPUS") or os.environ.get("CUDA_VISIBLE_DEVICES"):
         command.append(f"--gpus={nodes * processes}")
-    command += [sys.executable, "-m", "masa.cli", *arguments]
+    command += [sys.executable, *arguments]
     meeting = f"{socket.gethostname()}:{20000 + int(job) % 40000}"
     with _changed({RENDEZVOUS: meeting}):
         child = subprocess.Popen(command)

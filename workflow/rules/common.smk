@@ -14,15 +14,16 @@ sys.path.insert(0, str(Path(workflow.basedir).parent))
 from masa.compression.names import modules
 from masa.data import sources
 from masa.errors import MasaError
+from masa.report.page import assets
 from masa.runs.fingerprint import fingerprint
+from masa.study import artefacts
 from masa.study import claims
 from masa.study import compressions
 from masa.study import config as settings
 from masa.study import cost
 from masa.study import experiments
-from masa.study import artefacts
+from masa.study import inputs
 from masa.training import launch
-from masa.report.page import assets
 
 try:
     settings.check(config)

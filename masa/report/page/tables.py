@@ -12,6 +12,7 @@ from typing import Any
 
 from masa.evaluation import metrics as m
 from masa.report.page.found import Found, number
+from masa.report.paper import judgement
 from masa.study import artefacts
 
 CURVES = "metrics"
@@ -106,7 +107,7 @@ def _view(found: Found, name: str) -> dict[str, Any]:
     except (OSError, ValueError, csv.Error) as error:
         found.problems.append(f"{path} is no table ({error}); delete it and make it anew with `{view['command']}`.")
         return view
-    tolerance, judged = float(spec.get("tolerance", 1.0)), spec.get("judged", "avg_pct")
+    judged, tolerance = judgement(spec)
     if "verdict" in records[0]:
         view["judged"] = JUDGED.get(name, f"{_label(judged)}: agrees within ± {tolerance:g}")
     keys = _keys(records[0], spec.get("columns"))

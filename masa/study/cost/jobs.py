@@ -15,9 +15,7 @@ from masa.study.cost.devices import GIB, Device, device
 from masa.study.cost.evaluation import available, describe_flops, harness, held_out_work
 from masa.study.cost.training import Training, train
 from masa.study.cost.transformer import Work, forward, inference_bytes
-
-DEFAULTS = {"device": "cpu", "margin": 2.0, "max_hours": 24}
-"""The section ``plan`` of a configuration."""
+from masa.study.sections.evaluation import Plan as PlanSection
 
 PROCESS = {"training": 0.85 * GIB, "vision": 0.95 * GIB, "evaluation": 0.9 * GIB, "compression": 0.85 * GIB}
 """What a process holds before it has a model: interpreter and imported libraries, from logs of a workflow on Linux."""
@@ -76,7 +74,7 @@ class Plan:
 
     def __init__(self, config: Mapping[str, Any], on: Device | str | None = None, mirrored: bool | None = None) -> None:
         self.config = config
-        self.settings = DEFAULTS | dict(config.get("plan") or {})
+        self.settings = PlanSection.filled(config.get("plan") or {}, "plan")
         on = on or self.settings["device"]
         self.device = device(on) if isinstance(on, str) else on
         self.mirrored = bool(config["data"]["mirror"]) if mirrored is None else mirrored

@@ -1,0 +1,268 @@
+"""What a section of settings is: named keys, each with a type, a range, a default and a sentence, in one place.
+
+A section is a pydantic class. From it come the check of YAML and of ``--spec``, the tables of the documentation, the
+JSON schema that editors read, and the messages, which name the key, what was expected and what was given.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import re
+from collections.abc import Collection, Iterator, Mapping
+from typing import Annotated, Any
+
+import pydantic
+from pydantic import AfterValidator, ConfigDict, Field, StringConstraints
+from pydantic.fields import FieldInfo
+
+from masa.errors import PLAIN, MasaError, unknown
+
+_WHOLE = r"(?![\s\S])"  # the end; "$" would let a line break pass
+
+FORMS = {
+    f"^{PLAIN}{_WHOLE}": "name: letters, digits, '.', '_' and '-', beginning with a letter or digit, without '..'",
+    rf"^[^-{{}}*?\x00-\x1f\x7f][^{{}}*?\x00-\x1f\x7f]*{_WHOLE}": "directory: no leading '-', no control characters and "
+    "none of { } * ?",
+    rf"^[^\x00-\x1f\x7f]+{_WHOLE}": "source: no line breaks or other control characters",
+    rf"^[0-9a-f]{{64}}{_WHOLE}": "sha256: 64 hexadecimal digits",
+    rf"^[a-z]+{_WHOLE}": "string of projections: small letters",
+    rf"^{PLAIN}(/{PLAIN})*{_WHOLE}": "path below the results: names with '/' between them",
+    rf"^{PLAIN}/{PLAIN}/seed[0-9]+{_WHOLE}": "run: SCALE/EXPERIMENT/seedN",
+}
+"""Pattern of text -> what it stands for, in messages."""
+
+Name, Directory, Source, Sha256, Letters, RelativePath, RunId = (
+    Annotated[str, StringConstraints(pattern=pattern, min_length=1)] for pattern in FORMS
+)
+Positive = Annotated[int, Field(ge=1)]
+Amount = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+Split = Annotated[float, Field(gt=0, lt=1, json_schema_extra={"$comment": "no split may be empty"})]
+"""A fraction of the data."""
+
+
+def _unique(items: list[Any]) -> list[Any]:
+    if len(set(items)) < len(items):
+        raise ValueError("names something twice")
+    return items
+
+
+_ONCE = (AfterValidator(_unique), Field(min_length=1, json_schema_extra={"uniqueItems": True}))
+Reductions = Annotated[list[Annotated[float, Field(ge=0, lt=100)]], *_ONCE]
+"""In percent."""
+Seeds = Annotated[list[Annotated[int, Field(ge=0)]], *_ONCE]
+
+
+def key(sentence: str, default: Any = ..., **limits: Any) -> Any:
+    """A key of a section: what it does, its default (none: it must be given), and limits as pydantic names them."""
+    return Field(default, description=sentence, **limits)
+
+
+class Section(pydantic.BaseModel):
+    """A mapping of known keys. Nothing is coerced: ``"3"`` is no number, and 3.0 no integer."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", regex_engine="python-re", allow_inf_nan=False)
+
+    @classmethod
+    def read(cls, given: Any, where: str = "", what: str = "") -> None:
+        """See that ``given`` is such a section.
+
+        Args:
+            where: what keys are named below, e.g. "training".
+            what: what lacks a key, in a message; by default ``where``.
+
+        Raises:
+            MasaError: the first key that is not what it should be.
+        """
+        try:
+            cls.model_validate(given)
+        except pydantic.ValidationError as error:
+            raise _first(error, cls, given, where, what) from None
+
+    @classmethod
+    def filled(cls, given: Mapping[str, Any], where: str = "", what: str = "") -> dict[str, Any]:
+        """``given`` with every default filled in, in the order of the keys.
+
+        Raises:
+            MasaError: as :meth:`read`.
+        """
+        cls.read(given, where, what)
+        return {name: given[name] if name in given else copy.copy(default) for name, default in cls.defaults().items()}
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """Key -> default; None of keys that must be given."""
+        return {n: None if field.is_required() else field.get_default() for n, field in cls.model_fields.items()}
+
+    @classmethod
+    def partly(cls) -> type[Section]:
+        """The same keys, none of which must be given: for a section that changes some of another one's."""
+        needed = [name for name, field in cls.model_fields.items() if field.is_required()]
+        return cls.changed(f"{cls.__name__}Changes", **dict.fromkeys(needed))
+
+    @classmethod
+    def changed(cls, name: str, without: Collection[str] = (), **changes: Any) -> type[Section]:
+        """The same keys but for some.
+
+        Args:
+            without: keys that are left out.
+            changes: key -> its other default, or, of a key more, its type and :func:`key`.
+        """
+        fields: dict[str, Any] = {}
+        for key_, field in cls.model_fields.items():
+            if key_ not in without:
+                info = _with_default(field, changes[key_]) if key_ in changes else field
+                fields[key_] = (field.annotation, info)
+        more = {k: v for k, v in changes.items() if k not in cls.model_fields}
+        return pydantic.create_model(name, __base__=Section, **fields, **more)
+
+
+def _with_default(field: FieldInfo, default: Any) -> FieldInfo:
+    changed = copy.copy(field)
+    changed.default, changed.default_factory = default, None
+    return changed
+
+
+class Open(Section):
+    """A section that may hold further keys."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+@functools.cache
+def schema_of(cls: type[Section]) -> dict[str, Any]:
+    """The JSON schema of a section, without pydantic's titles."""
+    return _untitled(cls.model_json_schema())
+
+
+def _untitled(node: Any) -> Any:
+    if isinstance(node, list):
+        return [_untitled(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    return {
+        k: {n: _untitled(p) for n, p in v.items()} if k in ("properties", "$defs") else _untitled(v)
+        for k, v in node.items()
+        if not (k == "title" and isinstance(v, str))
+    }
+
+
+def resolved(node: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]:
+    """A node of a schema with what it refers to."""
+    if "$ref" in node:
+        return resolved(schema["$defs"][node["$ref"].rsplit("/", 1)[-1]], schema) | {
+            k: v for k, v in node.items() if k != "$ref"
+        }
+    return dict(node)
+
+
+def alternatives(node: Mapping[str, Any], schema: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """What a node may be, ``anyOf`` by ``anyOf``; None comes last."""
+    node = resolved(node, schema)
+    several = node.get("anyOf") or node.get("oneOf") or [node]
+    for one in sorted(several, key=lambda n: n.get("type") == "null"):
+        yield from alternatives(one, schema) if one is not node else [node]
+
+
+def expected(node: Mapping[str, Any], schema: Mapping[str, Any]) -> str:
+    """What a node wants, in words: "an integer of at least 1 or null"."""
+    return " or ".join(dict.fromkeys(_expected(one, schema) for one in alternatives(node, schema)))
+
+
+ANYTHING = "anything"
+_TYPES = {"integer": "an integer", "number": "a number", "boolean": "true or false", "object": "a mapping"}
+_TYPES |= {"string": "text", "array": "a list", "null": "null"}
+_LIMITS = {"minimum": "at least", "exclusiveMinimum": "more than", "maximum": "at most"}
+_LIMITS |= {"exclusiveMaximum": "less than", "minItems": "at least", "maxItems": "at most", "minLength": "at least"}
+_LIMITS |= {"minProperties": "at least"}
+
+
+def _expected(node: Mapping[str, Any], schema: Mapping[str, Any]) -> str:
+    if "enum" in node or "const" in node:
+        return f"one of {', '.join(map(str, node.get('enum', [node.get('const')])))}"
+    if node.get("pattern"):
+        return f"of the form of a {FORMS[node['pattern']]}"
+    words = _TYPES.get(node.get("type", ""), ANYTHING)
+    if limits := [f"{said} {node[limit]:g}" for limit, said in _LIMITS.items() if limit in node]:
+        words += f" of {' and '.join(limits)}"
+    if node.get("items") and (each := expected(node["items"], schema)) != ANYTHING:
+        words += f", each {each}"
+    words += ", none of them twice" if node.get("uniqueItems") else ""
+    return words + (f": {node['$comment']}" if "$comment" in node else "")
+
+
+def _first(error: pydantic.ValidationError, cls: type[Section], given: Any, where: str, what: str) -> MasaError:
+    """One sentence for the first key that is wrong, with did-you-mean for keys and values."""
+    errors = error.errors(include_url=False)
+    first = min(errors, key=lambda e: (len(_path(e["loc"], given)), str(e["loc"])))
+    path, schema = _path(first["loc"], given), schema_of(cls)
+    node = _node(path, schema)
+    value = _at(path, given)
+    shown = ".".join(map(str, path))
+    shown = f"{where}{'.' * (where[-1:].isalnum() and bool(path))}{shown}"
+    if first["type"] == "extra_forbidden":
+        known = _properties(_node(path[:-1], schema), _at(path[:-1], given), schema)
+        return unknown(f"{shown.rpartition('.')[0] or what or 'the configuration'}: key", path[-1], known)
+    if first["type"] == "missing":
+        lacks = [e["loc"][-1] for e in errors if e["type"] == "missing" and _path(e["loc"], given) == path]
+        return MasaError(f"{(what if not path else '') or shown or 'the configuration'} needs {', '.join(lacks)}.")
+    if first["type"].startswith("union_tag"):
+        tag, tags = (
+            first["ctx"]["discriminator"].strip("'"),
+            re.findall(r"'(\w+)'", first["ctx"].get("expected_tags", "")),
+        )
+        return unknown(f"{shown}.{tag}: value", value[tag], tags) if tags else MasaError(f"{shown} needs {tag}.")
+    if "[key]" in first["loc"]:
+        name = first["loc"][first["loc"].index("[key]") - 1]
+        form = _expected(node.get("propertyNames") or {"pattern": next(iter(FORMS))}, schema)
+        return MasaError(f"{shown}: the name {name!r} does not match; it must be {form}.")
+    if first["type"] == "value_error":
+        return MasaError(f"{shown}: {json.dumps(value, default=str)} {first['ctx']['error']}.")
+    options = [str(o) for one in alternatives(node, schema) for o in one.get("enum", [])]
+    if isinstance(value, str) and options:
+        return unknown(f"{shown}: value", value, options)
+    said = repr(value) if len(repr(value)) < 200 else f"{repr(value)[:200]} …"
+    if first["type"] in ("string_pattern_mismatch", "string_too_short"):
+        return MasaError(f"{shown}: {said} does not match; it must be {expected(node, schema)}.")
+    return MasaError(f"{shown or what or 'the configuration'} must be {expected(node, schema)}, got {said}.")
+
+
+def _at(path: list[Any], given: Any) -> Any:
+    return functools.reduce(lambda inside, part: inside[part], path, given)
+
+
+def _properties(node: Mapping[str, Any], given: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Known keys; of several sections those of the one whose fixed keys ``given`` has."""
+    found = [one["properties"] for one in alternatives(node, schema) if "properties" in one]
+    fits = [p for p in found if all(given.get(k) == n["const"] for k, n in p.items() if "const" in n)]
+    return {k: n for properties in fits or found for k, n in properties.items()}
+
+
+def _path(loc: tuple[Any, ...], given: Any) -> list[Any]:
+    """The keys of an error's place that exist in the data; pydantic also names members of unions."""
+    path: list[Any] = []
+    for part in loc:
+        inside = isinstance(given, Mapping) and part in given
+        if inside or (isinstance(given, list) and isinstance(part, int) and part < len(given)):
+            given = given[part]
+            path.append(part)
+    return path
+
+
+def _node(path: list[Any], schema: dict[str, Any]) -> dict[str, Any]:
+    """The node of a schema that describes what stands at a path."""
+    node: dict[str, Any] = schema
+    for part in path:
+        inner: Any = None
+        for one in alternatives(node, schema):
+            inner = one.get("properties", {}).get(part) or inner
+            inner = inner or (one.get("items") if isinstance(part, int) else None)
+            further = one.get("additionalProperties")
+            inner = inner or (further if isinstance(further, dict) else None)
+            for pattern, matched in one.get("patternProperties", {}).items():
+                inner = inner or (matched if re.search(pattern, str(part)) else None)
+        node = inner or {}
+    found = [one for one in alternatives(node, schema) if one.get("type") != "null"]
+    return found[0] if len(found) == 1 and "properties" in found[0] else resolved(node, schema)
