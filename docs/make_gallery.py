@@ -1,6 +1,6 @@
 """Write docs/gallery.md anew, after a change of captions or pictures: ``python docs/make_gallery.py``."""
 
 from masa.report import gallery
-from masa.runs.fingerprint import ROOT
+from masa.runs.files import PROJECT
 
-(ROOT / "docs" / "gallery.md").write_text(gallery.page(), encoding="utf-8")
+(PROJECT / "docs" / "gallery.md").write_text(gallery.page(), encoding="utf-8")

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from masa import MasaError
-from masa.data import box_spec, boxed_images, boxes, coco, pixels, shapes, sources
+from masa.data import box_spec, boxed_images, boxes, coco, json_stream, pixels, shapes, sources
 from masa.runs import files
 
 SHAPES = {"name": "shapes", "image_size": 32, "count": 60, "test_count": 12, "max_boxes": 3, "validation_fraction": 0.2}
@@ -116,8 +116,10 @@ def test_json_is_read_in_pieces(tmp_path, monkeypatch):
     for indent in (None, 2):
         (tmp_path / "x.json").write_text(json.dumps(content, indent=indent, ensure_ascii=False))
         for chunk in (1, 7, 64, 1 << 20):
-            monkeypatch.setattr(coco, "CHUNK", chunk)
-            assert list(coco.members(tmp_path / "x.json", ("images",))) == [("images", x) for x in content["images"]]
+            monkeypatch.setattr(json_stream, "CHUNK", chunk)
+            assert list(json_stream.members(tmp_path / "x.json", ("images",))) == [
+                ("images", x) for x in content["images"]
+            ]
 
 
 def test_reading_annotations_takes_little_memory(tmp_path):

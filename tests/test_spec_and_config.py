@@ -12,7 +12,6 @@ from conftest import ROOT
 
 import masa
 from masa.models import language
-from masa.runs import fingerprint
 from masa.study import accounting, checks, config, experiments
 
 SHAPE = masa.ModelShape(12, 96, 6, 6, dict.fromkeys("qkvo", (96, 96)) | {"u": (384, 96), "d": (96, 384)})
@@ -280,90 +279,6 @@ def test_parsing_needs_neither_torch_nor_transformers():
         "assert not {'torch', 'transformers', 'datasets', 'pandas', 'numpy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
-
-
-def test_fingerprint_follows_every_form_of_import():
-    found = fingerprint._reachable(["masa.evaluation.language"])
-    assert found >= {
-        "masa.evaluation.analysis",
-        "masa.data.benchmarks",
-        "masa.sharing.weight_sources",
-        "masa.data.sources",
-        "masa.runs.run",
-    }
-    assert not found & {"masa.study.config", "masa.data.documents", "masa.compression.api"}
-    assert "masa.evaluation.language" not in fingerprint._reachable(["masa.training.language"])
-    assert "masa.evaluation.metrics" in fingerprint._reachable(["masa.report.tables"])
-
-
-CACHED = (fingerprint.fingerprint, fingerprint._meaning, fingerprint._standing_for)
-
-
-def test_fingerprint_follows_meaning(tmp_path, monkeypatch):
-    package = tmp_path / "masa"
-    package.mkdir()
-    (package / "__init__.py").write_text("")
-    (package / "b.py").write_text("def g(x):\n    return x + 1\n")
-    source = package / "a.py"
-
-    def now(text):
-        source.write_text(text)
-        for cached in CACHED:
-            cached.cache_clear()
-        return fingerprint.fingerprint("masa.a")
-
-    monkeypatch.setattr(fingerprint, "ROOT", tmp_path)
-    first = now("from masa.b import g\ndef f(x):\n    return g(x)\n")
-    assert now('"""Doc."""\nfrom masa.b import g\n\ndef f(x):  # why\n    """Doc."""\n    return g(x)\n') == first
-    assert now("from masa.b import g\ndef f(x):\n    return g(x) + 1\n") != first
-    (package / "b.py").write_text("def g(x):\n    return x + 2\n")
-    assert now("from masa.b import g\ndef f(x):\n    return g(x)\n") != first
-    types_only = (
-        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from masa.b import g\ndef f(x):\n    return 1\n"
-    )
-    unused = now(types_only)
-    (package / "b.py").write_text("def g(x):\n    return x + 3\n")
-    assert now(types_only) == unused
-    monkeypatch.undo()
-    for cached in CACHED:
-        cached.cache_clear()
-
-
-def test_what_is_kept_of_a_module_changes_no_fingerprint(tmp_path, monkeypatch):
-    """Cold, kept, damaged, of another form, and where nothing can be kept: the same hash, and an edit is seen."""
-    (tmp_path / "masa").mkdir()
-    (tmp_path / "masa" / "__init__.py").write_text("")
-    source = tmp_path / "masa" / "a.py"
-    source.write_text("def f(x):\n    return x\n")
-    monkeypatch.setattr(fingerprint, "ROOT", tmp_path)
-    monkeypatch.setattr(sys, "dont_write_bytecode", False)
-
-    def forget():
-        for cached in (*CACHED, fingerprint._kept):
-            cached.cache_clear()
-
-    def now():
-        forget()
-        return fingerprint.fingerprint("masa.a")
-
-    kept = fingerprint._store()
-    first = now()
-    assert kept.is_file() and now() == first
-    with monkeypatch.context() as without:
-        without.setattr(fingerprint, "_parse", lambda source: pytest.fail("parsed again"))
-        assert now() == first
-    for damaged in ("", "[]", '{"masa/a.py": 3}', '{"masa/a.py": ["x"]}', kept.read_text()[:-9]):
-        kept.write_text(damaged)
-        assert now() == first, damaged
-    source.write_text("def f(x):\n    return x + 1\n")
-    assert now() != first
-    source.write_text("def f(x):  # the same\n    return x\n")
-    assert now() == first
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    kept.unlink()
-    assert now() == first and not kept.exists()
-    monkeypatch.undo()
-    forget()
 
 
 def test_an_overlay_changes_one_of_several_places_that_yaml_names_together(tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from masa.cli.base import Verbs
-from masa.runs.fingerprint import ROOT
+from masa.runs.files import PROJECT
 from masa.study import config
 
 
@@ -35,7 +35,7 @@ def add(verbs: Verbs) -> None:
 
 def _export(given: argparse.Namespace) -> None:
     c = {"results": "results", "cache": "cache"}
-    if given.configfile or (ROOT / "config").is_dir() or not Path(given.run).is_dir():
+    if given.configfile or (PROJECT / "config").is_dir() or not Path(given.run).is_dir():
         c = config.load(given.configfile)  # an installed masa has none, and a folder needs none
     from masa.export import Options, export
 

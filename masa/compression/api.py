@@ -17,7 +17,7 @@ from masa.compression.report import CompressionReport, peak_rss, reset_peak_rss
 from masa.errors import MasaError
 from masa.sharing.compression_spec import CompressionSpec
 from masa.sharing.projections import SharedProjections, decoder, family_of, model_shape, separate
-from masa.sharing.share import Sharing, count_parameters, install
+from masa.sharing.share import ParameterCount, Sharing, count_parameters, install
 from masa.sharing.spec import ATTENTION
 
 TOLERANCE = 0.005
@@ -71,25 +71,16 @@ def compress(
     if isinstance(method, Compressor) and options:
         raise MasaError(f"This {method.name!r} has its options already; give {', '.join(options)} when you make it.")
     compressor = method if isinstance(method, Compressor) else make_compressor(method, **options)
-    method = compressor.name
     if isinstance(reduction, bool) or not isinstance(reduction, int | float) or not 0 < reduction < 1:
         raise MasaError(f"reduction is a fraction between 0 and 1 (0.2 saves 20 %), got {reduction!r}.")
     if getattr(model, "sharing", None) is not None:
         raise MasaError(f"This model shares weights already ({model.sharing.spec.method}); fold it first.")
     shape = model_shape(model, family_of(model))
     _check_projections(model, projections)
-    if compressor.needs_calibration or compressor.needs_tokens:
-        if calibration is None:
-            raise MasaError(f"{method!r} needs calibration statistics: pass what masa.compression.calibrate returned.")
-        if compressor.needs_tokens and tokens is None:
-            raise MasaError(f"{method!r} runs the model again: pass the calibration's tokens as tokens=.")
-    if isinstance(calibration, str | Path):
-        calibration = Calibration.load(calibration)
-    if calibration is not None:
-        calibration.check(model, tokens if compressor.needs_tokens else None)
+    calibration = _checked(compressor, model, calibration, tokens)
     problem = Problem(model, shape, projections, 0, calibration, tokens, batch_size, progress)
     problem.budget = int((1 - reduction) * problem.dense)
-    before, dense_attention = count_parameters(model), problem.shape.num_layers * sum(map(problem.numbers, ATTENTION))
+    before, dense_attention = count_parameters(model), shape.num_layers * sum(map(problem.numbers, ATTENTION))
 
     reset_peak_rss()
     started = time.perf_counter()
@@ -98,18 +89,50 @@ def compress(
     seconds = time.perf_counter() - started + problem.seconds_before
     peak = max(peak_rss(), problem.peak_before)
 
-    spec = CompressionSpec(method, float(reduction), projections, compressor.get_params())
+    spec = CompressionSpec(compressor.name, float(reduction), projections, compressor.get_params())
     model.sharing = Sharing(spec, dense_attention)
     model.eval()
-    after = count_parameters(model)
     stored = sum(source.stored_numbers() for source in sources)
+    return model, _report(model, compressor, problem, before, stored, seconds, peak)
+
+
+def _checked(
+    compressor: Compressor, model: nn.Module, calibration: Calibration | str | Path | None, tokens: Tensor | None
+) -> Calibration | None:
+    """The statistics, which are of this model and of these tokens."""
+    if compressor.needs_calibration or compressor.needs_tokens:
+        if calibration is None:
+            raise MasaError(
+                f"{compressor.name!r} needs calibration statistics: pass what masa.compression.calibrate returned."
+            )
+        if compressor.needs_tokens and tokens is None:
+            raise MasaError(f"{compressor.name!r} runs the model again: pass the calibration's tokens as tokens=.")
+    if isinstance(calibration, str | Path):
+        calibration = Calibration.load(calibration)
+    if calibration is not None:
+        calibration.check(model, tokens if compressor.needs_tokens else None)
+    return calibration
+
+
+def _report(
+    model: nn.Module,
+    compressor: Compressor,
+    problem: Problem,
+    before: ParameterCount,
+    stored: int,
+    seconds: float,
+    peak: int,
+) -> CompressionReport:
+    """What was saved; more than was asked for is a defect of the method."""
+    spec, after = model.sharing.spec, count_parameters(model)
     achieved = 1 - stored / problem.dense
-    assert stored <= problem.budget, f"{method} stored {stored} numbers for a budget of {problem.budget}"
-    report = CompressionReport(
-        method=method,
+    assert stored <= problem.budget, f"{spec.method} stored {stored} numbers for a budget of {problem.budget}"
+    known = ("samples", "length", "tokens_sha256", "model_sha256")
+    return CompressionReport(
+        method=spec.method,
         options=compressor.get_params(),
-        projections=projections,
-        reduction_requested=float(reduction),
+        projections=spec.projections,
+        reduction_requested=spec.reduction,
         reduction_achieved=achieved,
         attention_reduction=after.attention_reduction,
         model_reduction=1 - after.total / before.total,
@@ -117,17 +140,14 @@ def compress(
         parameters_after=after.total,
         stored=stored,
         dense=problem.dense,
-        on_target=achieved <= reduction + TOLERANCE,
+        on_target=achieved <= spec.reduction + TOLERANCE,
         seconds=round(seconds, 3),
         peak_rss_bytes=peak,
         regularisation=problem.regularisation,
-        calibration=None
-        if calibration is None
-        else {k: getattr(calibration, k) for k in ("samples", "length", "tokens_sha256", "model_sha256")},
-        shapes={p: list(shape.shapes[p]) for p in projections},
+        calibration={k: getattr(problem.calibration, k) for k in known} if problem.calibration else None,
+        shapes={p: list(problem.shape.shapes[p]) for p in spec.projections},
         learned=compressor.learned(),
     )
-    return model, report
 
 
 def _check_projections(model: nn.Module, projections: str) -> None:

@@ -92,21 +92,14 @@ def run_compress(
         window = min(window, getattr(loaded.config, "max_position_embeddings", window))
         scores = {}
         with terminal(quiet) as progress:
-            settings: dict[str, Any] = {"window": window, "batch_size": batch_size, "progress": progress}
+            how: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
             if documents:
-                scores["perplexity_before"] = perplexity(loaded, tokenizer, documents, **settings).to_dict()
+                scores["perplexity_before"] = perplexity(loaded, tokenizer, documents, window=window, **how).to_dict()
             loaded, report = compress(
-                loaded,
-                compressor,
-                calibration,
-                reduction,
-                tokens=tokens,
-                projections=projections,
-                batch_size=batch_size,
-                progress=progress,
+                loaded, compressor, calibration, reduction, tokens=tokens, projections=projections, **how
             )
             if documents:
-                scores["perplexity_after"] = perplexity(loaded, tokenizer, documents, **settings).to_dict()
+                scores["perplexity_after"] = perplexity(loaded, tokenizer, documents, window=window, **how).to_dict()
         save_plain(loaded, folder) if plain else save(loaded, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)

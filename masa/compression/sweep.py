@@ -17,8 +17,10 @@ import torch
 
 from masa.compression.api import compress
 from masa.compression.base import make_compressor
+from masa.compression.calibration.calibrate import Progress
 from masa.compression.calibration.statistics import Calibration
 from masa.compression.calibration.texts import load_tokens
+from masa.compression.healing.heal import heal
 from masa.compression.names import ORIGINAL, modules
 from masa.compression.run import terminal
 from masa.compression.scoring import perplexity
@@ -89,6 +91,36 @@ def sweep(
     return records
 
 
+def _compressed(
+    model: Any,
+    model_dir: Path,
+    spec: Mapping[str, Any],
+    compressor: Any,
+    percent: float,
+    calibration: Calibration | None,
+    tokens: torch.Tensor | None,
+    show: Progress,
+) -> tuple[Any, dict[str, Any] | None, dict[str, Any] | None]:
+    """The model compressed, and healed if asked, with what both say; as it was for the original."""
+    report, healing = None, None
+    if compressor is not None:
+        needed = compressor.needs_calibration or compressor.needs_tokens
+        model, found = compress(
+            model,
+            compressor,
+            calibration if needed else None,
+            percent / 100,
+            tokens=tokens,
+            projections=spec["projections"],
+            progress=show,
+        )
+        report = found.to_dict()
+    if spec.get("heal"):
+        teacher, _ = load_pretrained(model_dir, device="auto")
+        healing = heal(model, tokens, teacher=teacher, progress=show, **spec["heal"])
+    return model, report, healing
+
+
 def _one(
     model_dir: Path,
     spec: Mapping[str, Any],
@@ -106,29 +138,12 @@ def _one(
     tokens = load_tokens(calibration.directory) if calibration and calibration.directory else None
     if spec.get("heal") and tokens is None:
         raise MasaError("Healing needs the calibration's tokens, which are missing; calibrate again.")
-    report, healing = None, None
     with terminal() as progress:
 
         def show(what: str, done: int, of: int) -> None:
             progress(f"{spec['run']} {percent:g} %: {what}", done, of)
 
-        if compressor is not None:
-            model, found = compress(
-                model,
-                compressor,
-                calibration if compressor.needs_calibration or compressor.needs_tokens else None,
-                percent / 100,
-                tokens=tokens,
-                projections=spec["projections"],
-                progress=show,
-            )
-            report = found.to_dict()
-        if spec.get("heal"):
-            from masa.compression.healing.heal import heal
-
-            teacher, _ = load_pretrained(model_dir, device="auto")
-            healing = heal(model, tokens, teacher=teacher, progress=show, **spec["heal"])
-            del teacher
+        model, report, healing = _compressed(model, model_dir, spec, compressor, percent, calibration, tokens, show)
         counts = count_parameters(model).to_dict()
         if spec["keep_models"]:
             checkpoint.save(model, folder / "model")

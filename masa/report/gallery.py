@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from masa.report.style import COLUMN, TEXT
-from masa.runs.fingerprint import ROOT
+from masa.runs.files import PROJECT
 from masa.study import compressions, config, experiments
 
 RUNS = {
@@ -45,7 +45,7 @@ run that is missing.
 """
 
 
-def page(root: Path = ROOT) -> str:
+def page(root: Path = PROJECT) -> str:
     """The text of docs/gallery.md.
 
     Args:

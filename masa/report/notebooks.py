@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from masa.errors import MasaError
-from masa.runs.fingerprint import ROOT
+from masa.runs.files import PROJECT
 from masa.study import config
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def find_results(*experiments: str) -> Path:
     """
     wanted = os.environ.get("MASA_RESULTS")
     names = (wanted,) if wanted else CANDIDATES
-    folder = next((ROOT / name for name in names if finished_scales(ROOT / name, *experiments)), None)
+    folder = next((PROJECT / name for name in names if finished_scales(PROJECT / name, *experiments)), None)
     if folder is None:
         what = f"runs of {' and '.join(experiments)} at one scale" if experiments else "runs"
         raise MasaError(
@@ -59,14 +59,16 @@ def find_results(*experiments: str) -> Path:
             "them, in about 35 minutes on two cores; `snakemake --cores all --configfile config/smoke.yaml`, in three "
             "minutes, makes small ones whose numbers mean nothing."
         )
-    if not wanted and folder != ROOT / names[0]:
-        print(f"No finished runs in {names[0]} yet: this reads {folder.relative_to(ROOT)}, whose numbers mean nothing.")
+    if not wanted and folder != PROJECT / names[0]:
+        print(
+            f"No finished runs in {names[0]} yet: this reads {folder.relative_to(PROJECT)}, whose numbers mean nothing."
+        )
     return folder
 
 
 def configuration(results: Path) -> dict[str, Any]:
     """The configuration that a folder of results was made with: ``results/NAME`` with ``config/NAME.yaml``."""
-    overlay = ROOT / "config" / f"{results.name}.yaml"
+    overlay = PROJECT / "config" / f"{results.name}.yaml"
     return config.load([overlay] if overlay.is_file() else [])
 
 

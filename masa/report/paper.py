@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from masa.errors import MasaError
-from masa.runs.fingerprint import ROOT
+from masa.runs.files import PROJECT
 from masa.study.sections.artefacts import Table
 
 
@@ -15,7 +15,7 @@ def published_rows(paper: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     """Rows of the CSV that an artefact's ``paper`` names, numbers as numbers; empty cells are left out."""
     if not paper:
         return []
-    with (ROOT / paper["file"]).open(newline="") as file:
+    with (PROJECT / paper["file"]).open(newline="") as file:
         return [{k: _number(v) for k, v in row.items() if v != ""} for row in csv.DictReader(file)]
 
 

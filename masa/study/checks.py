@@ -6,7 +6,7 @@ from masa.data import sources
 from masa.data.benchmarks import BENCHMARKS
 from masa.errors import MasaError, unknown
 from masa.evaluation.metrics import METRIC_NAMES
-from masa.runs.fingerprint import ROOT
+from masa.runs.files import PROJECT
 from masa.sharing.spec import SharingSpec
 from masa.study import claims, compressions, experiments, kinds
 from masa.study.cost import devices
@@ -97,7 +97,7 @@ def _check_artefacts(config: Config) -> None:
                     raise unknown(f"{where}: column", column, METRIC_NAMES)
             if kind == "figures" and artefact["kind"] not in FIGURES:
                 raise unknown(f"{where}: kind", artefact["kind"], FIGURES)
-            if (paper := artefact.get("paper")) and not (ROOT / paper["file"]).is_file():
+            if (paper := artefact.get("paper")) and not (PROJECT / paper["file"]).is_file():
                 raise MasaError(f"{where}: the paper's numbers {paper['file']} do not exist.")
     clash = set(config["tables"]) & set(config["figures"])
     if clash:

@@ -11,13 +11,13 @@ from typing import Any
 import yaml
 
 from masa.errors import MasaError
-from masa.runs.fingerprint import ROOT
+from masa.runs.files import PROJECT
 from masa.settings import alternatives, resolved, schema_of
 from masa.study import checks, experiments
 from masa.study.sections.root import Configuration
 
 BASE = tuple(f"config/{name}.yaml" for name in ("config", "experiments", "vision", "compression", "artefacts"))
-SCHEMA = ROOT / "workflow" / "schemas" / "config.schema.yaml"
+SCHEMA = PROJECT / "workflow" / "schemas" / "config.schema.yaml"
 """What :func:`schema` says, for editors and the workflow catalogue."""
 
 TITLE = "A file of masa's configuration"
@@ -25,7 +25,7 @@ TITLE = "A file of masa's configuration"
 Config = experiments.Config
 
 
-def load(overlays: Iterable[str | Path] = (), root: Path = ROOT) -> Config:
+def load(overlays: Iterable[str | Path] = (), root: Path = PROJECT) -> Config:
     """Read the base files and the overlays, later ones winning key by key, and check the result.
 
     Raises:
@@ -40,6 +40,11 @@ def load(overlays: Iterable[str | Path] = (), root: Path = ROOT) -> Config:
 
 def _read_yaml(path: Path) -> Config:
     if not path.is_file():
+        if path == PROJECT / BASE[0]:
+            raise MasaError(
+                f"{path} does not exist: this verb belongs to the study, which runs in a clone of the project. Call it "
+                "there; `masa calibrate`, `compress` and `export` work anywhere."
+            )
         raise MasaError(f"Configuration file {path} does not exist.")
     try:
         data = _yaml(path.read_text(encoding="utf-8"))
@@ -100,7 +105,7 @@ def describe() -> str:
     """Markdown table of every configuration key: type, default and effect (the content of config/README.md)."""
     base: Config = {}
     for name in BASE:
-        _merge(base, _read_yaml(ROOT / name))
+        _merge(base, _read_yaml(PROJECT / name))
     rows = ["| key | type | default | effect |", "|---|---|---|---|"]
 
     known = schema_of(Configuration)

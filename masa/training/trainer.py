@@ -232,13 +232,8 @@ def parameter_groups(model: nn.Module, recipe: Mapping[str, Any]) -> list[dict[s
     return [group for group in groups if group["params"]]
 
 
-def _trainer(
-    spec: Mapping[str, Any], task: Task, model: nn.Module, out: Path, checkpoints: Path
-) -> tuple[Trainer, RunLog]:
-    recipe = spec["training"]
-    steps = recipe["steps"]
-    cuda = torch.cuda.is_available()
-    bf16 = uses_bfloat16(recipe)
+def _arguments(spec: Mapping[str, Any], model: nn.Module, checkpoints: Path) -> TrainingArguments:
+    recipe, cuda = spec["training"], torch.cuda.is_available()
     world = PartialState().num_processes
     nodes, processes = launch.layout(spec)
     if world != nodes * processes:
@@ -252,18 +247,18 @@ def _trainer(
             f"{spec['run']}: batch_size = {recipe['batch_size']} is not a multiple of micro_batch_size x processes = "
             f"{recipe['micro_batch_size']} x {world}."
         )
-    arguments = TrainingArguments(
+    return TrainingArguments(
         output_dir=str(checkpoints),
-        max_steps=steps,
+        max_steps=recipe["steps"],
         per_device_train_batch_size=recipe["micro_batch_size"],
         gradient_accumulation_steps=passes,
         max_grad_norm=recipe["max_grad_norm"],
-        bf16=bf16,
+        bf16=uses_bfloat16(recipe),
         use_cpu=not cuda,
         seed=spec["seed"],
         train_sampling_strategy="sequential",
         save_strategy="no",
-        logging_steps=max(1, steps // 100),
+        logging_steps=max(1, recipe["steps"] // 100),
         logging_nan_inf_filter=False,
         disable_tqdm=True,
         report_to=[],
@@ -272,6 +267,12 @@ def _trainer(
         remove_unused_columns=False,
         **parallel.arguments(spec, model),
     )
+
+
+def _trainer(
+    spec: Mapping[str, Any], task: Task, model: nn.Module, out: Path, checkpoints: Path
+) -> tuple[Trainer, RunLog]:
+    recipe, cuda, arguments = spec["training"], torch.cuda.is_available(), _arguments(spec, model, checkpoints)
     size, where = recipe["batch_size"], getattr(task.data, "where", None)
 
     def batch(step: int) -> str:
@@ -279,7 +280,7 @@ def _trainer(
         return f"whose batch is {where(items) if where else f'items {items.start:,} to {items.stop - 1:,}'}"
 
     watch = Watch(spec["run"], batch, next(model.parameters()).device if not cuda else torch.device("cuda"))
-    log = RunLog(spec, task, model, out / "metrics.jsonl", "bfloat16" if bf16 else "float32", watch)
+    log = RunLog(spec, task, model, out / "metrics.jsonl", "bfloat16" if uses_bfloat16(recipe) else "float32", watch)
     trainer = task.trainer(
         model=model,
         args=arguments,
@@ -298,8 +299,8 @@ def _trainer(
         lambda m: torch.optim.AdamW(parameter_groups(m, recipe), betas=tuple(recipe["adam_betas"]), fused=fused),
         lambda optimizer: get_cosine_with_min_lr_schedule_with_warmup(
             optimizer,
-            num_warmup_steps=math.ceil(recipe["warmup_fraction"] * steps),
-            num_training_steps=steps,
+            num_warmup_steps=math.ceil(recipe["warmup_fraction"] * recipe["steps"]),
+            num_training_steps=recipe["steps"],
             min_lr_rate=recipe["min_learning_rate_ratio"],
         ),
     )

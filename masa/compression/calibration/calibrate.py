@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from masa.compression.calibration.gradients import add_gradients
 from masa.compression.calibration.statistics import INPUT_OF, Calibration, model_sha256, tokens_sha256
 from masa.errors import MasaError
-from masa.sharing.projections import decoder, model_shape, separate
+from masa.sharing.projections import Family, decoder, model_shape, separate
 from masa.sharing.spec import ATTENTION
 
 Progress = Callable[[str, int, int], None]
@@ -208,25 +208,7 @@ def calibrate(
     try:
         started = time.perf_counter()
         stream = BlockStream(model, tokens, batch_size, dtype)
-        hooks = GramHooks(dict(family.paths), projections)
-        means = []
-        for layer in range(shape.num_layers):
-            progress("calibrating", layer, shape.num_layers)
-            block = stream.block(layer)
-            check_weights(block, dict(family.paths), layer)
-            handles = hooks.attach(block)
-            try:
-                means.append(stream.run(block).float())
-            finally:
-                for handle in handles:
-                    handle.remove()
-            for name, gram in hooks.grams.items():
-                if not torch.isfinite(gram).all():
-                    raise MasaError(f"NaN or infinity in the activations that enter {'/'.join(name)} of layer {layer}.")
-            if not torch.isfinite(means[-1]).all():
-                raise MasaError(f"NaN or infinity in the output of layer {layer}.")
-            result.add(layer, hooks.grams | {"output": means[-1]})
-        progress("calibrating", shape.num_layers, shape.num_layers)
+        means = _through_the_blocks(stream, family, projections, result, progress)
         result.tokens_per_second = round(tokens.numel() / (time.perf_counter() - started), 1)
         result.drift = kl_drift(model, torch.stack(means)).tolist()
         if gradient_samples:
@@ -236,6 +218,31 @@ def calibrate(
     if directory is not None:
         result.save()
     return result
+
+
+def _through_the_blocks(
+    stream: BlockStream, family: Family, projections: str, result: Calibration, progress: Progress
+) -> list[Tensor]:
+    """Add each layer's statistics to the result; the mean outputs (d,) of all layers."""
+    hooks, means = GramHooks(dict(family.paths), projections), []
+    for layer in range(len(stream.blocks)):
+        progress("calibrating", layer, len(stream.blocks))
+        block = stream.block(layer)
+        check_weights(block, dict(family.paths), layer)
+        handles = hooks.attach(block)
+        try:
+            means.append(stream.run(block).float())
+        finally:
+            for handle in handles:
+                handle.remove()
+        for name, gram in hooks.grams.items():
+            if not torch.isfinite(gram).all():
+                raise MasaError(f"NaN or infinity in the activations that enter {'/'.join(name)} of layer {layer}.")
+        if not torch.isfinite(means[-1]).all():
+            raise MasaError(f"NaN or infinity in the output of layer {layer}.")
+        result.add(layer, hooks.grams | {"output": means[-1]})
+    progress("calibrating", len(stream.blocks), len(stream.blocks))
+    return means
 
 
 def kl_drift(model: nn.Module, outputs: Tensor) -> Tensor:

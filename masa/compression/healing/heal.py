@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +70,7 @@ def heal(
         MasaError: a model without shared sources, no teacher or one that does not fit, a setting out of range, or a
             loss that is not finite (the sources are then what they were).
     """
-    shared = getattr(decoder(model), "shared", None)
-    if not isinstance(shared, SharedProjections):
-        raise MasaError("This model is dense: healing trains the sources of a compressed one. Compress it first.")
+    shared = _sources_of(model)
     if not isinstance(steps, int) or steps < 1 or batch_size < 1 or not lr > 0 or not temperature > 0:
         raise MasaError(
             f"steps and batch_size must be at least 1, lr and temperature positive; got steps = {steps}, "
@@ -81,22 +81,12 @@ def heal(
     windows = tokens[:, : tokens.shape[1] // length * length].reshape(-1, length).long()
 
     started, device = time.perf_counter(), next(shared.parameters()).device
-    context = autocast(device, dtype)
-    sources = list(shared.parameters())
-    before = [p.detach().clone() for p in sources]
-    others = list({id(p): p for p in model.parameters()}.values())
-    flags, training = [p.requires_grad for p in others], model.training
-    for p in others:
-        p.requires_grad_(False)
-    for p, values in zip(sources, before, strict=True):
-        p.data = values.clone()  # a memory-mapped file is not written to
-        p.requires_grad_(True)
-    masters = [values.to(torch.promote_types(values.dtype, torch.float32), copy=True) for values in before]
-    groups = [{"params": [m], "size": float(m.square().mean().sqrt())} for m in masters]
-    optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
-    order, losses, seen = batches(windows, batch_size, seed), [], 0
-    model.eval()
-    try:
+    context, losses, seen = autocast(device, dtype), [], 0
+    order = batches(windows, batch_size, seed)
+    with _training_only(model, shared) as sources:
+        masters = [p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True) for p in sources]
+        groups = [{"params": [m], "size": float(m.square().mean().sqrt())} for m in masters]
+        optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
         for step in range(steps):
             progress("healing", step, steps)
             ids = next(order).to(device)
@@ -111,16 +101,6 @@ def heal(
                 group["lr"] = lr * group["size"] * cosine(step, steps, warmup=steps // 10)
             _step(optimiser, sources, masters)
         progress("healing", steps, steps)
-    except BaseException:
-        for p, values in zip(sources, before, strict=True):
-            p.data = values
-        raise
-    finally:
-        for p, flag in zip(others, flags, strict=True):
-            p.requires_grad_(flag)
-            p.grad = None
-        shared.refresh()
-        model.train(training)
     return {
         "objective": objective,
         "steps": steps,
@@ -135,6 +115,40 @@ def heal(
         "trained": sum(p.numel() for p in sources),
         "seconds": round(time.perf_counter() - started, 2),
     }
+
+
+def _sources_of(model: nn.Module) -> SharedProjections:
+    shared = getattr(decoder(model), "shared", None)
+    if not isinstance(shared, SharedProjections):
+        raise MasaError("This model is dense: healing trains the sources of a compressed one. Compress it first.")
+    return shared
+
+
+@contextmanager
+def _training_only(model: nn.Module, shared: SharedProjections) -> Iterator[list[nn.Parameter]]:
+    """The sources' parameters, which alone have gradients meanwhile; after an error they are what they were."""
+    sources = list(shared.parameters())
+    before = [p.detach().clone() for p in sources]
+    others = list({id(p): p for p in model.parameters()}.values())
+    flags, training = [p.requires_grad for p in others], model.training
+    for p in others:
+        p.requires_grad_(False)
+    for p, values in zip(sources, before, strict=True):
+        p.data = values.clone()  # a memory-mapped file is not written to
+        p.requires_grad_(True)
+    model.eval()
+    try:
+        yield sources
+    except BaseException:
+        for p, values in zip(sources, before, strict=True):
+            p.data = values
+        raise
+    finally:
+        for p, flag in zip(others, flags, strict=True):
+            p.requires_grad_(flag)
+            p.grad = None
+        shared.refresh()
+        model.train(training)
 
 
 def _teacher(teacher: nn.Module | str | Path | None, objective: str, model: nn.Module) -> nn.Module | None:
