@@ -3,10 +3,10 @@
 import re
 import shutil
 
+import make_gallery as gallery
 from conftest import ROOT
 from PIL import Image
 
-from masa.report import gallery
 from masa.study import config, experiments
 
 

@@ -15,7 +15,7 @@ from masa.runs.faults import writing
 
 _CLONE = Path(__file__).resolve().parents[2]
 PROJECT = _CLONE if (_CLONE / "config" / "config.yaml").is_file() else Path.cwd()
-"""Where ``config/`` and ``results/`` are: the clone that holds this package; of an installed one, the current folder."""
+"""Where ``config/`` and ``results/`` are: the clone that holds this package, else the folder where it is called."""
 
 VERIFIED = 2**30
 """Bytes of a directory up to which every file's checksum is verified when it is opened; beyond, sizes alone are."""

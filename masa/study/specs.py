@@ -11,168 +11,49 @@ import pydantic
 from pydantic import Field
 
 from masa.evaluation.metrics import METRICS
-from masa.settings import Amount, Letters, Name, Open, Positive, RelativePath, RunId, Section, key
+from masa.settings import Amount, Letters, Name, Open, Positive, RelativePath, RunId, Section
 from masa.study import kinds
 from masa.study.sections import data, evaluation, training
 from masa.study.sections.artefacts import PaperNumbers
 
 
-class _Places(Open):
-    cache: str
-    mirror: str | None
+def _form(_may: dict[str, Any] | None = None, **must: Any) -> type[Open]:
+    """Keys with their types: those that must be there, and those that may."""
+    fields = {name: field if isinstance(field, tuple) else (field, ...) for name, field in must.items()}
+    return pydantic.create_model("Form", __base__=Open, **fields, **{k: (v, None) for k, v in (_may or {}).items()})
 
 
-class _Tasks(_Places):
-    tasks: list[str]
-    sources: list[str]
+def _some(items: Any) -> Any:
+    return Annotated[list[items], Field(min_length=1)]
 
 
-class _DataOf(Open):
-    corpus: data.Corpus
-    tokenizer: data.Tokenizer
-
-
-class _Data(_Places):
-    data: _DataOf
-
-
-class _VisionDataOf(Open):
-    name: str | None = None
-    source: str | None = None
-
-
-class _VisionData(_Places):
-    data: _VisionDataOf
-
-
-class _Text(_Places):
-    text: data.Text
-
-
-class _Pretrained(_Places):
-    model: data.Pretrained
-
-
-_SIZES = ("vocab_size", "num_layers", "hidden_size", "num_attention_heads", "intermediate_size")
-_Sizes = pydantic.create_model("_Sizes", __base__=Open, **dict.fromkeys(_SIZES, (Positive, ...)))
-_AMOUNTS = ("learning_rate", "min_learning_rate_ratio", "warmup_fraction", "weight_decay", "max_grad_norm")
-_Recipe = pydantic.create_model(
-    "_Recipe",
-    __base__=Open,
-    **dict.fromkeys(("batch_size", "micro_batch_size", "context", "threads", "evaluations", "steps"), (Positive, ...)),
-    **dict.fromkeys((*_AMOUNTS, "checkpoint_minutes", "coefficients_learning_rate_ratio"), (Amount, ...)),
-    **{
-        name: (field.annotation, field)
-        for name, field in training.Training.model_fields.items()
-        if name in ("dtype", "adam_betas", "nodes", "processes_per_node", "parallel")
-    },
+_PLACES = {"cache": str, "mirror": str | None}
+_TEXT, _ANY = str | None, dict[str, Any]
+_SIZES = dict.fromkeys(
+    ("vocab_size", "num_layers", "hidden_size", "num_attention_heads", "intermediate_size"), Positive
 )
+_COUNTS = ("batch_size", "micro_batch_size", "context", "threads", "evaluations", "steps")
+_AMOUNTS = ("learning_rate", "min_learning_rate_ratio", "warmup_fraction", "weight_decay", "max_grad_norm")
+_AMOUNTS += ("checkpoint_minutes", "coefficients_learning_rate_ratio")
+_OTHERS = ("dtype", "adam_betas", "nodes", "processes_per_node", "parallel")
+_RECIPE = dict.fromkeys(_COUNTS, Positive) | dict.fromkeys(_AMOUNTS, Amount)
+_RECIPE |= {
+    name: (field.annotation, field) for name, field in training.Training.model_fields.items() if name in _OTHERS
+}
 
-
-class _AnyRun(Open):
-    run: RunId
-    seed: int = Field(ge=0)
-    sharing: dict[str, Any]
-
-
-class _Run(_AnyRun):
-    model: _Sizes  # type: ignore[valid-type]
-    training: _Recipe  # type: ignore[valid-type]
-
-
-class _VisionRun(_AnyRun):
-    model: training.VisionModel  # type: ignore[valid-type]
-    training: training.VisionTraining  # type: ignore[valid-type]
-
-
-class _Counted(_AnyRun):
-    model: dict[str, Any]
-
-
-class _Timing(Open):
-    repeats: Positive
-    batch_size: Positive
-    context: Positive
-
-
-class _Throughput(Open):
-    runs: Annotated[list[_Run], Field(min_length=1)]
-    settings: _Timing
-    threads: Positive
-
-
-class _Row(Open):
-    scale: Name
-    experiment: Name
-    label: str
-    records: Annotated[list[RelativePath], Field(min_length=1)]
-    runs: Annotated[list[RunId], Field(min_length=1)] = key("", None)
-    model: dict[str, Any] = key("", None)
-    sharing: dict[str, Any] = key("", None)
-    paper: dict[str, Any] = key("", None)
-
-
-class _Artefact(Open):
-    name: Name
-    title: str
-    rows: Annotated[list[_Row], Field(min_length=1)]
-    kind: str = key("", None)
-    caption: str = key("", None)
-    columns: list[str] = key("", None)
-    tolerance: float = key("", None)
-    judged: str = key("", None)
-    paper: PaperNumbers = key("", None)
-
-
-Records = dict[str, Annotated[list[RelativePath], Field(min_length=1)]]
-
-
-class _Claim(Open):
-    name: Name
-    claim: str
-    source: str
-    scale: str
-    contrast: str
-    metric: Literal[tuple(metric.name for metric in METRICS if metric.better)]  # type: ignore[valid-type]
-    margin: Amount
-    trained: bool
-    weights: Annotated[dict[str, float], Field(min_length=2)]
-    records: Records | None
-    noise: Records
-
-
-class _ScaleTable(Open):
-    scales: list[Name]
-    labels: dict[str, str]
-
-
-class _LabelTable(Open):
-    labels: dict[str, str]
-
-
-class _SweepEvaluation(Open):
-    window: Positive
-    dtype: str
-    tasks: list[str]
-
-
-class _Sweep(Open):
-    run: RelativePath
-    method: str
-    options: dict[str, Any]
-    threads: Positive
-    reductions: Annotated[list[Annotated[float, Field(ge=0, lt=100)]], Field(min_length=1)]
-    evaluation: _SweepEvaluation
-    tasks_at: list[float]
-    keep_models: bool
-    projections: Letters
-    heal: dict[str, Any] | None = None
+_RUN: dict[str, Any] = {"run": RunId, "seed": Annotated[int, Field(ge=0)], "sharing": _ANY}
+_LANGUAGE_RUN = _form(**_RUN, model=_form(**_SIZES), training=_form(**_RECIPE))
+_ROW = _form(
+    {"runs": _some(RunId), "model": _ANY, "sharing": _ANY, "paper": _ANY},
+    **{"scale": Name, "experiment": Name, "label": str, "records": _some(RelativePath)},
+)
+_RECORDS = dict[str, _some(RelativePath)]
 
 
 class _Benchmark(Open):
-    unavailable: str = key("", None)
-    source: str = key("", None)
-    path: str | None = key("", None)
+    unavailable: str = ""
+    source: str = ""
+    path: str | None = None
 
     @pydantic.model_validator(mode="after")
     def _one_of_two(self) -> _Benchmark:
@@ -182,25 +63,53 @@ class _Benchmark(Open):
 
 
 SPECS: dict[str, Any] = {
-    "fetch": _Tasks,
-    "data": _Data,
-    "vision_data": _VisionData,
-    "run": _Run,
-    "vision run": _VisionRun,
+    "fetch": _form(**_PLACES, tasks=list[str], sources=list[str]),
+    "data": _form(**_PLACES, data=_form(corpus=data.Corpus, tokenizer=data.Tokenizer)),
+    "vision_data": _form(**_PLACES, data=_form({"name": _TEXT, "source": _TEXT})),
+    "run": _LANGUAGE_RUN,
+    "vision run": _form(**_RUN, model=training.VisionModel, training=training.VisionTraining),
     "evaluation": evaluation.Evaluation,
     "vision_evaluation": evaluation.VisionEvaluation.partly(),
     "benchmarks": dict[str, _Benchmark],
-    "text": _Text,
-    "pretrained": _Pretrained,
-    "throughput": _Throughput,
-    "parameters": list[_Counted],
+    "text": _form(**_PLACES, text=data.Text),
+    "pretrained": _form(**_PLACES, model=data.Pretrained),
+    "throughput": _form(
+        runs=_some(_LANGUAGE_RUN),
+        settings=_form(repeats=Positive, batch_size=Positive, context=Positive),
+        threads=Positive,
+    ),
+    "parameters": list[_form(**_RUN, model=_ANY)],
     "table runs": list[RunId],
     "table metrics": list[RunId],
-    "table throughput": _ScaleTable,
-    "table parameters": _LabelTable,
-    "table claims": list[_Claim],
-    "artefact": _Artefact,
-    "sweep": _Sweep,
+    "table throughput": _form(scales=list[Name], labels=dict[str, str]),
+    "table parameters": _form(labels=dict[str, str]),
+    "table claims": list[
+        _form(
+            **{"name": Name, **dict.fromkeys(("claim", "source", "scale", "contrast"), str)},
+            metric=Literal[tuple(metric.name for metric in METRICS if metric.better)],
+            margin=Amount,
+            trained=bool,
+            weights=Annotated[dict[str, float], Field(min_length=2)],
+            records=_RECORDS | None,
+            noise=_RECORDS,
+        )
+    ],
+    "artefact": _form(
+        {"kind": str, "caption": str, "columns": list[str], "tolerance": float, "judged": str, "paper": PaperNumbers},
+        **{"name": Name, "title": str, "rows": _some(_ROW)},
+    ),
+    "sweep": _form(
+        {"heal": _ANY | None},
+        run=RelativePath,
+        method=str,
+        projections=Letters,
+        options=_ANY,
+        threads=Positive,
+        reductions=_some(Annotated[float, Field(ge=0, lt=100)]),
+        evaluation=_form(window=Positive, dtype=str, tasks=list[str]),
+        tasks_at=list[float],
+        keep_models=bool,
+    ),
 }
 """What is checked -> its form."""
 
@@ -221,4 +130,4 @@ def check(what: str, spec: Any, where: str = "--spec") -> None:
     if isinstance(form, type) and issubclass(form, Section):
         form.read(spec, f"{where}: ", where)
     else:
-        pydantic.create_model("Wrapped", __base__=Section, spec=(form, ...)).read({"spec": spec}, f"{where}: ", where)
+        _form(spec=form).read({"spec": spec}, f"{where}: ", where)
