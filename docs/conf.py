@@ -37,7 +37,10 @@ add_module_names = False
 # references to what is ours must resolve; those to other packages would need their sites
 nitpicky = True
 # (tables at the end of a module have no docstring: a string after an assignment would change the code's meaning)
-nitpick_ignore_regex = [("py:.*", r"(?!masa\.).*"), ("py:(data|attr)", r"masa\..*")]
+private = r"masa\.settings\._\w+"  # in pydantic's annotations
+nitpick_ignore_regex = [("py:.*", r"(?!masa\.).*"), ("py:(data|attr)", r"masa\..*"), ("py:class", private)]
+# an annotation that a dataclass in another module inherits stays text; of classes of one name the first is taken
+suppress_warnings = ["ref.python"]
 
 html_theme = "furo"
 html_title = f"masa {release}"

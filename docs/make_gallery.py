@@ -1,4 +1,4 @@
-"""The page docs/gallery.md, written anew by ``python docs/make_gallery.py``: every figure with its caption and its command."""
+"""The page docs/gallery.md, written anew by ``python docs/make_gallery.py``: every figure with its command."""
 
 from __future__ import annotations
 

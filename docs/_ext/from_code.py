@@ -16,12 +16,6 @@ from sphinx.errors import ExtensionError
 
 PLACE = re.compile(r"<!-- from code: (.+?) -->")
 
-CORE = ("spec", "sharing", "weight_sources", "projections", "checkpoint", "accounting", "analysis", "errors")
-CONFIGURATION = ("config", "experiments", "job_specs", "verb_specs", "fingerprint", "kinds", "cli")
-DATA = ("sources", "documents", "text", "tokens", "excerpts", "benchmarks", "pretrained")
-PACKAGES = ("compression", "cost", "report", "verbs", "vision")
-"""Those with a page of their own."""
-
 
 def _table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     lines = [list(headings)]
@@ -125,9 +119,9 @@ def columns() -> str:
     return _table(("column", "heading", "better"), ([f"`{m.name}`", m.label, m.better] for m in METRICS))
 
 
-def artefacts() -> str:
+def tables_and_figures() -> str:
     """Tables and figures of the default configuration."""
-    from masa.study import config
+    from masa.study import artefacts, config
 
     c = config.load()
     rows = [[f"`{name}`", "table", "see [](own-tables)"] for name in artefacts.OWN_TABLES]
@@ -138,7 +132,7 @@ def artefacts() -> str:
 
 def figure_kinds() -> str:
     """Kinds of figures, and the data of the models that each can draw."""
-    from masa.study.config import FIGURES
+    from masa.study.checks import FIGURES
 
     return _table(("kind", "about models of"), ([f"`{k}`", ", ".join(v)] for k, v in FIGURES.items()))
 
@@ -156,42 +150,24 @@ def api(*chosen: str) -> str:
 
 
 def _module(name: str) -> str:
-
     module = import_module(name)
     exported = {(package, n) for package in ("masa", "masa.compression") for n in import_module(package).__all__}
     here = sorted(n for p, n in exported if getattr(getattr(import_module(p), n, None), "__module__", "") == name)
     if name in ("masa.sharing.spec", "masa.compression.base"):  # tables of methods, which have no __module__
         here += ["METHODS"] if name == "masa.sharing.spec" else ["COMPRESSORS"]
     assert module.__doc__, f"{name} has no docstring"
-    excluded = f"   :exclude-members: {', '.join(here)}\n" if here else ""
-    return f".. automodule:: {name}\n   :members:\n   :ignore-module-all:\n{excluded}"
+    excluded = ", ".join([*here, "model_config"])  # the last is pydantic's
+    return f".. automodule:: {name}\n   :members:\n   :ignore-module-all:\n   :exclude-members: {excluded}\n"
 
 
-def modules_of(group: str) -> list[str]:
-    """Names of all modules of one group.
-
-    Args:
-        group: ``core``, ``configuration``, ``data``, ``training`` (all others that are no packages), the name of a
-            package, or ``tools`` (the packages that have no page of their own).
-    """
-    import masa
-
-    listed = {"core": CORE, "configuration": CONFIGURATION, "data": DATA}
-    found = list(pkgutil.iter_modules(masa.__path__))
-    if group in listed:
-        return [f"masa.{name}" for name in listed[group]]
-    if group == "training":
-        named = set().union(*listed.values())
-        return [f"masa.{m.name}" for m in found if not m.ispkg and m.name not in named]
-    if group == "tools":
-        return [name for m in found if m.ispkg and m.name not in PACKAGES for name in _package(f"masa.{m.name}")]
-    return _package(f"masa.{group}")
-
-
-def _package(name: str) -> list[str]:
-    package = import_module(name)
-    inner = sorted(m.name for m in pkgutil.walk_packages(package.__path__, f"{name}."))
-    return [*([] if name == "masa.compression" else [name]), *inner]
+def modules_of(room: str) -> list[str]:
+    """Names of a room's modules; :mod:`masa.compression` itself has a page of its own, ``__main__`` nothing to tell."""
+    name = f"masa.{room}"
+    inner = pkgutil.walk_packages(getattr(import_module(name), "__path__", ()), f"{name}.")
+    return [
+        *([] if room == "compression" else [name]),
+        *sorted(m.name for m in inner if not m.name.endswith("__main__")),
+    ]
 
 
 WRITERS: dict[str, Callable[[], str]] = {
@@ -200,7 +176,7 @@ WRITERS: dict[str, Callable[[], str]] = {
     "sharing methods": sharing_methods,
     "compressors": compressors,
     "columns": columns,
-    "artefacts": artefacts,
+    "artefacts": tables_and_figures,
     "figure kinds": figure_kinds,
     "devices": devices,
 }
@@ -212,7 +188,7 @@ def replace(app: Sphinx, name: str, content: list[str]) -> None:
     def fill(found: re.Match[str]) -> str:
         what = found[1]
         if what.startswith("modules "):
-            return "\n".join(api(*modules_of(group)) for group in what.split()[1:])
+            return "\n".join(api(*modules_of(room)) for room in what.split()[1:])
         if what not in WRITERS:
             raise ExtensionError(f"{name}: nothing is made from code under the name {what!r}: {', '.join(WRITERS)}")
         return WRITERS[what]()
@@ -234,8 +210,16 @@ def markdown_tables(app: Sphinx, what: str, name: str, documented: object, optio
     lines[start:stop] = [*table, ""]
 
 
+def sections(app: Sphinx, what: str, name: str, documented: object, *_: object) -> tuple[str, str] | None:
+    """A section's keys are on the page of the configuration; in the signature of its class nobody could read them."""
+    from masa.settings import Section
+
+    return ("", "") if isinstance(documented, type) and issubclass(documented, Section) else None
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """Connect to the reading of sources and docstrings."""
     app.connect("source-read", replace)
     app.connect("autodoc-process-docstring", markdown_tables)
+    app.connect("autodoc-process-signature", sections)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
