@@ -158,6 +158,50 @@ def test_links_of_the_sources_lead_somewhere(page):
             assert parts.fragment in _slugs(target), f"{page.name}: {link}"
 
 
+TOLD = [*TEXTS, ROOT / "benchmarks" / "README.md"]
+
+
+@pytest.mark.parametrize("page", TOLD, ids=name_of)
+def test_files_and_names_of_the_package_exist(page):
+    text = page.read_text(encoding="utf-8")
+    paths = set(re.findall(r"(?<![\w-])masa/[\w/.]*\w", text))
+    names = set(re.findall(r"(?<![\w/@.-])masa\.(?!(?:json|md|yaml)\b)[\w.]*\w", text))
+    assert not [path for path in paths if not (ROOT / path).exists()]
+    assert not [name for name in names if not _exists(name)]
+
+
+def _exists(name):
+    try:
+        pkgutil.resolve_name(name)
+        return True
+    except (ImportError, AttributeError):
+        return False
+
+
+def test_files_that_a_row_of_the_design_names_are_in_its_room():
+    rows = re.findall(r"^\| `(masa/\w+/)` \| (.*) \|$", (DOCS / "design.md").read_text(), re.M)
+    assert {room for room, _ in rows} == {f"masa/{path.parent.name}/" for path in (ROOT / "masa").glob("*/__init__.py")}
+    for room, told in rows:
+        named = re.findall(r"`(\w+(?:\.py|/))`", told)
+        assert not [name for name in named if not (ROOT / room / name).exists()], room
+
+
+def test_the_picture_of_the_house_is_made_of_its_table(monkeypatch):
+    monkeypatch.syspath_prepend(DOCS / "_ext")
+    import house
+
+    assert house.PICTURE.read_text(encoding="utf-8") == house.svg(), "run: python docs/_ext/house.py"
+    rooms = [room for floor in house.floors() for room in floor]
+    assert len(rooms) == len(set(rooms)) == house.svg().count('class="room"')
+
+
+def test_the_page_on_installing_names_every_extra():
+    import tomllib
+
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert re.findall(r"^\| `(\w+)` \|", (DOCS / "howto" / "install.md").read_text(), re.M) == list(extras)
+
+
 # ---------------------------------------------------------------------------------------------- what there is to type
 
 
