@@ -166,6 +166,7 @@ def test_files_and_names_of_the_package_exist(page):
     text = page.read_text(encoding="utf-8")
     paths = set(re.findall(r"(?<![\w-])masa/[\w/.]*\w", text))
     names = set(re.findall(r"(?<![\w/@.-])masa\.(?!(?:json|md|yaml)\b)[\w.]*\w", text))
+    names |= {f"{file.replace('/', '.')}.{name}" for file, name in re.findall(r"`(masa/[\w/]+)\.py`: `([\w.]+)`", text)}
     assert not [path for path in paths if not (ROOT / path).exists()]
     assert not [name for name in names if not _exists(name)]
 
