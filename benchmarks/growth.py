@@ -28,10 +28,10 @@ from harness import Row, Timed, in_turn, parser, peak_bytes, save, slope
 
 from masa.models import language
 from masa.runs.memory import keep_freed
+from masa.sharing.parameters import parameter_groups
 from masa.study.cost import transformer
 from masa.study.cost.devices import DEVICES
 from masa.study.cost.sizes import Sizes, of_run
-from masa.training import trainer
 
 VOCABULARY, CONTEXT, OF_HEAD = 512, 128, 16
 RECIPE = {"learning_rate": 1e-3, "weight_decay": 0.1, "coefficients_learning_rate_ratio": 1.0}
@@ -82,7 +82,7 @@ class Setting:
         """Build the model; what is returned takes one optimiser step."""
         torch.manual_seed(0)
         model = language.build(self.spec["model"], self.spec["sharing"], CONTEXT).train()
-        optimiser = torch.optim.AdamW(trainer.parameter_groups(model, RECIPE), fused=True)
+        optimiser = torch.optim.AdamW(parameter_groups(model, RECIPE), fused=True)
         ids = torch.randint(0, VOCABULARY, (self.sequences, CONTEXT))
 
         def step() -> None:

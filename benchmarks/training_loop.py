@@ -25,6 +25,7 @@ from transformers import TrainerCallback
 from masa.data.tokens import PackedTokens
 from masa.models import language
 from masa.runs import run
+from masa.sharing.parameters import parameter_groups
 from masa.study import config, experiments
 from masa.training import trainer
 
@@ -55,7 +56,7 @@ def minimal(spec: Mapping[str, Any], data: PackedTokens) -> Callable[[], None]:
     """The whole of a loop that trains as ours does, without learning rates that change."""
     recipe, size = spec["training"], spec["training"]["batch_size"]
     model = language.build(spec["model"], VANILLA, recipe["context"]).train()
-    optimizer = torch.optim.AdamW(trainer.parameter_groups(model, recipe), fused=True)
+    optimizer = torch.optim.AdamW(parameter_groups(model, recipe), fused=True)
     parameters = list(model.parameters())
     batches = iter(range(0, len(data), size))
 

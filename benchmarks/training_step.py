@@ -25,8 +25,8 @@ from torch.nn import functional as F
 
 from masa.models import language
 from masa.runs import memory
+from masa.sharing.parameters import parameter_groups
 from masa.sharing.projections import decoder
-from masa.training import trainer
 
 LAYERS, ATOMS, CONTEXT, BATCH, VOCABULARY, HEAD = 12, 4, 256, 16, 2048, 32
 RECIPE = {"learning_rate": 3e-3, "weight_decay": 0.1, "coefficients_learning_rate_ratio": 1.0}
@@ -80,7 +80,7 @@ def stepper(
     model: nn.Module, ids: Tensor, bf16: bool = False, passes: int = 1, loss: Callable[..., Tensor] | None = None
 ) -> Callable[[], None]:
     """One optimiser step as the Trainer makes it: forward, backward, clipping, AdamW."""
-    groups = trainer.parameter_groups(model, RECIPE) if loss is None else model.parameters()
+    groups = parameter_groups(model, RECIPE) if loss is None else model.parameters()
     optimizer = torch.optim.AdamW(groups, lr=3e-3, fused=True)
     parameters = list(model.parameters())
 

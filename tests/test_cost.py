@@ -127,7 +127,7 @@ def test_peak_memory_of_a_training_process():
     spec = small(context=256, batch=16, hidden_size=256, intermediate_size=1024, vocab_size=8000)
     code = f"""
 import resource, torch, masa.training.language
-from masa import models
+from masa.models import language as models
 torch.set_num_threads(1)
 spec = {spec!r}
 model = models.build(spec["model"], spec["sharing"], 256).train()

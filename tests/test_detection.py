@@ -18,6 +18,7 @@ from masa.evaluation import detections
 from masa.evaluation.detections import Detections, detect
 from masa.models import detector, yolos
 from masa.runs import run
+from masa.sharing.parameters import parameter_groups
 from masa.sharing.projections import SharedLinear, blocks, decoder, family_of
 from masa.training import detection as detection_training
 from masa.training import trainer
@@ -183,7 +184,7 @@ def test_detection_tokens_differ_and_do_not_decay():
     assert detector.tokens(model).keys() == set(detector.TOKENS)
     assert all(p.detach().std() == pytest.approx(0.02, rel=0.3) for p in detector.tokens(model).values())
     model.base_model.no_weight_decay = lambda: set(detector.tokens(model))
-    decay, plain, coefficients = trainer.parameter_groups(model, yolos.recipe(spec_of()["training"]))
+    decay, plain, coefficients = parameter_groups(model, yolos.recipe(spec_of()["training"]))
     assert {id(p) for p in detector.tokens(model).values()} <= {id(p) for p in plain["params"]}
     assert (decay["weight_decay"], plain["weight_decay"]) == (1e-4, 0.0)
     assert len(coefficients["params"]) == 4

@@ -18,7 +18,7 @@ from masa.training import launch
 JOB = """
 import sys, time
 from pathlib import Path
-from masa import devices
+from masa.runs import devices
 with devices.leased(int(sys.argv[2])) as mine:
     Path(sys.argv[1]).write_text(",".join(mine))
     while not Path(sys.argv[1] + ".stop").exists():

@@ -13,6 +13,7 @@ from masa.data import pixels
 from masa.evaluation.classification import predict
 from masa.models import timm_vit, vit
 from masa.runs import run
+from masa.sharing.parameters import parameter_groups
 from masa.training import images, trainer
 
 MODEL = SIZES | {"hidden_size": 32, "intermediate_size": 32}
@@ -114,7 +115,7 @@ def test_the_loss_is_smoothed_cross_entropy(digits):
 
 def test_who_decays():
     model = timm_vit.build(MODEL, {"method": "masa", "coefficients": "mlp"})
-    decay, plain, coefficients = trainer.parameter_groups(model, vit.recipe(spec_of()["training"]))
+    decay, plain, coefficients = parameter_groups(model, vit.recipe(spec_of()["training"]))
     names = {id(p): n for n, p in model.named_parameters()}
     of = [{names[id(p)] for p in group["params"]} for group in (decay, plain, coefficients)]
     assert sum(map(len, of)) == len(names)

@@ -16,6 +16,7 @@ import masa
 from masa.data import tokens as token_files
 from masa.evaluation.perplexity import held_out_loss
 from masa.runs import run
+from masa.sharing.parameters import parameter_groups
 from masa.study import config
 from masa.training import language, trainer
 
@@ -107,7 +108,7 @@ def test_gradient_accumulation_is_the_same_step(tokens, tmp_path):
 def test_who_decays():
     model = masa.share(language_model(), {"method": "masa", "coefficients": "mlp"})
     recipe = spec_of(coefficients_learning_rate_ratio=3.0)["training"]
-    decay, plain, coefficients = trainer.parameter_groups(model, recipe)
+    decay, plain, coefficients = parameter_groups(model, recipe)
     names = {id(p): n for n, p in model.named_parameters()}
     of = [{names[id(p)] for p in group["params"]} for group in (decay, plain, coefficients)]
     assert sum(map(len, of)) == len(names)
@@ -290,7 +291,7 @@ def test_freed_memory_is_kept_for_the_next_step():
 
 PAGES = """
 import resource, torch
-from masa import trainer
+from masa.training import trainer
 
 def pages():
     began = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -14,7 +14,7 @@ from masa.evaluation.metrics import METRICS
 from masa.settings import Amount, Letters, Name, Open, Positive, RelativePath, RunId, Section
 from masa.study import kinds
 from masa.study.sections import data, evaluation, training
-from masa.study.sections.artefacts import PaperNumbers
+from masa.study.sections.artefacts import PaperNumbers, Sharing
 
 
 def _form(_may: dict[str, Any] | None = None, **must: Any) -> type[Open]:
@@ -41,7 +41,7 @@ _RECIPE |= {
     name: (field.annotation, field) for name, field in training.Training.model_fields.items() if name in _OTHERS
 }
 
-_RUN: dict[str, Any] = {"run": RunId, "seed": Annotated[int, Field(ge=0)], "sharing": _ANY}
+_RUN: dict[str, Any] = {"run": RunId, "seed": Annotated[int, Field(ge=0)], "sharing": Sharing}
 _LANGUAGE_RUN = _form(**_RUN, model=_form(**_SIZES), training=_form(**_RECIPE))
 _ROW = _form(
     {"runs": _some(RunId), "model": _ANY, "sharing": _ANY, "paper": _ANY},

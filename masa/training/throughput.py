@@ -15,6 +15,7 @@ from torch import nn
 from masa.models import language
 from masa.runs import memory, run
 from masa.runs.progress import Progress
+from masa.sharing.parameters import parameter_groups
 from masa.sharing.share import fold
 from masa.training import trainer
 
@@ -45,7 +46,7 @@ def measure(runs: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], thre
     for name, spec in specs.items():
         torch.manual_seed(0)
         model = language.build(spec["model"], spec["sharing"], settings["context"]).to(device).train()
-        trained[name] = (model, torch.optim.AdamW(trainer.parameter_groups(model, spec["training"]), fused=True))
+        trained[name] = (model, torch.optim.AdamW(parameter_groups(model, spec["training"]), fused=True))
         folded[name] = fold(model)
     vocabulary = runs[0]["model"]["vocab_size"]
     ids = torch.randint(0, vocabulary, shape, generator=torch.Generator().manual_seed(0)).to(device)

@@ -30,7 +30,7 @@ from masa.errors import Interrupted, MasaError
 from masa.runs import faults, memory, run
 from masa.runs.files import sha256_of
 from masa.sharing import checkpoint
-from masa.sharing.projections import SharedProjections, decoder
+from masa.sharing.parameters import parameter_groups
 from masa.sharing.share import ParameterCount, count_parameters
 from masa.training import launch, parallel, resuming
 from masa.training.log import RunLog
@@ -200,36 +200,6 @@ def uses_bfloat16(recipe: Mapping[str, Any]) -> bool:
     """Whether the linear layers run in bfloat16: on request, or by "auto" on a GPU that is made for it."""
     fast = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     return recipe["dtype"] == "bfloat16" or (recipe["dtype"] == "auto" and fast)
-
-
-def parameter_groups(model: nn.Module, recipe: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """AdamW groups: matrices and token embeddings decay; norms, biases and MASA's coefficients do not.
-
-    Neither do parameters that the model itself exempts, as timm's do (class token and position embedding).
-    Coefficients (with their block embeddings and MLPs) have their own learning rate.
-    """
-    exempting = getattr(decoder(model), "no_weight_decay", set)()
-    exempt = {id(p) for name, p in decoder(model).named_parameters() if name in exempting}
-    coefficients = [
-        p
-        for module in model.modules()
-        if isinstance(module, SharedProjections)
-        for source in module.values()
-        for p in source.coefficient_parameters()
-    ]
-    special = {id(p) for p in coefficients}
-    plain = [p for p in model.parameters() if p.requires_grad and id(p) not in special]
-    rate = recipe["learning_rate"]
-    groups = [
-        {
-            "params": [p for p in plain if id(p) not in exempt and p.ndim >= 2],
-            "weight_decay": recipe["weight_decay"],
-            "lr": rate,
-        },
-        {"params": [p for p in plain if id(p) in exempt or p.ndim < 2], "weight_decay": 0.0, "lr": rate},
-        {"params": coefficients, "weight_decay": 0.0, "lr": rate * recipe["coefficients_learning_rate_ratio"]},
-    ]
-    return [group for group in groups if group["params"]]
 
 
 def _arguments(spec: Mapping[str, Any], model: nn.Module, checkpoints: Path) -> TrainingArguments:

@@ -1,0 +1,44 @@
+"""What an optimiser is handed: which parameters decay, and which are MASA's coefficients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from masa.sharing.projections import SharedProjections, decoder
+
+
+def parameter_groups(model: nn.Module, recipe: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """AdamW groups: matrices and token embeddings decay; norms, biases and MASA's coefficients do not.
+
+    Neither do parameters that the model itself exempts, as timm's do (class token and position embedding).
+    Coefficients (with their block embeddings and MLPs) have their own learning rate.
+
+    Args:
+        model: shared or plain.
+        recipe: ``learning_rate``, ``weight_decay`` and ``coefficients_learning_rate_ratio``.
+    """
+    exempting = getattr(decoder(model), "no_weight_decay", set)()
+    exempt = {id(p) for name, p in decoder(model).named_parameters() if name in exempting}
+    coefficients = [
+        p
+        for module in model.modules()
+        if isinstance(module, SharedProjections)
+        for source in module.values()
+        for p in source.coefficient_parameters()
+    ]
+    special = {id(p) for p in coefficients}
+    plain = [p for p in model.parameters() if p.requires_grad and id(p) not in special]
+    rate = recipe["learning_rate"]
+    groups = [
+        {
+            "params": [p for p in plain if id(p) not in exempt and p.ndim >= 2],
+            "weight_decay": recipe["weight_decay"],
+            "lr": rate,
+        },
+        {"params": [p for p in plain if id(p) in exempt or p.ndim < 2], "weight_decay": 0.0, "lr": rate},
+        {"params": coefficients, "weight_decay": 0.0, "lr": rate * recipe["coefficients_learning_rate_ratio"]},
+    ]
+    return [group for group in groups if group["params"]]
