@@ -113,3 +113,43 @@ def test_a_folded_model_is_a_plain_hugging_face_model(tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits.double(), torch.tensor(logits).double(), rtol=1e-4, atol=1e-6)
     assert model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0).tolist() == generated
+
+
+LOADER = """
+import sys, transformers
+try:
+    getattr(transformers, sys.argv[2]).from_pretrained(sys.argv[1])
+except FileNotFoundError as error:
+    sys.exit(str(error))
+"""
+
+
+@pytest.mark.parametrize("spec", ["masa", "low-rank", "sequential"])
+@pytest.mark.parametrize("auto", ["AutoModelForCausalLM", "AutoModel", "AutoModelForSequenceClassification"])
+def test_other_loaders_stop_before_they_draw_a_weight(auto, spec, tmp_path):
+    """Attention would be random and the exit status 0; the message says the ways on."""
+    masa.save(masa.share(language_model(), spec), tmp_path)
+    command = [sys.executable, "-c", LOADER, str(tmp_path), auto]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "read-it-with-masa.load-or-run-masa-export" in done.stderr
+
+
+@pytest.mark.parametrize("spec", ["vanilla", "masa"])
+def test_a_folded_model_and_one_without_shared_weights_load_anywhere(spec, tmp_path, ids):
+    model = masa.share(language_model(), spec).eval()
+    masa.save(model, tmp_path / "saved")
+    back = masa.load(tmp_path / "saved")
+    masa.fold(back).save_pretrained(tmp_path / "plain")
+    masa.save(back, tmp_path / "again")
+    for folder in ("plain", *(["saved"] if spec == "vanilla" else [])):
+        plain = type(model).from_pretrained(tmp_path / folder)
+        torch.testing.assert_close(plain(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(masa.load(tmp_path / "again")(ids).logits, model(ids).logits, rtol=1e-6, atol=1e-7)
+
+
+def test_a_folder_of_an_earlier_version_is_read(saved, ids):
+    before = masa.load(saved)(ids).logits
+    config = json.loads((saved / "config.json").read_text())
+    assert config.pop("transformers_weights")
+    (saved / "config.json").write_text(json.dumps(config))
+    assert torch.equal(masa.load(saved)(ids).logits, before)

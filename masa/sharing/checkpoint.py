@@ -25,6 +25,9 @@ from masa.sharing.weight_sources import from_config
 
 FORMAT = 1
 WEIGHTS, DESCRIPTION = "model.safetensors", "masa.json"
+ELSEWHERE = "factored-by-masa--read-it-with-masa.load-or-run-masa-export.safetensors"
+"""Where ``config.json`` says that the weights are, a file that does not exist: transformers' own loaders stop with its
+name, which is the message, before they draw a weight. Else they would leave all attention random and exit with 0."""
 
 
 def save(model: nn.Module, directory: str | Path) -> Path:
@@ -65,6 +68,9 @@ def save(model: nn.Module, directory: str | Path) -> Path:
     }
     with whole_file(directory / "config.json") as path:
         model.config.save_pretrained(path.parent)
+        if sources:
+            config = json.loads(path.read_text(encoding="utf-8")) | {"transformers_weights": ELSEWHERE}
+            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     with whole_file(directory / WEIGHTS) as path:
         save_file({k: t.contiguous() for k, t in tensors.items()}, path)
     with whole_file(directory / DESCRIPTION) as path:
@@ -100,6 +106,7 @@ def load(directory: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
     description = _read_description(directory / DESCRIPTION)
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        vars(config).pop("transformers_weights", None)
     except Exception as error:  # a strange value may fail anywhere in the configuration's class
         raise MasaError(f"{directory / 'config.json'} cannot be read as a model configuration: {error}") from error
     with init_empty_weights(include_buffers=False):
