@@ -28,7 +28,7 @@ from masa import cli
 from masa.compression import Calibration
 from masa.data import benchmarks, boxed_images, boxes, documents, images, pixels, sources, tokenize
 from masa.models.pretrained import load_pretrained
-from masa.runs import run
+from masa.runs import files, run
 from masa.training import images as image_training
 from masa.training import language
 
@@ -348,7 +348,7 @@ def test_a_token_file_with_other_bytes_is_noticed_before_training(name, tokens, 
 
 def test_above_a_gibibyte_sizes_alone_are_checked_and_this_is_said(tokens, tmp_path, monkeypatch, capsys):
     folder = copy_of(tokens, tmp_path / "tokens")
-    monkeypatch.setattr(sources, "VERIFIED", 1000)
+    monkeypatch.setattr(files, "VERIFIED", 1000)
     language.pretrain(spec_of(steps=2), folder, tmp_path / "run")
     assert "checked by size alone" in capsys.readouterr().err
 

@@ -139,7 +139,7 @@ def test_scales_are_those_where_all_have_finished(tmp_path):
 
 
 def test_results_are_found_or_the_command_that_makes_them_is_named(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(notebooks, "ROOT", tmp_path)
+    monkeypatch.setattr(notebooks, "PROJECT", tmp_path)
     monkeypatch.delenv("MASA_RESULTS", raising=False)
     with pytest.raises(
         MasaError, match=r"No finished runs of vanilla at one scale in results or results/smoke.*make r"
