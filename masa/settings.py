@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Annotated, Any
 
 import pydantic
@@ -66,29 +65,13 @@ class Section(pydantic.BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", regex_engine="python-re", allow_inf_nan=False)
 
     @classmethod
-    def read(cls, given: Any, where: str = "", what: str = "") -> None:
-        """See that ``given`` is such a section.
-
-        Args:
-            where: what keys are named below, e.g. "training".
-            what: what lacks a key, in a message; by default ``where``.
-
-        Raises:
-            MasaError: the first key that is not what it should be.
-        """
-        try:
-            cls.model_validate(given)
-        except pydantic.ValidationError as error:
-            raise _first(error, cls, given, where, what) from None
-
-    @classmethod
     def filled(cls, given: Mapping[str, Any], where: str = "", what: str = "") -> dict[str, Any]:
         """``given`` with every default filled in, in the order of the keys.
 
         Raises:
-            MasaError: as :meth:`read`.
+            MasaError: as :func:`read`.
         """
-        cls.read(given, where, what)
+        read(cls, given, where, what)
         return {name: given[name] if name in given else copy.copy(default) for name, default in cls.defaults().items()}
 
     @classmethod
@@ -99,8 +82,7 @@ class Section(pydantic.BaseModel):
     @classmethod
     def partly(cls) -> type[Section]:
         """The same keys, none of which must be given: for a section that changes some of another one's."""
-        needed = [name for name, field in cls.model_fields.items() if field.is_required()]
-        return cls.changed(f"{cls.__name__}Changes", **dict.fromkeys(needed))
+        return cls.changed(f"{cls.__name__}Changes", **dict.fromkeys(cls.model_fields))
 
     @classmethod
     def changed(cls, name: str, without: Collection[str] = (), **changes: Any) -> type[Section]:
@@ -132,21 +114,76 @@ class Open(Section):
 
 
 @functools.cache
-def schema_of(cls: type[Section]) -> dict[str, Any]:
-    """The JSON schema of a section, without pydantic's titles."""
-    return _untitled(cls.model_json_schema())
+def _adapter(form: Any) -> pydantic.TypeAdapter:
+    own = isinstance(form, type) and issubclass(form, Section)
+    return pydantic.TypeAdapter(form, config=None if own else Section.model_config)
 
 
-def _untitled(node: Any) -> Any:
+@functools.cache
+def schema_of(form: Any) -> dict[str, Any]:
+    """The JSON schema of a section, or of a type made of some, as people would write it."""
+    schema = _adapter(form).json_schema()
+    return _tidy(schema, schema)
+
+
+def _tidy(node: Any, schema: Mapping[str, Any]) -> Any:
+    """Without pydantic's titles and defaults that the key itself would refuse, and with names that are checked."""
     if isinstance(node, list):
-        return [_untitled(item) for item in node]
+        return [_tidy(item, schema) for item in node]
     if not isinstance(node, dict):
         return node
-    return {
-        k: {n: _untitled(p) for n, p in v.items()} if k in ("properties", "$defs") else _untitled(v)
+    tidy = {
+        k: {n: _tidy(p, schema) for n, p in v.items()} if k in ("properties", "$defs") else _tidy(v, schema)
         for k, v in node.items()
         if not (k == "title" and isinstance(v, str))
     }
+    nullable = any(one.get("type") in ("null", None) for one in alternatives(node, schema))
+    if node.get("default", "") is None and not nullable:
+        del tidy["default"]
+    if "patternProperties" in tidy:
+        tidy["additionalProperties"] = False
+    return tidy
+
+
+def read(form: Any, given: Any, where: str = "", what: str = "") -> None:
+    """See that data has a form: a section, or a type made of some.
+
+    Args:
+        where: what keys are named below, e.g. "training".
+        what: what lacks a key, in a message; by default ``where``.
+
+    Raises:
+        MasaError: the first key that is not what it should be.
+    """
+    what = what or where or "the configuration"
+    try:
+        path = _no_text(given)
+    except RecursionError as error:
+        raise MasaError(f"{what} nests too deeply.") from error
+    if path is not None:
+        at = _shown(where, path[:-1]) or what
+        raise MasaError(f"{at}: keys must be text, got {path[-1]!r}. Write it in quotes, or give it a name.")
+    try:
+        _adapter(form).validate_python(given)
+    except pydantic.ValidationError as error:
+        raise _first(error.errors(include_url=False), schema_of(form), given, where, what) from None
+
+
+def _no_text(given: Any) -> list[Any] | None:
+    """The place of the first key that is no text."""
+    inner = given.items() if isinstance(given, Mapping) else enumerate(given) if isinstance(given, list) else ()
+    for key_, value in inner:
+        if isinstance(given, Mapping) and not isinstance(key_, str):
+            return [key_]
+        if (below := _no_text(value)) is not None:
+            return [key_, *below]
+    return None
+
+
+def _shown(where: str, path: Iterable[Any]) -> str:
+    """A place in words: "training.tokens"."""
+    below = ".".join(map(str, path))
+    return f"{where}{'.' * where[-1:].isalnum()}{below}" if below else where.rstrip(": ")
 
 
 def resolved(node: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]:
@@ -159,15 +196,15 @@ def resolved(node: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, An
 
 
 def alternatives(node: Mapping[str, Any], schema: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """What a node may be, ``anyOf`` by ``anyOf``; None comes last."""
+    """What a node may be, ``anyOf`` by ``anyOf``; null comes first."""
     node = resolved(node, schema)
     several = node.get("anyOf") or node.get("oneOf") or [node]
-    for one in sorted(several, key=lambda n: n.get("type") == "null"):
+    for one in sorted(several, key=lambda n: n.get("type") != "null"):
         yield from alternatives(one, schema) if one is not node else [node]
 
 
 def expected(node: Mapping[str, Any], schema: Mapping[str, Any]) -> str:
-    """What a node wants, in words: "an integer of at least 1 or null"."""
+    """What a node wants, in words: "null or an integer of at least 1"."""
     return " or ".join(dict.fromkeys(_expected(one, schema) for one in alternatives(node, schema)))
 
 
@@ -177,6 +214,7 @@ _TYPES |= {"string": "text", "array": "a list", "null": "null"}
 _LIMITS = {"minimum": "at least", "exclusiveMinimum": "more than", "maximum": "at most"}
 _LIMITS |= {"exclusiveMaximum": "less than", "minItems": "at least", "maxItems": "at most", "minLength": "at least"}
 _LIMITS |= {"minProperties": "at least"}
+_UNITS = {"string": " characters", "array": " items", "object": " keys"}
 
 
 def _expected(node: Mapping[str, Any], schema: Mapping[str, Any]) -> str:
@@ -184,49 +222,56 @@ def _expected(node: Mapping[str, Any], schema: Mapping[str, Any]) -> str:
         return f"one of {', '.join(map(str, node.get('enum', [node.get('const')])))}"
     if node.get("pattern"):
         return f"of the form of a {FORMS[node['pattern']]}"
-    words = _TYPES.get(node.get("type", ""), ANYTHING)
-    if limits := [f"{said} {node[limit]:g}" for limit, said in _LIMITS.items() if limit in node]:
-        words += f" of {' and '.join(limits)}"
+    words, unit = _TYPES.get(node.get("type", ""), ANYTHING), _UNITS.get(node.get("type", ""), "")
+    limits = [f"{said} {node[limit]:g}{unit}" for limit, said in _LIMITS.items() if limit in node]
+    if "minItems" in node and node.get("minItems") == node.get("maxItems"):
+        limits = [f"{node['minItems']} items"]
+    words += f" of {' and '.join(limits)}" if limits else ""
     if node.get("items") and (each := expected(node["items"], schema)) != ANYTHING:
         words += f", each {each}"
     words += ", none of them twice" if node.get("uniqueItems") else ""
     return words + (f": {node['$comment']}" if "$comment" in node else "")
 
 
-def _first(error: pydantic.ValidationError, cls: type[Section], given: Any, where: str, what: str) -> MasaError:
+def _first(errors: list[Any], schema: dict[str, Any], given: Any, where: str, what: str) -> MasaError:
     """One sentence for the first key that is wrong, with did-you-mean for keys and values."""
-    errors = error.errors(include_url=False)
-    first = min(errors, key=lambda e: (len(_path(e["loc"], given)), str(e["loc"])))
-    path, schema = _path(first["loc"], given), schema_of(cls)
-    node = _node(path, schema)
-    value = _at(path, given)
-    shown = ".".join(map(str, path))
-    shown = f"{where}{'.' * (where[-1:].isalnum() and bool(path))}{shown}"
+    first = min(errors, key=lambda e: ("[key]" not in e["loc"], len(_path(e["loc"], given)), str(e["loc"])))
+    path = _path(first["loc"], given)
+    inside = [
+        e for e in errors if _path(e["loc"], given)[: len(path)] == path and len(_path(e["loc"], given)) > len(path)
+    ]
+    if inside and first["type"].endswith("_type"):  # of several types that fit its own, what is wrong in the value
+        return _first(inside, schema, given, where, what)
+    node, value = _node(path, schema), _at(path, given)
+    shown = _shown(where, path) or what
+    said = repr(value) if len(repr(value)) < 200 else f"{repr(value)[:200]} …"
+    if "[key]" in first["loc"]:
+        names = next((n["patternProperties"] for n in alternatives(_node(path[:-1], schema), schema)), {})
+        form = _expected({"pattern": next(iter(names))}, schema)
+        return MasaError(
+            f"{_shown(where, path[:-1]) or what}: the name {path[-1]!r} does not match; it must be {form}."
+        )
     if first["type"] == "extra_forbidden":
         known = _properties(_node(path[:-1], schema), _at(path[:-1], given), schema)
-        return unknown(f"{shown.rpartition('.')[0] or what or 'the configuration'}: key", path[-1], known)
+        return unknown(f"{_shown(where, path[:-1]) or what}: key", path[-1], known)
     if first["type"] == "missing":
         lacks = [e["loc"][-1] for e in errors if e["type"] == "missing" and _path(e["loc"], given) == path]
-        return MasaError(f"{(what if not path else '') or shown or 'the configuration'} needs {', '.join(lacks)}.")
+        return MasaError(f"{shown if path else what} needs {', '.join(lacks)}.")
     if first["type"].startswith("union_tag"):
         tag, tags = (
             first["ctx"]["discriminator"].strip("'"),
             re.findall(r"'(\w+)'", first["ctx"].get("expected_tags", "")),
         )
         return unknown(f"{shown}.{tag}: value", value[tag], tags) if tags else MasaError(f"{shown} needs {tag}.")
-    if "[key]" in first["loc"]:
-        name = first["loc"][first["loc"].index("[key]") - 1]
-        form = _expected(node.get("propertyNames") or {"pattern": next(iter(FORMS))}, schema)
-        return MasaError(f"{shown}: the name {name!r} does not match; it must be {form}.")
     if first["type"] == "value_error":
-        return MasaError(f"{shown}: {json.dumps(value, default=str)} {first['ctx']['error']}.")
+        return MasaError(f"{shown}: {said} {first['ctx']['error']}.")
     options = [str(o) for one in alternatives(node, schema) for o in one.get("enum", [])]
     if isinstance(value, str) and options:
         return unknown(f"{shown}: value", value, options)
-    said = repr(value) if len(repr(value)) < 200 else f"{repr(value)[:200]} …"
     if first["type"] in ("string_pattern_mismatch", "string_too_short"):
         return MasaError(f"{shown}: {said} does not match; it must be {expected(node, schema)}.")
-    return MasaError(f"{shown or what or 'the configuration'} must be {expected(node, schema)}, got {said}.")
+    finite = " that is finite" * (isinstance(value, int | float) and not -1e308 < value < 1e308)
+    return MasaError(f"{shown} must be {expected(node, schema)}{finite}, got {said}.")
 
 
 def _at(path: list[Any], given: Any) -> Any:

@@ -164,7 +164,7 @@ def test_twenty_kills_at_random_moments_change_no_bit(digits, tmp_path):
         ({}, {"epochs": 1}, "either epochs or steps"),
         ({}, {"learning_rat": 1}, "Did you mean 'learning_rate'"),
         ({}, {"label_smoothing": 1.0}, "label_smoothing must be a number of at least 0 and less than 1, got 1.0"),
-        ({}, {"ema_decay": 1.5}, "ema_decay must be a number of more than 0 and less than 1 or null, got 1.5"),
+        ({}, {"ema_decay": 1.5}, "ema_decay must be null or a number of more than 0 and less than 1, got 1.5"),
         ({}, {"micro_batch_size": 5}, "micro_batch_size = 5 does not divide batch_size = 16"),
         ({}, {"mixup": {}, "micro_batch_size": 1}, "must be even"),
         ({}, {"augmentation": {"hflop": 1}}, "Did you mean 'hflip'"),

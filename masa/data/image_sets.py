@@ -11,7 +11,7 @@ from typing import Any
 
 from masa.data import sources
 from masa.errors import MasaError, unknown
-from masa.settings import Section, Source, Split, key
+from masa.settings import Section, Source, Split, key, read
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,9 @@ class Images(Section):
     test_fraction: Split = key("Fraction held out for the test, where the data set has no test split of its own.", 0.2)
 
 
+_ANY_OF = Images.partly()
+
+
 def resolve(spec: Mapping[str, Any]) -> dict[str, Any]:
     """The spec of a data set with every default filled in.
 
@@ -115,7 +118,7 @@ def resolve(spec: Mapping[str, Any]) -> dict[str, Any]:
         MasaError: an unknown data set, key or kind of source, or fractions that leave a split empty.
     """
     given = {k: v for k, v in spec.items() if k != "name" and v is not None}
-    Images.partly().read(given, "", "Image data")
+    read(_ANY_OF, given, "", "Image data")
     entry = dataset(spec.get("name") or "")
     source = sources.parse(spec.get("source") or entry.source)
     if (source.scheme == "pypi") != (entry.reader == "csv"):

@@ -90,7 +90,7 @@ class Recipe(Section):
     micro_batch_size: Positive | None = key("Images a device and pass (gradient accumulation). null: batch_size.", None)
     learning_rate: float = key("Peak learning rate, the same for every method at one scale.", gt=0)
     min_learning_rate_ratio: Rate = key("Final learning rate as a fraction of the peak.", 0.0)
-    warmup_fraction: Rate = key("Linear warmup over this fraction of the steps, then cosine.", 0.1)
+    warmup_fraction: Rate = key("Linear warmup over this fraction of the steps, then cosine (detectors: 0).", 0.1)
     weight_decay: Amount = key("AdamW weight decay of matrices (DeiT's; detectors: YOLOS', 1e-4).", 0.05)
     adam_betas: list[float] = key("AdamW betas.", [0.9, 0.999], min_length=2, max_length=2)
     max_grad_norm: float = key("Gradients are clipped to this norm (detectors: 0.1).", 1.0, gt=0)

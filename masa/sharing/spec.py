@@ -75,7 +75,7 @@ class SharingSpec:
     """How the projections of a transformer share weights across layers.
 
     Args:
-        method: vanilla, gqa, low-rank, sequential, repeat-all-over or masa (:data:`METHODS`).
+        method: one of vanilla, gqa, low-rank, sequential, repeat-all-over and masa (:data:`METHODS`).
         projections: letters of the projections that share; q, k, v, o of attention, and u, d (and g in Llama-like
             models) of the FFN, e.g. "qkv", "qkvo", "qkvoud".
         atoms: number S of matrix atoms of each dictionary (``masa``); an integer, "L/3", or a mapping from a
@@ -90,8 +90,8 @@ class SharingSpec:
         coefficient_norm: "free", or "fixed" to keep every row of C at norm 1 (the synthesised weights then keep the
             atoms' scale).
         embedding_dim: width of the per-block embedding and of the MLP's hidden layers (``coefficients="mlp"``).
-        dictionaries: groups of projections that use one common dictionary, each with its own coefficients, e.g.
-            ("qv",); all others have a dictionary of their own.
+        dictionaries: groups of projections that use one common dictionary, each with its own coefficients, e.g. "qv";
+            all others have a dictionary of their own.
     """
 
     method: str

@@ -12,7 +12,7 @@ import yaml
 
 from masa.errors import MasaError
 from masa.runs.files import PROJECT
-from masa.settings import alternatives, resolved, schema_of
+from masa.settings import alternatives, read, resolved, schema_of
 from masa.study import checks, experiments
 from masa.study.sections.root import Configuration
 
@@ -33,7 +33,10 @@ def load(overlays: Iterable[str | Path] = (), root: Path = PROJECT) -> Config:
     """
     config: Config = {}
     for path in [*(root / name for name in BASE), *map(Path, overlays)]:
-        _merge(config, _read_yaml(path))
+        try:
+            _merge(config, _read_yaml(path))
+        except RecursionError as error:
+            raise MasaError(f"{path} nests too deeply, or an anchor of it stands within itself.") from error
     check(config)
     return config
 
@@ -81,7 +84,7 @@ def check(config: Config) -> None:
     Raises:
         MasaError: the first problem found, naming the key, what was expected and the nearest name that exists.
     """
-    Configuration.read(config)
+    read(Configuration, config)
     checks.check(config)
 
 
@@ -91,7 +94,11 @@ def schema() -> dict[str, Any]:
     def open_(node: Any) -> Any:
         if isinstance(node, list):
             return [open_(item) for item in node]
-        return {k: open_(v) for k, v in node.items() if k != "required"} if isinstance(node, dict) else node
+        names = {"oneOf": "anyOf"}  # of two kinds of model both may fit what is left
+        dropped = ("required", "discriminator", "$comment")
+        return (
+            {names.get(k, k): open_(v) for k, v in node.items() if k not in dropped} if isinstance(node, dict) else node
+        )
 
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": TITLE} | open_(schema_of(Configuration))
 
@@ -123,7 +130,9 @@ def describe() -> str:
             same = shown_here.get(k, child) == child
             shown_here[k] = child if same else {n: v for n, v in child.items() if n not in ("default", "const")}
         for key, child in shown_here.items():
-            if above and above.get(key) == child:  # a section that changes keys of the one above it
+            if (
+                above and key in above and above[key].get("description") == child.get("description")
+            ):  # a section that changes keys of the one above it
                 continue
             needed = any(key in one.get("required", ()) for one in several)
             visit(f"{prefix}.{key}" if prefix else key, child, defaults.get(key), needed, shown_here)

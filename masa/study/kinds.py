@@ -84,7 +84,7 @@ def of(spec: Mapping[str, Any]) -> Kind:
     family = spec["model"].get("family")
     if family is None:
         return LANGUAGE
-    if family not in VISION:
+    if not isinstance(family, str) or family not in VISION:
         raise unknown("model.family: family", family, VISION)
     return VISION[family]
 

@@ -1,6 +1,6 @@
 """What ``--spec`` and files from outside must hold, verb by verb. They are made of the configuration's own sections.
 
-Data from outside is checked before anything is done with it; further keys are left alone.
+Data from outside is checked before anything is done with it. Further keys are left alone, but not those of a section.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import pydantic
 from pydantic import Field
 
 from masa.evaluation.metrics import METRICS
-from masa.settings import Amount, Letters, Name, Open, Positive, RelativePath, RunId, Section
+from masa.settings import Amount, Letters, Name, Open, Positive, RelativePath, RunId, read
 from masa.study import kinds
 from masa.study.sections import data, evaluation, training
 from masa.study.sections.artefacts import PaperNumbers, Sharing
@@ -78,7 +78,7 @@ SPECS: dict[str, Any] = {
         settings=_form(repeats=Positive, batch_size=Positive, context=Positive),
         threads=Positive,
     ),
-    "parameters": list[_form(**_RUN, model=_ANY)],
+    "parameters": list[_form(**_RUN, model=_ANY, training=_ANY)],
     "table runs": list[RunId],
     "table metrics": list[RunId],
     "table throughput": _form(scales=list[Name], labels=dict[str, str]),
@@ -126,8 +126,6 @@ def check(what: str, spec: Any, where: str = "--spec") -> None:
     """
     if what == "run" and kinds.of(spec) is not kinds.LANGUAGE:  # also says more of what is no run at all
         what = "vision run"
-    form = SPECS[what]
-    if isinstance(form, type) and issubclass(form, Section):
-        form.read(spec, f"{where}: ", where)
-    else:
-        _form(spec=form).read({"spec": spec}, f"{where}: ", where)
+    read(SPECS[what], spec, f"{where}: ", where)
+    for i, run in enumerate(spec if what == "parameters" else ()):
+        check("run", run, f"{where}: {i}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from masa.data import box_spec, image_sets
+
 NETWORK = 3e7
 """Bytes a second of downloads."""
 
@@ -44,22 +46,29 @@ def is_remote(source: str | None) -> bool:
 
 def images_of(section: str, entry: Mapping[str, Any]) -> tuple[int, int]:
     """Training images (what is held out taken off) and test images of a data set; unknown ones count as CIFAR."""
+    full = _resolved(section, entry)
+    kept = 1 - full["validation_fraction"]
     if section == "boxes":
-        if entry["dataset"] == "shapes":
-            return round(entry["count"] * (1 - entry["validation_fraction"])), entry["test_count"]
-        return round(COCO[1] * (1 - entry["validation_fraction"])), COCO[0] - COCO[1]
+        drawn = entry["dataset"] == "shapes"
+        return (
+            (round(full["count"] * kept), full["test_count"]) if drawn else (round(COCO[1] * kept), COCO[0] - COCO[1])
+        )
     total, training, _ = IMAGES.get(entry["dataset"], (60000, 50000, 145))
-    held_out = training * (entry.get("validation_fraction") or 0.02)
     if total == training:  # no test split of its own
-        test = round(training * (entry.get("test_fraction") or 0.1))
-        return round(training - held_out - test), test
-    return round(training - held_out), total - training
+        test = round(training * full["test_fraction"])
+        return round(training * kept - test), test
+    return round(training * kept), total - training
+
+
+def _resolved(section: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+    resolve = image_sets.resolve if section == "images" else box_spec.resolve
+    return resolve({"name": entry["dataset"]} | {k: v for k, v in entry.items() if k != "dataset"})
 
 
 def validation_images(section: str, entry: Mapping[str, Any]) -> float:
     """Images of one held-out score."""
     training, _ = images_of(section, entry)
-    fraction = entry.get("validation_fraction") or 0.02
+    fraction = _resolved(section, entry)["validation_fraction"]
     return training * fraction / (1 - fraction)
 
 

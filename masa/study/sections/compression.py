@@ -23,15 +23,15 @@ class Calibration(Section):
 
 
 class Heal(Section):
-    """A short fine-tune of the compressed parts: arguments of masa.compression.heal, whose defaults hold."""
+    """A short fine-tune of the compressed parts: arguments of masa.compression.heal."""
 
-    objective: Literal["kl", "lm"] = key("Kullback-Leibler to the original, or the tokens' cross-entropy.", None)
-    steps: Positive = key("Optimiser steps.", None)
-    batch_size: Positive = key("Windows a step.", None)
-    length: Positive | None = key("Tokens of a window; null: whole sequences.", None)
-    lr: float = key("Peak learning rate, as a fraction of each tensor's root mean square.", None, gt=0)
-    temperature: float = key("Of both distributions of kl.", None, gt=0)
-    seed: int = key("Of the order of the windows.", None)
+    objective: Literal["kl", "lm"] = key("Kullback-Leibler to the original, or the tokens' cross-entropy.", "kl")
+    steps: Positive = key("Optimiser steps.", 20)
+    batch_size: Positive = key("Windows a step.", 4)
+    length: Positive | None = key("Tokens of a window; null: whole sequences.", 128)
+    lr: float = key("Peak learning rate, as a fraction of each tensor's root mean square.", 3e-4, gt=0)
+    temperature: float = key("Of both distributions of kl.", 1.0, gt=0)
+    seed: int = key("Of the order of the windows.", 0)
     dtype: Literal["bfloat16", "float16"] | None = key("For autocast; null: the model's own.", None)
 
 

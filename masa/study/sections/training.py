@@ -64,7 +64,7 @@ class LanguageModel(Section):
     num_layers: Positive = key("L.")
     hidden_size: Positive = key("d.")
     num_attention_heads: Positive = key("H; must divide d into heads of even width (RoPE).")
-    vocab_size: Positive | None = key("Vocabulary; null: the tokenizer's.", None)
+    vocab_size: Positive = key("Vocabulary; by default the tokenizer's.", None)
     intermediate_size: Positive = key("Width of the FFN.")
 
 
@@ -77,9 +77,12 @@ class Scale(Section):
 
 
 VisionTraining = vit.Recipe.changed(
-    "VisionTraining", horizontal_flip=(bool, yolos.Recipe.model_fields["horizontal_flip"])
-).partly()
-"""Keys of both recipes; a run's own kind checks that they are its own, and has the defaults."""
+    "VisionTraining",
+    batch_size=None,
+    learning_rate=None,
+    horizontal_flip=(bool, yolos.Recipe.model_fields["horizontal_flip"]),
+)
+"""Keys of both recipes; a run's own kind checks that they are its own, that none is missing, and has the defaults."""
 
 VisionModel = Annotated[vit.Model | yolos.Model, Field(discriminator="family")]
 
