@@ -9,7 +9,7 @@
 # Versions: pydantic 2.14.3, jsonschema 4.26.0, Python 3.11; 2026-11-27.
 # Source: pydantic/json_schema.py, `GenerateJsonSchema.dict_schema`. Of pydantic 1, which wrote both keys:
 #   https://github.com/pydantic/pydantic/issues/11404; `propertyNames` for other keys: pull request 10478 there.
-# What is done about it here: masa/settings.py writes `additionalProperties: false` beside `patternProperties`.
+# Remedy: write `additionalProperties: false` beside every `patternProperties` of the schema.
 # Output seen:
 #   the model: 'a b' is refused (string_pattern_mismatch)
 #   its schema: {'patternProperties': {'^[a-z]+$': {'type': 'integer'}}, 'type': 'object'}
