@@ -235,33 +235,27 @@ def _expected(node: Mapping[str, Any], schema: Mapping[str, Any]) -> str:
 
 def _first(errors: list[Any], schema: dict[str, Any], given: Any, where: str, what: str) -> MasaError:
     """One sentence for the first key that is wrong, with did-you-mean for keys and values."""
-    first = min(errors, key=lambda e: ("[key]" not in e["loc"], len(_path(e["loc"], given)), str(e["loc"])))
-    path = _path(first["loc"], given)
-    inside = [
-        e for e in errors if _path(e["loc"], given)[: len(path)] == path and len(_path(e["loc"], given)) > len(path)
-    ]
+    placed = [(error, _path(error["loc"], given)) for error in errors]
+    first, path = min(placed, key=lambda p: ("[key]" not in p[0]["loc"], len(p[1]), str(p[0]["loc"])))
+    inside = [error for error, at in placed if at[: len(path)] == path and len(at) > len(path)]
     if inside and first["type"].endswith("_type"):  # of several types that fit its own, what is wrong in the value
         return _first(inside, schema, given, where, what)
     node, value = _node(path, schema), _at(path, given)
-    shown = _shown(where, path) or what
+    shown, around = _shown(where, path) or what, _shown(where, path[:-1]) or what
     said = repr(value) if len(repr(value)) < 200 else f"{repr(value)[:200]} …"
     if "[key]" in first["loc"]:
         names = next((n["patternProperties"] for n in alternatives(_node(path[:-1], schema), schema)), {})
         form = _expected({"pattern": next(iter(names))}, schema)
-        return MasaError(
-            f"{_shown(where, path[:-1]) or what}: the name {path[-1]!r} does not match; it must be {form}."
-        )
+        return MasaError(f"{around}: the name {path[-1]!r} does not match; it must be {form}.")
     if first["type"] == "extra_forbidden":
         known = _properties(_node(path[:-1], schema), _at(path[:-1], given), schema)
-        return unknown(f"{_shown(where, path[:-1]) or what}: key", path[-1], known)
+        return unknown(f"{around}: key", path[-1], known)
     if first["type"] == "missing":
-        lacks = [e["loc"][-1] for e in errors if e["type"] == "missing" and _path(e["loc"], given) == path]
+        lacks = [error["loc"][-1] for error, at in placed if error["type"] == "missing" and at == path]
         return MasaError(f"{shown if path else what} needs {', '.join(lacks)}.")
     if first["type"].startswith("union_tag"):
-        tag, tags = (
-            first["ctx"]["discriminator"].strip("'"),
-            re.findall(r"'(\w+)'", first["ctx"].get("expected_tags", "")),
-        )
+        tag = first["ctx"]["discriminator"].strip("'")
+        tags = re.findall(r"'(\w+)'", first["ctx"].get("expected_tags", ""))
         return unknown(f"{shown}.{tag}: value", value[tag], tags) if tags else MasaError(f"{shown} needs {tag}.")
     if first["type"] == "value_error":
         return MasaError(f"{shown}: {said} {first['ctx']['error']}.")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from masa.data import sources
+from masa.data.image_sets import spec_of
 from masa.errors import MasaError, unknown
 from masa.settings import Positive, Section, Source, Split, key
 
@@ -103,7 +104,7 @@ def check(entry: Mapping[str, Any], model: Mapping[str, Any]) -> None:
     Raises:
         MasaError: a data set that :func:`resolve` refuses, or images of another size or with other classes.
     """
-    full = resolve({"name": entry["dataset"]} | {k: v for k, v in entry.items() if k != "dataset"})
+    full = resolve(spec_of(entry))
     known = {"image_size": full["image_size"], "num_classes": DATASETS[full["name"]].num_classes}
     for size, value in known.items():
         if value is not None and model.get(size, value) != value:

@@ -107,6 +107,11 @@ class Images(Section):
 _ANY_OF = Images.partly()
 
 
+def spec_of(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """An entry of the configuration's ``images`` or ``boxes`` as the spec of its data set, which ``name`` tells."""
+    return {"name": entry["dataset"]} | {k: v for k, v in entry.items() if k != "dataset"}
+
+
 def resolve(spec: Mapping[str, Any]) -> dict[str, Any]:
     """The spec of a data set with every default filled in.
 
@@ -149,7 +154,7 @@ def check(entry: Mapping[str, Any], model: Mapping[str, Any]) -> None:
     Raises:
         MasaError: what :func:`resolve` refuses, or images of another size, other channels or classes.
     """
-    known = dataset(resolve({"name": entry["dataset"]} | {k: v for k, v in entry.items() if k != "dataset"})["name"])
+    known = dataset(resolve(spec_of(entry))["name"])
     for size in ("image_size", "channels", "num_classes"):
         if (value := getattr(known, size)) != model.get(size, value):
             raise MasaError(f"model.{size} = {model[size]}, but {entry['dataset']} has {value}. Set it to {value}.")

@@ -94,11 +94,11 @@ def schema() -> dict[str, Any]:
     def open_(node: Any) -> Any:
         if isinstance(node, list):
             return [open_(item) for item in node]
+        if not isinstance(node, dict):
+            return node
         names = {"oneOf": "anyOf"}  # of two kinds of model both may fit what is left
         dropped = ("required", "discriminator", "$comment")
-        return (
-            {names.get(k, k): open_(v) for k, v in node.items() if k not in dropped} if isinstance(node, dict) else node
-        )
+        return {names.get(k, k): open_(v) for k, v in node.items() if k not in dropped}
 
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": TITLE} | open_(schema_of(Configuration))
 
@@ -130,10 +130,8 @@ def describe() -> str:
             same = shown_here.get(k, child) == child
             shown_here[k] = child if same else {n: v for n, v in child.items() if n not in ("default", "const")}
         for key, child in shown_here.items():
-            if (
-                above and key in above and above[key].get("description") == child.get("description")
-            ):  # a section that changes keys of the one above it
-                continue
+            if key in above and above[key].get("description") == child.get("description"):
+                continue  # a section that changes keys of the one above it
             needed = any(key in one.get("required", ()) for one in several)
             visit(f"{prefix}.{key}" if prefix else key, child, defaults.get(key), needed, shown_here)
         for one in several:

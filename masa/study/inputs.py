@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from masa.data.image_sets import spec_of
 from masa.errors import unknown
 from masa.study import config, experiments
 
@@ -57,8 +58,7 @@ def vision_data_spec(c: config.Config, section: str, name: str) -> dict[str, Any
     if name not in c[section]:
         raise unknown(f"{section.capitalize()}: data set", name, c[section])
     entry = c[section][name]
-    data = {"name": entry["dataset"]} | {k: v for k, v in entry.items() if k != "dataset"}
-    return {"data": data} | _places(c, entry.get("source") or "")
+    return {"data": spec_of(entry)} | _places(c, entry.get("source") or "")
 
 
 def pretrained_spec(c: config.Config, name: str) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def images_of(section: str, entry: Mapping[str, Any]) -> tuple[int, int]:
 
 def _resolved(section: str, entry: Mapping[str, Any]) -> dict[str, Any]:
     resolve = image_sets.resolve if section == "images" else box_spec.resolve
-    return resolve({"name": entry["dataset"]} | {k: v for k, v in entry.items() if k != "dataset"})
+    return resolve(image_sets.spec_of(entry))
 
 
 def validation_images(section: str, entry: Mapping[str, Any]) -> float:
