@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from masa.errors import MasaError
+from masa.sharing.registration import register
 from masa.sharing.spec import METHODS, ModelShape, SharingSpec
 
 if TYPE_CHECKING:
     from masa.compression import calibrate, compress
     from masa.sharing.checkpoint import load, save
-    from masa.sharing.share import ParameterCount, count_parameters, fold, share
+    from masa.sharing.fold import fold
+    from masa.sharing.share import ParameterCount, count_parameters, share
 
 __version__ = "0.1.0"
 __all__ = [
@@ -29,8 +31,8 @@ __all__ = [
 ]
 
 # torch is imported when one of these is first used: the workflow reads specs without it
-_LAZY = dict.fromkeys(("share", "fold", "count_parameters", "ParameterCount"), "masa.sharing.share")
-_LAZY |= {"save": "masa.sharing.checkpoint", "load": "masa.sharing.checkpoint"}
+_LAZY = dict.fromkeys(("share", "count_parameters", "ParameterCount"), "masa.sharing.share")
+_LAZY |= {"fold": "masa.sharing.fold", "save": "masa.sharing.checkpoint", "load": "masa.sharing.checkpoint"}
 _LAZY |= {"calibrate": "masa.compression", "compress": "masa.compression"}
 
 
@@ -40,3 +42,6 @@ def __getattr__(name: str) -> Any:
 
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'masa' has no attribute {name!r}")
+
+
+register()

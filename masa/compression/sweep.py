@@ -31,7 +31,8 @@ from masa.models.pretrained import load_pretrained
 from masa.runs import run
 from masa.runs.fingerprint import fingerprint
 from masa.sharing import checkpoint
-from masa.sharing.share import count_parameters, fold
+from masa.sharing.fold import fold
+from masa.sharing.share import count_parameters
 
 
 def sweep(

@@ -13,8 +13,9 @@ from masa.errors import MasaError
 from masa.runs import run
 from masa.runs.files import verify
 from masa.sharing import checkpoint
+from masa.sharing.fold import fold
 from masa.sharing.projections import SharedProjections, blocks, decoder, family_of
-from masa.sharing.share import count_parameters, fold
+from masa.sharing.share import count_parameters
 from masa.sharing.spec import ATTENTION
 from masa.sharing.weight_sources import Atoms
 

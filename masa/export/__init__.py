@@ -141,7 +141,8 @@ def _plain(source: Source, kind: Any, folder: Path, options: Options) -> dict[st
     """Fold, convert to the dtype, and let the kind write its folder."""
     import torch
 
-    from masa.sharing.share import count_parameters, fold
+    from masa.sharing.fold import fold
+    from masa.sharing.share import count_parameters
 
     factored = source.load()
     counts = count_parameters(factored).to_dict()

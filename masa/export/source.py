@@ -12,6 +12,7 @@ from masa.errors import MasaError
 from masa.evaluation.metrics import is_of
 from masa.runs import run
 from masa.runs.files import sha256_of, verify
+from masa.sharing import description as described
 from masa.study import kinds
 from masa.study.experiments import unknown_run
 
@@ -24,7 +25,7 @@ class Source:
         name: run id, or the folder's name.
         model: folder that :func:`masa.load` reads.
         kind: of model.
-        description: of the checkpoint (``masa.json``).
+        description: of the checkpoint (:mod:`masa.sharing.description`).
         identity: of the run, which its evaluation names.
         sha256: of the checkpoint's files, by the run's manifest.
         spec, provenance: of the run.
@@ -162,15 +163,15 @@ def _checkpoint(folder: Path, tokenizer: Path | None) -> Source:
 
 
 def _description(folder: Path) -> Mapping[str, Any]:
-    if (folder / "masa.json").is_file():
-        return run.read_json(folder / "masa.json")
     if (folder / "config.json").is_file():
-        raise MasaError(f"{folder} has no masa.json: it is a plain model already, which needs no export.")
+        if (found := described.read(folder)) is None:
+            raise MasaError(f"{folder} shares nothing: it is a plain model already, which needs no export.")
+        return found
     inside = sorted(p.parent.name for p in folder.glob("*/spec.json"))
     hint = f" It holds the runs {', '.join(inside)}: name one of them." if inside else ""
     raise MasaError(
         f"{folder} holds no model: a run directory (with spec.json and model/) or what masa.save wrote (with "
-        f"masa.json) is expected.{hint}"
+        f"config.json) is expected.{hint}"
     )
 
 

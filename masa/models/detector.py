@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from masa.data.boxed_images import Target
 from masa.errors import MasaError
 from masa.models import vit, yolos
-from masa.sharing.share import fold, share
+from masa.sharing.fold import fold
+from masa.sharing.share import share
 
 PACKAGES = ("torchvision", "torchmetrics", "pycocotools", "pillow", "scipy")
 """What a result depends on beside the packages of all runs."""

@@ -126,7 +126,7 @@ def convert_gguf(file: str | Path, folder: str | Path) -> Path:
 
 def save_plain(model: nn.Module, directory: str | Path, tokenizer: Any = None) -> Path:
     """Fold and write a folder that plain ``transformers`` loads, with the tokenizer if given."""
-    from masa.sharing.share import fold
+    from masa.sharing.fold import fold
 
     fold(model).save_pretrained(directory)
     if tokenizer is not None:

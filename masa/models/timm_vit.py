@@ -16,7 +16,8 @@ from torch import nn
 from masa.errors import MasaError
 from masa.models import vit
 from masa.runs.files import whole_file
-from masa.sharing.share import fold, share
+from masa.sharing.fold import fold
+from masa.sharing.share import share
 
 PACKAGES = ("timm", "torchvision", "pillow")
 """What a result depends on beside the packages of all runs."""

@@ -1,193 +1,169 @@
-"""Factored checkpoints: Hugging Face's ``config.json``, our ``masa.json`` and one safetensors file.
+"""Model folders: Hugging Face's ``config.json`` and safetensors files, every parameter once.
 
-Every parameter is stored once. Coefficient MLPs and block embeddings are not stored, only the C that they produce.
+Coefficient MLPs and block embeddings are not stored, only the C that they produce.
 """
 
 from __future__ import annotations
 
-import json
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from masa.errors import MasaError
-from masa.runs.files import whole_file
-from masa.sharing import compressed_sources as _compressed  # noqa: F401 (registers the kinds that compression solves for)
-from masa.sharing.compression_spec import CompressionSpec
-from masa.sharing.projections import SharedProjections, decoder
-from masa.sharing.share import Sharing, install
-from masa.sharing.spec import SharingSpec
-from masa.sharing.weight_sources import from_config
-
-FORMAT = 1
-WEIGHTS, DESCRIPTION = "model.safetensors", "masa.json"
-ELSEWHERE = "factored-by-masa--read-it-with-masa.load-or-run-masa-export.safetensors"
-"""Where ``config.json`` says that the weights are, a file that does not exist: transformers' own loaders stop with its
-name, which is the message, before they draw a weight. Else they would leave all attention random and exit with 0."""
+from masa.sharing import description as described
+from masa.sharing.compressed_sources import EARLIER_NAMES
+from masa.sharing.runtime import check_runtime
+from masa.sharing.saving import attach_saving, refuse_adapters
+from masa.sharing.share import Sharing
+from masa.sharing.weight_files import heads, tensors, weight_files
 
 
-def save(model: nn.Module, directory: str | Path) -> Path:
-    """Write a factored checkpoint; files appear whole or not at all.
+def save(model: nn.Module, directory: str | Path, **options: Any) -> Path:
+    """Write a model folder, which is what ``model.save_pretrained`` writes; its files appear whole or not at all.
 
     Args:
-        model: what :func:`masa.share` returned (or a plain Hugging Face model, stored as vanilla).
+        model: what :func:`masa.share` or :func:`masa.compress` returned (or a plain Hugging Face model).
         directory: made if needed.
+        **options: of ``save_pretrained``, such as ``max_shard_size="2GB"``.
 
     Returns:
         The directory.
 
     Raises:
-        MasaError: a model without a Hugging Face configuration, from which it could not be built again.
+        MasaError: a model without a Hugging Face configuration, from which it could not be built again, or one that
+            wears an adapter.
     """
     if not hasattr(getattr(model, "config", None), "save_pretrained"):
         raise MasaError(
             f"{type(model).__name__} has no Hugging Face config. Build timm models with masa.models.timm_vit.build, or "
             "store masa.fold(model).state_dict()."
         )
+    refuse_adapters(model)
     directory = Path(directory)
-    sharing = getattr(model, "sharing", None)
-    shared = getattr(decoder(model), "shared", None)
-    tensors = _unique_tensors(model)
-    sources: list[dict[str, Any]] = []
-    if isinstance(shared, SharedProjections):
-        prefix = _prefix(model)
-        tensors = {name: t for name, t in tensors.items() if not name.startswith(prefix)}
-        for name, source in shared.items():
-            final = source.freeze_coefficients()
-            sources.append({"kind": final.kind, **final.config()})
-            tensors |= {f"{prefix}{name}.{k}": t.detach() for k, t in final.state_dict().items()}
-    description = {
-        "format": FORMAT,
-        "spec": sharing.spec.to_dict() if sharing else {"method": "vanilla"},
-        "dense_attention": sharing.dense_attention if sharing else None,
-        "sources": sources,
-    }
-    with whole_file(directory / "config.json") as path:
-        model.config.save_pretrained(path.parent)
-        if sources:
-            config = json.loads(path.read_text(encoding="utf-8")) | {"transformers_weights": ELSEWHERE}
-            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    with whole_file(directory / WEIGHTS) as path:
-        save_file({k: t.contiguous() for k, t in tensors.items()}, path)
-    with whole_file(directory / DESCRIPTION) as path:
-        path.write_text(json.dumps(description, indent=2) + "\n")
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".masa-save-") as temporary:
+        model.save_pretrained(temporary, **options)
+        new = sorted(Path(temporary).iterdir(), key=lambda file: file.name == "config.json")  # which makes it a model
+        names = {file.name for file in new}
+        for old in directory.glob("model*.safetensors*"):
+            if old.name not in names:
+                old.unlink()
+        (directory / described.EARLIER).unlink(missing_ok=True)
+        for file in new:
+            file.replace(directory / file.name)
     return directory
 
 
-def load(directory: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
-    """Read a factored checkpoint written by :func:`save`, in ``eval()`` mode.
+def load(
+    directory: str | Path, dtype: torch.dtype | None = None, *, runtime: str = "auto", **options: Any
+) -> nn.Module:
+    """Read a model folder written by :func:`save` or ``save_pretrained``, in ``eval()`` mode.
 
     Args:
-        directory: folder with ``config.json``, ``masa.json`` and ``model.safetensors``.
+        directory: folder with ``config.json`` and safetensors files, and ``masa.json`` if an earlier version wrote it.
         dtype: convert the parameters to this; by default what is stored.
+        runtime: "factored" keeps the shared sources and multiplies through them, "folded" makes a plain model of them,
+            "auto" is "factored" and says in one line where "folded" would be faster (:mod:`masa.sharing.runtime`).
+        **options: of ``from_pretrained``, such as ``device_map="auto"``.
+
+    Returns:
+        A model of the class that was saved: causal LM, classifier, detector or one without a head.
 
     Raises:
         MasaError: a file that is missing, truncated or does not belong to the others; the message names it.
     """
-    from accelerate import init_empty_weights
-    from transformers import (
-        AutoConfig,
-        AutoModelForCausalLM,
-        AutoModelForImageClassification,
-        AutoModelForObjectDetection,
-    )
-
     directory = Path(directory)
-    for name in ("config.json", DESCRIPTION, WEIGHTS):
-        if not (directory / name).is_file():
-            raise MasaError(
-                f"{directory / name} is missing: a factored checkpoint has config.json, {DESCRIPTION} and {WEIGHTS}. "
-                "Write one with masa.save(model, directory)."
-            )
-    description = _read_description(directory / DESCRIPTION)
-    try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    check_runtime(runtime)
+    description, config = described.read(directory), _config(directory)
+    files = weight_files(directory)
+    dtypes = {found for _, found in heads(files).values() if found is not None}
+    earlier = (directory / described.EARLIER).is_file()
+    if earlier and description and description["sources"]:
+        config.quantization_config = {"quant_method": described.METHOD} | description
+    if description and description["sources"]:
+        config.runtime = runtime
+    vars(config).pop(described.PLAIN, None)
+    options["dtype"] = dtype or (dtypes.pop() if len(dtypes) == 1 else "auto")
+    where: dict[str, Any] = {"pretrained_model_name_or_path": directory}
+    if earlier:
         vars(config).pop("transformers_weights", None)
-    except Exception as error:  # a strange value may fail anywhere in the configuration's class
-        raise MasaError(f"{directory / 'config.json'} cannot be read as a model configuration: {error}") from error
-    with init_empty_weights(include_buffers=False):
-        vision = (AutoModelForImageClassification, AutoModelForObjectDetection)
-        auto = next((kind for kind in vision if type(config) in kind._model_mapping), AutoModelForCausalLM)
+        config.name_or_path = str(directory)
+        where = {"pretrained_model_name_or_path": None, "state_dict": _renamed(tensors(files))}
+    with _quiet():
         try:
-            model = auto.from_config(config, trust_remote_code=False)
-            if description["sources"]:
-                install(model, SharedProjections(from_config(source) for source in description["sources"]))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise MasaError(
-                f"{directory}: no model can be built from config.json and {DESCRIPTION} ({type(error).__name__}: "
-                f"{error}); fetch or train it again."
-            ) from error
-    try:
-        with safe_open(directory / WEIGHTS, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, OSError) as error:
-        raise MasaError(f"{directory / WEIGHTS} is corrupt or truncated ({error}); fetch or train it again.") from error
-    _assign(model, tensors, directory / WEIGHTS)
-    if description["dense_attention"] is not None:
-        spec = _read_spec(description["spec"], directory / DESCRIPTION)
+            model, found = _class_of(config).from_pretrained(
+                **where, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
+        except MasaError:
+            raise
+        except Exception as error:  # a strange value may fail anywhere in the model's class
+            raise MasaError(f"{directory}: no model can be read ({type(error).__name__}: {error}).") from error
+    _check(found, directory)
+    if description and description["dense_attention"] is not None and not description["sources"]:
+        spec = described.read_spec(description["spec"], directory / "config.json")
         model.sharing = Sharing(spec, description["dense_attention"])
-    for parameter in model.parameters() if dtype else ():
-        parameter.data = parameter.data.to(dtype)  # not model.to(dtype), which would round RoPE's buffers too
+        attach_saving(model)
     return model.eval()
 
 
-def _prefix(model: nn.Module) -> str:
-    """Name of the bank in ``model``'s state dict, e.g. "model.shared."."""
-    shared = decoder(model).shared
-    return next(name for name, module in model.named_modules() if module is shared) + "."
+def _config(directory: Path) -> Any:
+    from transformers import AutoConfig
 
-
-def _unique_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict with tied tensors under their first name only."""
-    unique: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            unique[name] = tensor.detach()
-    return unique
-
-
-def _read_spec(data: dict[str, Any], path: Path) -> SharingSpec | CompressionSpec:
-    """A compressed model's spec has a reduction, a shared one's has not."""
-    if "reduction" not in data:
-        return SharingSpec.coerce(data)
     try:
-        return CompressionSpec(**data)
-    except TypeError as error:
-        raise MasaError(f"{path}: {error}.") from error
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:  # a strange value may fail anywhere in the configuration's class
+        raise MasaError(f"{directory / 'config.json'} cannot be read as a model configuration: {error}") from error
 
 
-def _read_description(path: Path) -> dict[str, Any]:
-    try:
-        description = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise MasaError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(description, dict) or description.get("format") != FORMAT:
-        found = description.get("format") if isinstance(description, dict) else type(description).__name__
-        raise MasaError(f"{path} has format {found!r}; this version of masa reads format {FORMAT}.")
-    if missing := {"spec", "dense_attention", "sources"} - set(description):
-        raise MasaError(f"{path} lacks {', '.join(sorted(missing))}.")
-    return description
+def _class_of(config: Any) -> Any:
+    """The class of transformers that was saved; in folders that do not say, the one that this configuration has."""
+    import transformers
+
+    for name in config.architectures or ():
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
+    vision = (transformers.AutoModelForImageClassification, transformers.AutoModelForObjectDetection)
+    return next((auto for auto in vision if type(config) in auto._model_mapping), transformers.AutoModelForCausalLM)
 
 
-def _assign(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    wanted = model.state_dict()
-    tied = {name for name in getattr(model, "all_tied_weights_keys", None) or {} if name not in tensors}
-    missing = sorted(set(wanted) - set(tensors) - tied)
-    extra = sorted(set(tensors) - set(wanted))
+def _renamed(stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of an earlier version under their names of today."""
+    for old, new in EARLIER_NAMES.items():
+        stored = {re.sub(old, new, name): tensor for name, tensor in stored.items()}
+    return stored
+
+
+def _check(found: Mapping[str, Any], directory: Path) -> None:
+    """Raise :class:`MasaError` if a tensor is missing, of another shape, or nobody's."""
+    if found["mismatched_keys"]:
+        name, shape, expected = sorted(found["mismatched_keys"])[0]
+        raise MasaError(f"{directory}: {name} has shape {tuple(shape)}, expected {tuple(expected)}.")
+    missing, extra = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
     if missing or extra:
         raise MasaError(
-            f"{path} does not belong to its config.json and {DESCRIPTION}: "
+            f"{directory}: the weights do not belong to config.json: "
             f"missing {missing[:3] or 'nothing'}{' …' * (len(missing) > 3)}, "
             f"unexpected {extra[:3] or 'nothing'}{' …' * (len(extra) > 3)}."
         )
-    for name, tensor in tensors.items():
-        if tensor.shape != wanted[name].shape:
-            raise MasaError(f"{path}: {name} has shape {tuple(tensor.shape)}, expected {tuple(wanted[name].shape)}.")
-    model.load_state_dict(tensors, strict=False, assign=True)
-    model.tie_weights()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar, and no report of what is an error here."""
+    from transformers.utils import logging
+
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from masa.sharing.weight_sources import Weights, WeightSource, autocast_dtype, mix, register
+from masa.sharing.products import autocast_dtype, linear_in_atoms, linear_in_factors, mix, mix_one, on_device_of
+from masa.sharing.weight_sources import Weights, WeightSource, register
 
 
 @register("factored")
@@ -42,11 +43,16 @@ class Factored(WeightSource):
         self.atom_groups = [(list(g["layers"]), int(g["atoms"])) for g in atoms]
         self.factor_groups = [(list(g["layers"]), int(g["rank"])) for g in factors]
         self.dense_layers = list(dense)
-        self.atoms = nn.ParameterList(torch.empty(s, out, inp) for _, s in self.atom_groups)
-        self.coefficients = nn.ParameterList(torch.empty(len(layers), s) for layers, s in self.atom_groups)
-        self.left = nn.ParameterList(torch.empty(len(layers), out, r) for layers, r in self.factor_groups)
-        self.right = nn.ParameterList(torch.empty(r, inp) for _, r in self.factor_groups)
-        self.dense = nn.ParameterList(torch.empty(out, inp) for _ in self.dense_layers)
+        self.mixed = nn.ModuleList(Mixture(len(layers), s, out, inp) for layers, s in self.atom_groups)
+        self.factors = nn.ModuleList(Factors(len(layers), r, out, inp) for layers, r in self.factor_groups)
+        self.stored = nn.ModuleList(Stored(out, inp) for _ in self.dense_layers)
+        self._parts: list[list[tuple[str, int, int]]] = [[] for _ in range(num_layers)]  # of a layer: list, part, row
+        for name, groups in (("mixed", self.atom_groups), ("factors", self.factor_groups)):
+            for part, (layers, _) in enumerate(groups):
+                for row, layer in enumerate(layers):
+                    self._parts[layer].append((name, part, row))
+        for part, layer in enumerate(self.dense_layers):
+            self._parts[layer] = [("stored", part, 0)]
 
     def config(self) -> dict[str, Any]:
         return super().config() | {
@@ -55,20 +61,95 @@ class Factored(WeightSource):
             "dense": self.dense_layers,
         }
 
+    def parts(self, layer: int) -> list[tuple[nn.Module, int]]:
+        """What W_l is the sum of, and which row of it is this layer's."""
+        return [(getattr(self, name)[part], row) for name, part, row in self._parts[layer]]
+
     def weights(self) -> Weights:
+        made = {(name, i): part() for name in ("mixed", "factors") for i, part in enumerate(getattr(self, name))}
+        made |= {("stored", i): part()[None] for i, part in enumerate(self.stored)}
+        terms = [[made[name, part][row] for name, part, row in self._parts[layer]] for layer in range(self.num_layers)]
         like = next(self.parameters())
-        terms: list[list[Tensor]] = [[] for _ in range(self.num_layers)]
-        for (layers, _), atoms, coefficients in zip(self.atom_groups, self.atoms, self.coefficients, strict=True):
-            for layer, weight in zip(layers, mix(coefficients, atoms), strict=True):
-                terms[layer].append(weight)
-        for (layers, _), left, right in zip(self.factor_groups, self.left, self.right, strict=True):
-            for layer, weight in zip(layers, left @ right, strict=True):
-                terms[layer].append(weight)
-        for layer, weight in zip(self.dense_layers, self.dense, strict=True):
-            terms[layer] = [weight.to(autocast_dtype(like))]
         # a layer that no term reaches is a matrix of rank 0
         zero = torch.zeros(self.shape, dtype=autocast_dtype(like), device=like.device)
         return {self.projections: tuple(sum(t[1:], t[0]) if t else zero for t in terms)}
+
+    def layer_weight(self, projection: str, layer: int) -> Tensor:
+        terms = [part(row) for part, row in self.parts(layer)]
+        if not terms:
+            like = next(self.parameters())
+            return torch.zeros(self.shape, dtype=autocast_dtype(like), device=like.device)
+        return sum(terms[1:], terms[0])
+
+    def product(self, projection: str, layer: int, x: Tensor, bias: Tensor | None) -> Tensor:
+        first, *others = self.parts(layer) or [(None, 0)]
+        if first[0] is None:
+            zero = x.new_zeros(*x.shape[:-1], self.shape[0])
+            return zero if bias is None else zero + bias
+        y = first[0](first[1], x, bias)
+        for part, row in others:
+            y = y + part(row, x)
+        return y
+
+    def read_numbers(self) -> int:
+        out, inp = self.shape
+        mixed = sum(len(layers) * count * out * inp for layers, count in self.atom_groups)
+        low = sum(len(layers) * rank * (out + inp) for layers, rank in self.factor_groups)
+        return mixed + low + len(self.dense_layers) * out * inp
+
+
+class Mixture(nn.Module):
+    """n layers' mixtures of S atoms: called with a row and x it multiplies, with a row it is one weight, else all."""
+
+    def __init__(self, layers: int, count: int, out: int, inp: int) -> None:
+        super().__init__()
+        self.atoms = nn.Parameter(torch.empty(count, out, inp))
+        self.coefficients = nn.Parameter(torch.empty(layers, count))
+
+    def forward(self, row: int | None = None, x: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        if row is None:
+            return mix(self.coefficients, self.atoms)
+        if x is None:
+            return mix_one(self.coefficients[row], self.atoms)
+        return linear_in_atoms(x, self.coefficients[row], self.atoms, bias)
+
+
+class Factors(nn.Module):
+    """n layers' left factors B_l and the right factor A that they have in common; called as :class:`Mixture` is."""
+
+    def __init__(self, layers: int, rank: int, out: int, inp: int) -> None:
+        super().__init__()
+        self.left = nn.Parameter(torch.empty(layers, out, rank))
+        self.right = nn.Parameter(torch.empty(rank, inp))
+
+    def forward(self, row: int | None = None, x: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        if row is None:
+            return self.left @ self.right
+        if x is None:
+            return self.left[row] @ self.right
+        return linear_in_factors(x, self.left[row], self.right, bias)
+
+
+class Stored(nn.Module):
+    """One layer's matrix as it is; called as :class:`Mixture` is."""
+
+    def __init__(self, out: int, inp: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out, inp))
+
+    def forward(self, row: int | None = None, x: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        if x is None:
+            return self.weight.to(autocast_dtype(self.weight))
+        return nn.functional.linear(on_device_of(self.weight, x), self.weight, bias)
+
+
+EARLIER_NAMES = {
+    r"(\.|^)shared\.(\w+)\.atoms\.(\d+)$": r"\1shared.\2.mixed.\3.atoms",
+    r"(\.|^)shared\.(\w+)\.coefficients\.(\d+)$": r"\1shared.\2.mixed.\3.coefficients",
+    r"(\.|^)shared\.(\w+)\.(left|right)\.(\d+)$": r"\1shared.\2.factors.\4.\3",
+    r"(\.|^)shared\.(\w+)\.dense\.(\d+)$": r"\1shared.\2.stored.\3.weight",
+}
+"""Names in folders of format 1 -> names today, as regular expressions."""
 
 
 @register("shared_heads")
@@ -102,6 +183,10 @@ class SharedHeads(WeightSource):
             gathered = gathered.transpose(1, 2)  # (L, out, units, in / units)
         stacked = gathered.reshape(self.num_layers, *self.shape)
         return {self.projections: stacked.to(autocast_dtype(self.heads)).unbind(0)}
+
+    def layer_weight(self, projection: str, layer: int) -> Tensor:
+        heads = self.heads[self.index[layer].long()].to(autocast_dtype(self.heads))  # (units, rows, columns)
+        return (heads.transpose(0, 1) if self.axis == 1 else heads).reshape(self.shape)
 
     def stored_numbers(self) -> int:
         return super().stored_numbers() + self.index.numel()

@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class CompressionSpec:
-    """The spec of a compressed model, stored in ``masa.json`` in the place of a :class:`masa.SharingSpec`.
+    """The spec of a compressed model, stored in ``config.json`` in the place of a :class:`masa.SharingSpec`.
 
     Args:
         method: a key of :data:`masa.compression.COMPRESSORS`.

@@ -1,4 +1,4 @@
-"""Share, fold and count: the mechanism that everything else in this project uses.
+"""Share and count: the mechanism that everything else in this project uses.
 
 ::
 
@@ -8,18 +8,19 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from masa.errors import MasaError
+from masa.sharing.bank import SharedProjections
 from masa.sharing.compression_spec import CompressionSpec
-from masa.sharing.projections import SharedLinear, SharedProjections, blocks, decoder, family_of, linear, model_shape
+from masa.sharing.linears import Part, SharedLinear, SharedWeight
+from masa.sharing.projections import blocks, decoder, family_of, model_shape
+from masa.sharing.saving import attach_saving
 from masa.sharing.spec import ATTENTION, METHODS, SharingSpec
 from masa.sharing.weight_sources import KINDS
 
@@ -103,6 +104,7 @@ def share(model: nn.Module, spec: SharingSpec | Mapping[str, Any] | str) -> nn.M
             source.reset_parameters(std)
         install(model, SharedProjections(sources).to(dtype=example.dtype))
     model.sharing = Sharing(spec, dense)
+    attach_saving(model)
     return model
 
 
@@ -112,9 +114,11 @@ def install(model: nn.Module, shared: SharedProjections) -> None:
     for layer, block in enumerate(blocks(model)):
         family.split(block, shared.projections)
         for letter in shared.projections:
-            path = family.paths[letter]
-            block.set_submodule(path, SharedLinear(shared, letter, layer, like=block.get_submodule(path)))
+            old = block.get_submodule(family.paths[letter])
+            kind = SharedWeight if isinstance(old, Part) else SharedLinear
+            block.set_submodule(family.paths[letter], kind(shared, letter, layer, like=old))
     shared.attach(decoder(model))
+    attach_saving(model)
 
 
 def group_heads(model: nn.Module, num_key_value_heads: int, std: float) -> None:
@@ -149,43 +153,6 @@ def group_heads(model: nn.Module, num_key_value_heads: int, std: float) -> None:
             block.set_submodule(family.paths[letter], new)
         attention.num_key_value_groups = config.num_attention_heads // num_key_value_heads
     config.num_key_value_heads = num_key_value_heads
-
-
-@torch.no_grad()
-def fold(model: nn.Module) -> nn.Module:
-    """Write every shared matrix out and return a plain model of the original class; ``model`` is not changed.
-
-    The result has ordinary linear layers, no trace of masa, and the logits of ``model``. Coefficient MLPs, block
-    embeddings and the training mode are left behind (the result is in ``eval()``).
-
-    Args:
-        model: what :func:`masa.share`, :func:`masa.compression.compress` or :func:`masa.load` returned; a plain model
-            is copied.
-
-    Returns:
-        A new model on the same device and of the same dtype; every W (out, in) of
-        ``W_l = sum_s c_ls D_s`` (arXiv 2508.04581, Eq. 2) is a parameter of its own.
-
-    Raises:
-        MasaError: an architecture that masa does not know.
-    """
-    plain = copy.deepcopy(model)
-    if hasattr(plain, "sharing"):
-        del plain.sharing
-    base = decoder(plain)
-    shared = getattr(base, "shared", None)
-    if isinstance(shared, SharedProjections):
-        family, weights = family_of(plain), shared.make()
-        for layer, block in enumerate(blocks(plain)):
-            for letter in shared.projections:
-                path = family.paths[letter]
-                weight = weights[letter][layer].detach().clone()
-                block.set_submodule(path, linear(weight, block.get_submodule(path).bias))
-            family.join(block)
-        for handle in shared._handles:
-            handle.remove()
-        del base.shared
-    return plain.eval()
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:

@@ -7,15 +7,22 @@ To add a kind, subclass :class:`WeightSource`, decorate it with :func:`register`
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from masa.errors import MasaError, unknown
+from masa.sharing.coefficients import BlockEmbedding, DirectCoefficients, MlpCoefficients
+from masa.sharing.products import (
+    full_precision,
+    linear_in_atoms,
+    linear_in_factors,
+    mix,
+    mix_one,
+    on_device_of,
+)
 from masa.sharing.spec import ModelShape, SharingSpec
 
 Weights = dict[str, tuple[Tensor, ...]]
@@ -36,7 +43,11 @@ def register(kind: str) -> Callable[[type[WeightSource]], type[WeightSource]]:
 
 
 class WeightSource(nn.Module):
-    """Yields the L weights of each projection that it serves.
+    """Yields the L weights of each projection that it serves, or multiplies by one of them.
+
+    Called as a module, never read by its parameters alone, so that tools that keep parameters elsewhere and bring them
+    in around ``forward`` (offload to the CPU or to disk) work: ``source()`` is all weights, ``source(projection,
+    layer)`` one, ``source(projection, layer, x, bias)`` the product.
 
     Args:
         projections: letters served, e.g. "q", or "qv" for a common dictionary.
@@ -71,6 +82,25 @@ class WeightSource(nn.Module):
         """One weight (out, in), for the recomputation of one block; a source may make it cheaper than all."""
         return self.weights()[projection][layer]
 
+    def product(self, projection: str, layer: int, x: Tensor, bias: Tensor | None) -> Tensor:
+        """``y = x W_l^T + b``, (..., in) -> (..., out), in whatever order is cheapest; nothing of it is kept."""
+        weight = self.layer_weight(projection, layer)
+        return nn.functional.linear(on_device_of(weight, x), weight, bias)
+
+    def forward(
+        self,
+        projection: str | None = None,
+        layer: int = 0,
+        x: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> Weights | Tensor:
+        """All weights, one of them, or ``x`` times one of them; see the class."""
+        if projection is None:
+            return self.weights()
+        if x is None:
+            return self.layer_weight(projection, layer)
+        return self.product(projection, layer, x, bias)
+
     def coefficient_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters that take no weight decay and may have a learning rate of their own."""
         yield from ()
@@ -83,6 +113,14 @@ class WeightSource(nn.Module):
         """How many numbers a checkpoint must hold to reproduce all weights."""
         return sum(p.numel() for p in self.freeze_coefficients().parameters())
 
+    def dense_numbers(self) -> int:
+        """How many numbers all weights have."""
+        return len(self.projections) * self.num_layers * self.shape[0] * self.shape[1]
+
+    def read_numbers(self) -> int:
+        """How many numbers are read to multiply one token by the weights of every layer (:meth:`product`)."""
+        return self.dense_numbers()
+
 
 def from_config(config: Mapping[str, Any]) -> WeightSource:
     """Build an empty source from :meth:`WeightSource.config` plus its ``kind``."""
@@ -94,31 +132,6 @@ def from_config(config: Mapping[str, Any]) -> WeightSource:
         return KINDS[kind](**arguments)
     except TypeError as error:
         raise MasaError(f"Weight source of kind {kind!r}: {error}.") from error
-
-
-def autocast_dtype(like: Tensor) -> torch.dtype:
-    """The dtype in which linear layers will run on ``like``: autocast's where it is on, else its own."""
-    device = like.device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if on else like.dtype
-
-
-def full_precision(like: Tensor) -> AbstractContextManager:
-    """Switch autocast off on the device of ``like``."""
-    device = like.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
-
-
-def mix(coefficients: Tensor, atoms: Tensor) -> Tensor:
-    """Linear combinations of atoms as one GEMM (Eq. 2): (N, S) x (S, out, in) -> (N, out, in).
-
-    Mixed in float32 at least, whatever autocast says (bfloat16 keeps three digits of a coefficient), then cast once
-    to the dtype in which the linear layers will run.
-    """
-    exact = torch.promote_types(atoms.dtype, torch.float32)
-    with full_precision(atoms):
-        stack = coefficients.to(exact) @ atoms.to(exact).flatten(1)
-    return stack.to(autocast_dtype(atoms)).view(-1, *atoms.shape[1:])
 
 
 @register("atoms")
@@ -194,7 +207,13 @@ class Atoms(WeightSource):
         return {p: rows[i * L : (i + 1) * L] for i, p in enumerate(self.projections)}
 
     def layer_weight(self, projection: str, layer: int) -> Tensor:
-        return mix(self.coefficients(projection)[layer : layer + 1], self.atoms)[0]
+        return mix_one(self.coefficients(projection)[layer], self.atoms)
+
+    def product(self, projection: str, layer: int, x: Tensor, bias: Tensor | None) -> Tensor:
+        return linear_in_atoms(x, self.coefficients(projection)[layer], self.atoms, bias)
+
+    def read_numbers(self) -> int:
+        return self.num_atoms * self.dense_numbers()
 
     def coefficient_parameters(self) -> Iterator[nn.Parameter]:
         yield from self.maker.parameters()
@@ -209,74 +228,6 @@ class Atoms(WeightSource):
         for p in self.projections:
             plain.maker[p].values = nn.Parameter(self.coefficients(p).clone())
         return plain
-
-
-class DirectCoefficients(nn.Module):
-    """C (L, S) as a parameter; rows drawn uniformly from the unit sphere."""
-
-    def __init__(self, num_layers: int, atoms: int, **_: Any) -> None:
-        super().__init__()
-        self.values = nn.Parameter(torch.empty(num_layers, atoms))
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        nn.init.normal_(self.values)
-        self.values.copy_(nn.functional.normalize(self.values, dim=1))
-
-    def forward(self) -> Tensor:
-        return self.values
-
-
-class BlockEmbedding(nn.Module):
-    """E (L, e), one row a block, shared by the coefficient MLPs of all projections and registered on the first."""
-
-    def __init__(self, num_layers: int, dim: int) -> None:
-        super().__init__()
-        self.values = nn.Parameter(torch.empty(num_layers, dim))
-        self.owned = False
-
-
-class MlpCoefficients(nn.Module):
-    """C = gain * MLP(E): three linear layers with GELU between, (L, e) -> (L, S).
-
-    A default initialisation gives coefficients of norm 0.1, or the same ones for all layers. Here E ~ N(0, 1), the
-    weights keep the variance, the last bias centres the rows over the layers and ``gain`` (L, 1), constant, gives
-    every row norm 1 at the start.
-    """
-
-    def __init__(self, num_layers: int, atoms: int, embedding_dim: int, embedding: BlockEmbedding) -> None:
-        super().__init__()
-        self.owns_embedding = not embedding.owned
-        if self.owns_embedding:
-            embedding.owned = True
-            self.embedding = embedding
-        else:  # a plain reference: a parameter registered twice could not be saved as safetensors
-            object.__setattr__(self, "embedding", embedding)
-        self.layers = nn.Sequential(
-            nn.Linear(embedding_dim, embedding_dim),
-            nn.GELU(),
-            nn.Linear(embedding_dim, embedding_dim),
-            nn.GELU(),
-            nn.Linear(embedding_dim, atoms),
-        )
-        self.gain = nn.Buffer(torch.ones(num_layers, 1))
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        if self.owns_embedding:
-            nn.init.normal_(self.embedding.values)
-        for layer in self.layers:
-            if isinstance(layer, nn.Linear):
-                nn.init.normal_(layer.weight, std=1 / math.sqrt(layer.in_features))
-                nn.init.zeros_(layer.bias)
-        raw = self.layers(self.embedding.values)
-        if len(raw) > 1:
-            self.layers[-1].bias.copy_(-raw.mean(0))
-        norms = self.layers(self.embedding.values).norm(dim=1, keepdim=True)
-        self.gain.copy_(1 / norms.clamp_min(1e-6))
-
-    def forward(self) -> Tensor:
-        return self.gain * self.layers(self.embedding.values)
 
 
 @register("low_rank")
@@ -311,6 +262,12 @@ class LowRank(WeightSource):
 
     def layer_weight(self, projection: str, layer: int) -> Tensor:
         return self.left[layer] @ self.right[layer]
+
+    def product(self, projection: str, layer: int, x: Tensor, bias: Tensor | None) -> Tensor:
+        return linear_in_factors(x, self.left[layer], self.right[layer], bias)
+
+    def read_numbers(self) -> int:
+        return self.stored_numbers()
 
 
 class Assigned(WeightSource):

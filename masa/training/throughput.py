@@ -15,8 +15,8 @@ from torch import nn
 from masa.models import language
 from masa.runs import memory, run
 from masa.runs.progress import Progress
+from masa.sharing.fold import fold
 from masa.sharing.parameters import parameter_groups
-from masa.sharing.share import fold
 from masa.training import trainer
 
 

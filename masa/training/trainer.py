@@ -190,7 +190,7 @@ def _finish(
         "identity": task.identity,
         "parameters": counts.to_dict(),
         "training": log.summary(),
-        "sha256": {name: sha256_of(out / "model" / name) for name in ("model.safetensors", "masa.json")},
+        "sha256": {name: sha256_of(out / "model" / name) for name in ("model.safetensors", "config.json")},
     }
     run.write_json(out / "manifest.json", result)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)

@@ -147,7 +147,6 @@ def _training_only(model: nn.Module, shared: SharedProjections) -> Iterator[list
         for p, flag in zip(others, flags, strict=True):
             p.requires_grad_(flag)
             p.grad = None
-        shared.refresh()
         model.train(training)
 
 

@@ -81,14 +81,14 @@ def factored_sources(
             dense=dense,
         ).to(problem.weight(letter, 0))
         for i, (group, row) in enumerate(zip(groups, rows, strict=True)):
-            source.atoms[i].copy_(group.atoms)
-            source.coefficients[i].copy_(group.coefficients[row])
+            source.mixed[i].atoms.copy_(group.atoms)
+            source.mixed[i].coefficients.copy_(group.coefficients[row])
         for i, key in enumerate(low):
             left, right = factors[key]
-            source.left[i].copy_(left.view(source.left[i].shape))
-            source.right[i].copy_(right)
+            source.factors[i].left.copy_(left.view(source.factors[i].left.shape))
+            source.factors[i].right.copy_(right)
         for i, layer in enumerate(dense):
-            source.dense[i].copy_(problem.weight(letter, layer))
+            source.stored[i].weight.copy_(problem.weight(letter, layer))
         sources.append(source)
     return sources
 
