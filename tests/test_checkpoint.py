@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +22,8 @@ def test_round_trip(spec, tmp_path, ids):
     with torch.no_grad():
         torch.testing.assert_close(back(ids).logits, model(ids).logits, rtol=1e-6, atol=1e-7)
     stored, counted = load_file(tmp_path / "model.safetensors"), masa.count_parameters(model)
-    assert sum(t.numel() for t in stored.values()) == counted.total == masa.count_parameters(back).total
+    matrices = [t for t in stored.values() if t.shape != (1,)]  # the others are guards
+    assert sum(t.numel() for t in matrices) == counted.total == masa.count_parameters(back).total
     assert masa.count_parameters(back).attention_reduction == counted.attention_reduction
     assert not any("layers.0.weight" in name or "embedding" in name for name in stored if ".shared." in name)
     assert not list(tmp_path.glob("*.tmp"))
@@ -48,7 +50,7 @@ def saved(tmp_path):
     return masa.save(masa.share(language_model(), "masa"), tmp_path)
 
 
-@pytest.mark.parametrize("name", ["config.json", "masa.json", "model.safetensors"])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_missing_file(saved, name):
     (saved / name).unlink()
     with pytest.raises(masa.MasaError, match=f"{name} is missing"):
@@ -64,7 +66,13 @@ def test_truncated_weights(saved):
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"format": 99}', '{"format": 1}'])
 def test_broken_description(saved, text):
-    (saved / "masa.json").write_text(text)
+    whole = json.loads((saved / "config.json").read_text())
+    if text != "{":
+        whole["quantization_config"] = {"quant_method": "masa"} | (json.loads(text) or {"format": []})
+    (saved / "config.json").write_text(text if text == "{" else json.dumps(whole))
+    with pytest.raises(masa.MasaError, match=r"config\.json"):
+        masa.load(saved)
+    (saved / "masa.json").write_text(text)  # of an earlier version
     with pytest.raises(masa.MasaError, match=r"masa\.json"):
         masa.load(saved)
 
@@ -84,9 +92,9 @@ def test_files_that_do_not_belong_together(saved):
 
 
 def test_unknown_kind_of_source(saved):
-    description = json.loads((saved / "masa.json").read_text())
-    description["sources"][0]["kind"] = "atom"
-    (saved / "masa.json").write_text(json.dumps(description))
+    config = json.loads((saved / "config.json").read_text())
+    config["quantization_config"]["sources"][0]["kind"] = "atom"
+    (saved / "config.json").write_text(json.dumps(config))
     with pytest.raises(masa.MasaError, match="Did you mean 'atoms'"):
         masa.load(saved)
 
@@ -131,7 +139,7 @@ def test_other_loaders_stop_before_they_draw_a_weight(auto, spec, tmp_path):
     masa.save(masa.share(language_model(), spec), tmp_path)
     command = [sys.executable, "-c", LOADER, str(tmp_path), auto]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and "read-it-with-masa.load-or-run-masa-export" in done.stderr
+    assert done.returncode == 1 and "import-masa-before-you-load-it-or-run-masa-export" in done.stderr
 
 
 @pytest.mark.parametrize("spec", ["vanilla", "masa"])
@@ -147,9 +155,19 @@ def test_a_folded_model_and_one_without_shared_weights_load_anywhere(spec, tmp_p
     torch.testing.assert_close(masa.load(tmp_path / "again")(ids).logits, model(ids).logits, rtol=1e-6, atol=1e-7)
 
 
-def test_a_folder_of_an_earlier_version_is_read(saved, ids):
-    before = masa.load(saved)(ids).logits
-    config = json.loads((saved / "config.json").read_text())
-    assert config.pop("transformers_weights")
-    (saved / "config.json").write_text(json.dumps(config))
-    assert torch.equal(masa.load(saved)(ids).logits, before)
+EARLIER = Path(__file__).parent / "format1"
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in EARLIER.iterdir() if p.is_dir()))
+def test_folders_of_format_1_are_read(name, tmp_path):
+    """Written by version 0.1.0 with masa.json, before transformers' loaders knew masa."""
+    expected = json.loads((EARLIER / "expected.json").read_text())[name]
+    model = masa.load(EARLIER / name)
+    ids = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        found = model(ids).logits[:, -1].double()
+        torch.testing.assert_close(found, torch.tensor(expected).double(), rtol=1e-5, atol=1e-6)
+        again = masa.load(masa.save(model, tmp_path))
+        assert torch.equal(again(ids).logits[:, -1].double(), found)
+    assert not (tmp_path / "masa.json").exists()
+    assert masa.count_parameters(again).attention_reduction == masa.count_parameters(model).attention_reduction

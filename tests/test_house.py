@@ -85,12 +85,22 @@ CORE = {"torch", "transformers", "safetensors", "numpy"}
 BLOCKED = """
 import importlib.metadata, sys
 
-class Blocked:
+class Others:
+    # what is blocked is not there, and whoever asks whether it is there is told so
+    def __init__(self, finders):
+        self.finders = finders
+
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in BLOCKED:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+            return None
+        found = (finder.find_spec(name, path, target) for finder in self.finders if hasattr(finder, "find_spec"))
+        return next((spec for spec in found if spec is not None), None)
 
-sys.meta_path.insert(0, Blocked())
+    def find_distributions(self, *args):
+        return [d for finder in self.finders if hasattr(finder, "find_distributions")
+                for d in finder.find_distributions(*args)]
+
+sys.meta_path[:] = [Others(list(sys.meta_path))]
 """
 
 

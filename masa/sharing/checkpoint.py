@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from masa.errors import MasaError
 from masa.sharing import description as described
@@ -21,7 +21,7 @@ from masa.sharing.compressed_sources import EARLIER_NAMES
 from masa.sharing.runtime import check_runtime
 from masa.sharing.saving import attach_saving, refuse_adapters
 from masa.sharing.share import Sharing
-from masa.sharing.weight_files import heads, tensors, weight_files
+from masa.sharing.weight_files import heads, weight_files
 
 
 def save(model: nn.Module, directory: str | Path, **options: Any) -> Path:
@@ -81,8 +81,8 @@ def load(
     directory = Path(directory)
     check_runtime(runtime)
     description, config = described.read(directory), _config(directory)
-    files = weight_files(directory)
-    dtypes = {found for _, found in heads(files).values() if found is not None}
+    stored = heads(weight_files(directory))
+    dtypes = {found for _, found in stored.values() if found is not None}
     earlier = (directory / described.EARLIER).is_file()
     if earlier and description and description["sources"]:
         config.quantization_config = {"quant_method": described.METHOD} | description
@@ -90,21 +90,21 @@ def load(
         config.runtime = runtime
     vars(config).pop(described.PLAIN, None)
     options["dtype"] = dtype or (dtypes.pop() if len(dtypes) == 1 else "auto")
-    where: dict[str, Any] = {"pretrained_model_name_or_path": directory}
     if earlier:
         vars(config).pop("transformers_weights", None)
-        config.name_or_path = str(directory)
-        where = {"pretrained_model_name_or_path": None, "state_dict": _renamed(tensors(files))}
+        options["key_mapping"] = _earlier_names(stored)
     with _quiet():
         try:
             model, found = _class_of(config).from_pretrained(
-                **where, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **options
+                directory, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
         except MasaError:
             raise
         except Exception as error:  # a strange value may fail anywhere in the model's class
             raise MasaError(f"{directory}: no model can be read ({type(error).__name__}: {error}).") from error
     _check(found, directory)
+    if earlier:
+        vars(model).pop("_weight_conversions", None)  # it is saved under the names of today
     if description and description["dense_attention"] is not None and not description["sources"]:
         spec = described.read_spec(description["spec"], directory / "config.json")
         model.sharing = Sharing(spec, description["dense_attention"])
@@ -132,11 +132,14 @@ def _class_of(config: Any) -> Any:
     return next((auto for auto in vision if type(config) in auto._model_mapping), transformers.AutoModelForCausalLM)
 
 
-def _renamed(stored: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of an earlier version under their names of today."""
-    for old, new in EARLIER_NAMES.items():
-        stored = {re.sub(old, new, name): tensor for name, tensor in stored.items()}
-    return stored
+def _earlier_names(stored: Iterable[str]) -> dict[str, str]:
+    """Names of an earlier version, as patterns -> names of today."""
+    names = {}
+    for name in stored:
+        for old, new in EARLIER_NAMES.items():
+            if re.search(old, name):
+                names[f"^{re.escape(name)}$"] = re.sub(old, new, name)
+    return names
 
 
 def _check(found: Mapping[str, Any], directory: Path) -> None:

@@ -59,9 +59,7 @@ def check(description: Any, path: Path | str) -> dict[str, Any]:
     """
     if not isinstance(description, Mapping) or description.get("format") not in FORMATS:
         found = description.get("format") if isinstance(description, Mapping) else type(description).__name__
-        raise MasaError(
-            f"{path} has format {found!r}; this version of masa reads {FORMATS[0]} and {FORMATS[1]}."
-        )
+        raise MasaError(f"{path} has format {found!r}; this version of masa reads {FORMATS[0]} and {FORMATS[1]}.")
     if missing := {"spec", "dense_attention", "sources"} - set(description):
         raise MasaError(f"{path} lacks {', '.join(sorted(missing))}.")
     return dict(description)

@@ -57,7 +57,8 @@ class MasaQuantizer(HfQuantizer):
         where = model.config.name_or_path
         put_sources(model, vars(self.quantization_config), where)
         files = [Path(file) for file in kwargs.get("checkpoint_files") or ()]
-        if files and all(file.suffix == ".safetensors" for file in files):
+        earlier = self.quantization_config.format == 1  # with other names, which masa.load knows
+        if files and not earlier and all(file.suffix == ".safetensors" for file in files):
             check_stored(model, {name: shape for name, (shape, _) in heads(files).items()}, where)
         return model
 

@@ -51,15 +51,6 @@ def heads(files: Iterable[Path]) -> dict[str, tuple[tuple[int, ...], torch.dtype
     return found
 
 
-def tensors(files: Iterable[Path]) -> dict[str, torch.Tensor]:
-    """Every tensor, as stored."""
-    found = {}
-    for file in files:
-        with _opened(file) as opened:
-            found |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
-    return found
-
-
 def _opened(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt")
