@@ -2,14 +2,16 @@
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
 
-from masa import cli
+from masa import MasaError, cli
 from masa.study import config
 
 VERBS = sorted(
@@ -18,7 +20,11 @@ VERBS = sorted(
     if isinstance(action, argparse._SubParsersAction)
     for name in action.choices
 )
-EXPECTED = "fetch tokenize pretrain train-vit calibrate compress evaluate plan status compare export tables figures"
+OTHERS = {"lm-eval"}
+"""Verbs that are another program's command line: ``--help`` is its own."""
+EXPECTED = (
+    "fetch tokenize pretrain train-vit calibrate compress evaluate lm-eval plan status compare export tables figures"
+)
 
 
 def masa(*arguments):
@@ -31,7 +37,7 @@ def test_the_verbs_match_the_rules():
     assert set(EXPECTED.split()) <= set(VERBS)
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", sorted({*VERBS} - OTHERS))
 def test_help_shows_an_example_that_parses(verb, capsys):
     with pytest.raises(SystemExit) as end:
         cli.main([verb, "--help"])
@@ -81,6 +87,61 @@ def test_bad_input_is_a_message_and_status_2(arguments, message):
     assert result.returncode == 2
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.fixture
+def lm_eval(monkeypatch):
+    """Put a function into the place of lm-eval's entry point."""
+
+    def put(entry):
+        monkeypatch.setitem(sys.modules, "lm_eval.__main__", SimpleNamespace(cli_evaluate=entry))
+
+    return put
+
+
+def test_all_that_follows_lm_eval_is_handed_on_as_it_is(lm_eval, monkeypatch):
+    seen, before = [], sys.argv
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    lm_eval(lambda: seen.extend([*sys.argv, os.environ.get("TQDM_DISABLE")]))
+    given = ["run", "--model", "hf", "--configfile", "a", "--log", "b", "--version", "-h", "--", "", "--limit=3"]
+    assert cli.main(["lm-eval", *given]) == 0
+    assert seen == ["lm-eval", *given, None], "its progress bars are not switched off"
+    assert sys.argv is before
+
+
+def test_lm_eval_ends_as_it_ends_and_masas_errors_are_one_line(lm_eval, capsys):
+    def fail(error):
+        def entry():
+            raise error
+
+        lm_eval(entry)
+        return cli.main(["lm-eval", "ls"])
+
+    for error, code in ((SystemExit(3), 3), (SystemExit("no task"), "no task"), (ValueError("its own"), 1)):
+        with pytest.raises(SystemExit) as end:
+            fail(error)
+        assert end.value.code == code
+    said = capsys.readouterr().err
+    assert said.startswith("Traceback") and said.endswith("ValueError: its own\n")
+    assert fail(MasaError("a tensor is missing")) == 2
+    assert capsys.readouterr().err == "masa: error: a tensor is missing\n"
+    assert fail(KeyboardInterrupt()) == 130
+
+
+def test_lm_eval_that_is_not_installed_is_named(monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "lm_eval.__main__", raising=False)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert cli.main(["lm-eval", "--help"]) == 2
+    said = "masa: error: `masa lm-eval` needs lm_eval, which is not installed; pip install 'masa[study]'\n"
+    assert capsys.readouterr().err == said
+
+
+def test_the_help_of_lm_eval_is_its_own():
+    done = masa("lm-eval", "--help")
+    assert done.returncode == 0
+    assert done.stdout.startswith("usage: lm-eval ")
+    assert re.search(r"^    lm-eval +lm-eval's own command line", masa("--help").stdout, re.M)
+    assert masa("lm-eval", "run", "--tusks", "piqa").returncode == 2
 
 
 def test_an_error_is_also_in_the_log(tmp_path):

@@ -459,12 +459,12 @@ def test_a_model_that_changed_since_its_run_was_finished(tokens, tmp_path):
     from masa.evaluation import analysis
 
     manifest = language.pretrain(spec_of(steps=2), tokens, tmp_path / "run")
-    analysis.folded_run(tmp_path / "run", manifest, tmp_path / "out")
+    analysis.read_run(tmp_path / "run", manifest, tmp_path / "out")
     flip(tmp_path / "run" / "model" / "model.safetensors", -3)
     with pytest.raises(masa.MasaError, match=r"model\.safetensors is corrupt: sha256 .*`masa pretrain`"):
-        analysis.folded_run(tmp_path / "run", manifest, tmp_path / "out")
+        analysis.read_run(tmp_path / "run", manifest, tmp_path / "out")
     with pytest.raises(masa.MasaError, match=r"manifest\.json is not one of a finished run"):
-        analysis.folded_run(tmp_path / "run", {"parameters": {}}, tmp_path / "out")
+        analysis.read_run(tmp_path / "run", {"parameters": {}}, tmp_path / "out")
 
 
 @pytest.mark.parametrize("content", ["{oops", "[]", '{"piqa": 3}', '{"piqa": {}}'])

@@ -83,6 +83,26 @@ class Verbs:
         sub.add_argument("--log", metavar="FILE", help="write an error here, or seconds and peak memory")
         return sub
 
+    def pass_on(self, name: str, call: Call, summary: str, example: str, arguments: str) -> None:
+        """Add a verb that is another program: all that follows it, ``--help`` too, is in ``given.words`` as it was.
+
+        Args:
+            call: runs the program.
+            summary: one line, for ``masa --help``.
+            example: a command line that works.
+            arguments: what they are, for the reference; at the command line the program's own ``--help`` answers.
+        """
+        sub = self._parsers.add_parser(
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            epilog=f"example:\n  {example}",
+            prefix_chars="\0",  # which no argument begins with: none is an option of ours
+            add_help=False,
+        )
+        sub.set_defaults(call=call, gpu=False, parser=sub, bars=True, configfile=[], log=None)
+        sub.add_argument("words", nargs=argparse.REMAINDER, metavar="ARGS…", help=arguments)
+
 
 def spec_of(given: argparse.Namespace, default: Callable[[config.Config], Any], what: str) -> Any:
     """``--spec`` as JSON text or file, else what the configuration says.

@@ -14,13 +14,13 @@ from importlib import metadata
 from pathlib import Path
 
 from masa import __version__
-from masa.cli import compare, compress, data, export, page, plan, report, status, train
+from masa.cli import compare, compress, data, export, lm_eval, page, plan, report, status, train
 from masa.cli.base import EXIT, Parser, Verbs
 from masa.errors import Interrupted, MasaError, redact
 from masa.runs import devices, faults, memory
 from masa.training import launch
 
-MODULES = (data, train, compress, export, report, page, compare, status, plan)
+MODULES = (data, train, lm_eval, compress, export, report, page, compare, status, plan)
 """In the order of ``masa --help``; each has ``add(verbs)``. A new verb is one ``verbs.add`` in one of them."""
 
 DISTRIBUTIONS = {
@@ -36,7 +36,6 @@ DISTRIBUTIONS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of ``masa``."""
-    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars would drown the progress lines of parallel jobs
     if arguments is None:  # a process of our own
         os.environ["MPLBACKEND"] = "Agg"  # figures go to files, also where there is a screen or a notebook
     for stream in (sys.stdout, sys.stderr):
@@ -49,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not hasattr(given, "call"):
         parser.print_help(sys.stderr)
         return 2
+    if not getattr(given, "bars", False):
+        os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars would drown the progress lines of parallel jobs
     given.arguments = list(sys.argv[1:] if arguments is None else arguments)
     log = Path(given.log) if getattr(given, "log", None) else None
     started = time.monotonic()

@@ -13,7 +13,6 @@ from masa.errors import MasaError
 from masa.runs import run
 from masa.runs.files import verify
 from masa.sharing import checkpoint
-from masa.sharing.fold import fold
 from masa.sharing.projections import SharedProjections, blocks, decoder, family_of
 from masa.sharing.share import count_parameters
 from masa.sharing.spec import ATTENTION
@@ -53,8 +52,11 @@ def describe_weights(model: nn.Module) -> dict[str, Any]:
     return {"effective_rank": ranks, "similarity": similarity, "coefficients": coefficients}
 
 
-def folded_run(run_dir: Path, manifest: Mapping[str, Any], out: Path) -> nn.Module:
-    """The model of a finished run, folded and on a GPU where there is one; ``weights.json`` is written into ``out``.
+def read_run(run_dir: Path, manifest: Mapping[str, Any], out: Path) -> nn.Module:
+    """The model of a finished run as others' programs read its folder (factored), on a GPU where there is one.
+
+    Its scores are therefore those of lm-eval's own command line on that folder, to the last digit. ``weights.json`` is
+    written into ``out``.
 
     Args:
         run_dir: of the run.
@@ -71,9 +73,9 @@ def folded_run(run_dir: Path, manifest: Mapping[str, Any], out: Path) -> nn.Modu
     except (KeyError, TypeError, ValueError) as error:
         raise MasaError(f"{run_dir / 'manifest.json'} is not one of a finished run; {again}.") from error
     verify(run_dir / "model", sums, again)
-    factored = checkpoint.load(run_dir / "model")
-    found = count_parameters(factored).attention
+    model = checkpoint.load(run_dir / "model", runtime="factored")
+    found = count_parameters(model).attention
     if found != expected:
         raise MasaError(f"{run_dir / 'model'} holds {found} attention numbers, its manifest says otherwise.")
-    run.write_json(out / "weights.json", describe_weights(factored))
-    return fold(factored).to("cuda" if torch.cuda.is_available() else "cpu")
+    run.write_json(out / "weights.json", describe_weights(model))
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,4 +1,4 @@
-"""Evaluate a detector's run: COCO's mean average precisions and example boxes of the folded model."""
+"""Evaluate a detector's run: COCO's mean average precisions and example boxes of the model as its folder is read."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def evaluate(run_dir: Path, boxes: Path, settings: Mapping[str, Any], out: Path)
     check_trained_on(data, run_dir, boxes)
     split = BoxSplit(boxes, settings["split"])
     torch.set_num_threads(spec["training"]["threads"])
-    model = analysis.folded_run(run_dir, record, out)
+    model = analysis.read_run(run_dir, record, out)
     found = detect(model, split, settings["batch_size"], settings["limit"])
     chosen = range(min(-(-settings["examples"] // 2), len(found.boxes)))
     _draw([split.images[i] for i in chosen], out / "examples.png")

@@ -1,4 +1,4 @@
-"""Evaluate a run: held-out perplexity of the corpus and lm-eval's tasks, on the folded model read back from disk."""
+"""Evaluate a run: held-out perplexity of the corpus and lm-eval's tasks, on the model as its folder is read."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def evaluate(
     spec = run.read_json(run_dir / "spec.json")
     memory.keep_freed()
     torch.set_num_threads(spec["training"]["threads"])
-    model = analysis.folded_run(run_dir, manifest, out)
+    model = analysis.read_run(run_dir, manifest, out)
     ids, record = validation_tokens(tokens)
     loss = held_out_loss(model, ids, spec["training"]["context"])
     corpus = {

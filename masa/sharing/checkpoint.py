@@ -48,7 +48,8 @@ def save(model: nn.Module, directory: str | Path, **options: Any) -> Path:
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".masa-save-") as temporary:
-        model.save_pretrained(temporary, **options)
+        with _quiet():
+            model.save_pretrained(temporary, **options)
         new = sorted(Path(temporary).iterdir(), key=lambda file: file.name == "config.json")  # which makes it a model
         names = {file.name for file in new}
         for old in directory.glob("model*.safetensors*"):

@@ -67,7 +67,7 @@ class Factored(WeightSource):
 
     def weights(self) -> Weights:
         made = {(name, i): part() for name in ("mixed", "factors") for i, part in enumerate(getattr(self, name))}
-        made |= {("stored", i): part()[None] for i, part in enumerate(self.stored)}
+        made |= {("stored", i): part().unsqueeze(0) for i, part in enumerate(self.stored)}
         terms = [[made[name, part][row] for name, part, row in self._parts[layer]] for layer in range(self.num_layers)]
         like = next(self.parameters())
         # a layer that no term reaches is a matrix of rank 0
@@ -110,8 +110,8 @@ class Mixture(nn.Module):
         if row is None:
             return mix(self.coefficients, self.atoms)
         if x is None:
-            return mix_one(self.coefficients[row], self.atoms)
-        return linear_in_atoms(x, self.coefficients[row], self.atoms, bias)
+            return mix_one(self.coefficients.select(0, row), self.atoms)
+        return linear_in_atoms(x, self.coefficients.select(0, row), self.atoms, bias)
 
 
 class Factors(nn.Module):
@@ -126,8 +126,8 @@ class Factors(nn.Module):
         if row is None:
             return self.left @ self.right
         if x is None:
-            return self.left[row] @ self.right
-        return linear_in_factors(x, self.left[row], self.right, bias)
+            return self.left.select(0, row) @ self.right
+        return linear_in_factors(x, self.left.select(0, row), self.right, bias)
 
 
 class Stored(nn.Module):
@@ -185,7 +185,9 @@ class SharedHeads(WeightSource):
         return {self.projections: stacked.to(autocast_dtype(self.heads)).unbind(0)}
 
     def layer_weight(self, projection: str, layer: int) -> Tensor:
-        heads = self.heads[self.index[layer].long()].to(autocast_dtype(self.heads))  # (units, rows, columns)
+        heads = self.heads.index_select(0, self.index.select(0, layer)).to(
+            autocast_dtype(self.heads)
+        )  # (units, rows, columns)
         return (heads.transpose(0, 1) if self.axis == 1 else heads).reshape(self.shape)
 
     def stored_numbers(self) -> int:

@@ -26,8 +26,10 @@ class ReadOnlyWeight(Tensor):
     def __torch_function__(
         cls, func: Callable, types: Sequence[type], args: tuple = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        name = getattr(func, "__name__", "")
-        if args and isinstance(args[0], cls) and (name in _WRITING or (name.endswith("_") and not name.endswith("__"))):
+        name, written = getattr(func, "__name__", ""), bool(args) and isinstance(args[0], cls)
+        if written and (name == "requires_grad_" or func == torch.Tensor.requires_grad.__set__):
+            return args[0]  # whether it is trained is said by what it is computed from
+        if written and (name in _WRITING or (name.endswith("_") and not name.endswith("__"))):
             raise MasaError(
                 "This weight is computed from what all layers share: it can be read, but writing to it would be lost. "
                 + _MEND
@@ -35,7 +37,7 @@ class ReadOnlyWeight(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **(kwargs or {}))
         # .data and .detach() are the same memory
-        if name in ("__get__", "detach") and type(result) is Tensor and args and isinstance(args[0], cls):
+        if name in ("__get__", "detach") and type(result) is Tensor and written:
             return result.as_subclass(cls)
         return result
 

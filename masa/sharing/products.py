@@ -49,7 +49,7 @@ def mix_one(coefficients: Tensor, atoms: Tensor) -> Tensor:
     exact = torch.promote_types(atoms.dtype, torch.float32)
     differentiated = torch.is_grad_enabled() and (atoms.requires_grad or coefficients.requires_grad)
     if atoms.dtype == exact or differentiated:
-        return mix(coefficients[None], atoms)[0]
+        return mix(coefficients.unsqueeze(0), atoms).squeeze(0)
     out = torch.empty(atoms.shape[1:], dtype=autocast_dtype(atoms), device=atoms.device)
     rows = max(1, _CHUNK * (1 if atoms.device.type == "cpu" else 64) // (len(atoms) * atoms.shape[2]))
     with full_precision(atoms):

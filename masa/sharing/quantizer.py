@@ -109,8 +109,9 @@ def put_sources(model: nn.Module, description: Mapping[str, Any], where: str | P
     if description["dense_attention"] is not None:
         model.sharing = Sharing(read_spec(description["spec"], where), description["dense_attention"])
         attach_saving(model)
+    base = f"{getattr(model, 'base_model_prefix', '')}."
     guards = {
-        rf"(^|\.){name.replace('.', chr(92) + '.')}\.weight$"
+        rf"(^|\.){re.escape(name.removeprefix(base))}\.weight$"
         for name, module in model.named_modules()
         if isinstance(module, SharedLinear | FusedLinear)
     }

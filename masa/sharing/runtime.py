@@ -53,9 +53,13 @@ def choose(model: nn.Module, runtime: str) -> str:
             _log.warning(
                 "masa: runtime 'factored': the shared matrices take %s, and generating one token reads %s of them; "
                 "with runtime='folded' they would take %s, and be read once.",
-                *(f"{number / 2**20:,.1f} MiB" for number in (held, read, dense)),
+                *map(_size, (held, read, dense)),
             )
     return "factored"
+
+
+def _size(number: int) -> str:
+    return f"{number / 2**20:,.1f} MiB" if number >= 2**20 else f"{number / 2**10:,.1f} KiB"
 
 
 def folded(model: nn.Module) -> nn.Module:

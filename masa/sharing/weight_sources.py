@@ -47,7 +47,8 @@ class WeightSource(nn.Module):
 
     Called as a module, never read by its parameters alone, so that tools that keep parameters elsewhere and bring them
     in around ``forward`` (offload to the CPU or to disk) work: ``source()`` is all weights, ``source(projection,
-    layer)`` one, ``source(projection, layer, x, bias)`` the product.
+    layer)`` one, ``source(projection, layer, x, bias)`` the product. A row of a parameter is taken by ``select``, which
+    lets other threads run meanwhile; ``[]`` does not, and would wait for ever for one that builds a graph.
 
     Args:
         projections: letters served, e.g. "q", or "qv" for a common dictionary.
@@ -207,10 +208,10 @@ class Atoms(WeightSource):
         return {p: rows[i * L : (i + 1) * L] for i, p in enumerate(self.projections)}
 
     def layer_weight(self, projection: str, layer: int) -> Tensor:
-        return mix_one(self.coefficients(projection)[layer], self.atoms)
+        return mix_one(self.coefficients(projection).select(0, layer), self.atoms)
 
     def product(self, projection: str, layer: int, x: Tensor, bias: Tensor | None) -> Tensor:
-        return linear_in_atoms(x, self.coefficients(projection)[layer], self.atoms, bias)
+        return linear_in_atoms(x, self.coefficients(projection).select(0, layer), self.atoms, bias)
 
     def read_numbers(self) -> int:
         return self.num_atoms * self.dense_numbers()
@@ -261,10 +262,10 @@ class LowRank(WeightSource):
         return {self.projections: torch.bmm(self.left, self.right).unbind(0)}
 
     def layer_weight(self, projection: str, layer: int) -> Tensor:
-        return self.left[layer] @ self.right[layer]
+        return self.left.select(0, layer) @ self.right.select(0, layer)
 
     def product(self, projection: str, layer: int, x: Tensor, bias: Tensor | None) -> Tensor:
-        return linear_in_factors(x, self.left[layer], self.right[layer], bias)
+        return linear_in_factors(x, self.left.select(0, layer), self.right.select(0, layer), bias)
 
     def read_numbers(self) -> int:
         return self.stored_numbers()
@@ -296,7 +297,7 @@ class Assigned(WeightSource):
         return {self.projections: tuple(sets[self.set_of(layer)] for layer in range(self.num_layers))}
 
     def layer_weight(self, projection: str, layer: int) -> Tensor:
-        return self.sets[self.set_of(layer)]
+        return self.sets.select(0, self.set_of(layer))
 
 
 @register("sequential")
