@@ -194,7 +194,7 @@ def test_what_does_not_exist_for_a_detector():
     with pytest.raises(masa.MasaError, match="'gqa' does not exist for YOLOS"):
         detector.build(MODEL, {"method": "gqa", "num_key_value_heads": 2})
     with pytest.raises(masa.MasaError, match="is no language model"):
-        masa.compress(masa.fold(detector.build(MODEL, {"method": "vanilla"})), "matrix-pca")
+        masa.compression.compress(masa.fold(detector.build(MODEL, {"method": "vanilla"})), "matrix-pca")
     with pytest.raises(masa.MasaError, match="num_classes = 3, but the data has 2 classes"):
         detector.build(MODEL, {"method": "masa"}, ["a", "b"])
 

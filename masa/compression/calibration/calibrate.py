@@ -169,7 +169,7 @@ def calibrate(
     """Collect, in one pass, what every compression method needs.
 
     Args:
-        model: a dense Llama- or Starcoder2-like causal LM, in ``eval()`` or not; its weights may be memory-mapped.
+        model: a dense Llama- or Starcoder2-like model, in ``eval()`` or not; its weights may be memory-mapped.
         tokens: (N, T) token ids, all of equal length.
         directory: write each layer's statistics there as soon as they are known, and read them from there later.
         projections: letters whose inputs are wanted; attention by default.
@@ -190,6 +190,11 @@ def calibrate(
         raise MasaError(f"This model shares weights already ({model.sharing.spec.method}); calibrate the dense one.")
     family, training = separate(model), model.training
     tokens = _check_tokens(tokens, model)
+    if gradient_samples and model.get_output_embeddings() is None:
+        raise MasaError(
+            f"{type(model).__name__} predicts no tokens, so that there is no loss whose gradients could be taken "
+            "(gradient_samples, the *-fisher methods). Choose another method, or calibrate the causal LM."
+        )
     shape = model_shape(model, family)
     if absent := set(projections) - set(shape.shapes):
         raise MasaError(f"This model has no projection {', '.join(sorted(absent))}; it has {', '.join(shape.shapes)}.")
@@ -246,8 +251,12 @@ def _through_the_blocks(
 
 
 def kl_drift(model: nn.Module, outputs: Tensor) -> Tensor:
-    """``KL(p_l || p_l+1)`` with ``p_l = softmax(head(norm(h_l)))`` for mean block outputs h (L, d) -> (L - 1,)."""
-    norm, head = decoder(model).norm, model.get_output_embeddings()
+    """``KL(p_l || p_l+1)`` with ``p_l = softmax(head(norm(h_l)))`` for mean block outputs h (L, d) -> (L - 1,).
+
+    A model without a head over the vocabulary (a classifier, a bare decoder) is read through its input embeddings, as
+    one that ties both.
+    """
+    norm, head = decoder(model).norm, model.get_output_embeddings() or model.get_input_embeddings()
     hidden = norm(outputs.to(norm.weight))
     logp = torch.log_softmax(nn.functional.linear(hidden, head.weight).float().double(), -1)
     return (logp[:-1].exp() * (logp[:-1] - logp[1:])).sum(-1).clamp_min(0).cpu()
