@@ -8,11 +8,12 @@ thread, float32 (a GPU is used where there is one). All ways of one comparison a
 - prefill: 512 tokens in one forward pass that fills the KV cache;
 - decoding: 64 greedy tokens after the first, one at a time over the KV cache.
 
-Folded MASA is the same computation as vanilla, so its ratio should be 1. Unfolded MASA in eval mode keeps the matrices
-that it made once; what is left is looking whether they are still right.
+Folded MASA is the same computation as vanilla, so its ratio should be 1. Unfolded MASA keeps no matrix: every product
+reads the S atoms, once for all tokens of a pass, so that decoding reads S times what vanilla reads of attention.
+serving.py has whole models and all methods.
 
-Loading is of files that the system has in memory: factored (masa.save), that and folding, and the folded model as
-transformers stores it. Size is that of all files of a checkpoint.
+Loading is of files that the system has in memory: factored (masa.save), the same with runtime="folded", and the folded
+model as transformers stores it. Size is that of all files of a checkpoint.
 """
 
 from __future__ import annotations
@@ -94,8 +95,8 @@ def stored(model: nn.Module, folder: Path, rounds: int) -> list[Row]:
     factored, plain = masa.save(model, folder / "factored"), folder / "plain"
     masa.fold(model).save_pretrained(plain)
     ways = {
-        "factored": lambda: masa.load(factored),
-        "factored, then folded": lambda: masa.fold(masa.load(factored)),
+        "factored": lambda: masa.load(factored, runtime="factored"),
+        "factored, then folded": lambda: masa.load(factored, runtime="folded"),
         "plain": lambda: AutoModelForCausalLM.from_pretrained(plain),
     }
     timed = in_turn("loading", ways, rounds)

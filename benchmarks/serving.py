@@ -13,8 +13,10 @@ GPU).
   the methods come to elsewhere: SVD-LLM has one rank a projection, Fisher SVD leaves v dense, Matrix PCA has one atom
   for about five layers and the same residual rank for all.
 
-Memory is that of a process of its own for every folder, libraries included: resident after loading, and the peaks while
-loading and in prefill. Its limit is the original's, less what was saved on disk, plus one dense projection and 1 %.
+Memory is that of a process of its own for every folder, libraries included: the peak while loading, what is resident
+once every weight was read (a file is mapped, and comes into memory page by page as it is read), and the peak in
+prefill, the median of three passes. Its limit is the original's, less what was saved on disk, plus one dense projection
+and 1 %.
 
 Speed is timed in turn in one process, where parameters that are equal are held once. Prefill is 512 tokens in one
 pass; decoding is 16 greedy tokens after a prompt of 16, over the KV cache. The limit of decoding is that of reading
@@ -45,6 +47,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from transformers.utils import logging
 
 import masa
+from masa.compression import calibrate, compress
 from masa.models import pretrained
 from masa.runs.run import read_json
 from masa.sharing.bank import SharedProjections
@@ -62,19 +65,19 @@ TINY = {"num_layers": 10, "hidden_size": 64, "num_attention_heads": 4, "num_key_
 TINY |= {"intermediate_size": 128, "vocab_size": 256}
 PREFILL, PROMPT, DECODED, BATCHES = 512, 16, 16, (1, 8)
 SAMPLES, LENGTH = 16, 128
-READ = 512 * 2**20
+READ, PASSES = 512 * 2**20, 3
 MIB = 2**20
 TOLERANCE = 1e-5
 
 
 @dataclass
 class Served:
-    """One model as it is served, and what its own process said of memory.
+    """One model as it is served.
 
     Attributes:
         kind: "original", "low-rank", "atoms" or "folded".
         disk: bytes of its folder.
-        memory: bytes after "loading" and the peaks, see :func:`inside`.
+        memory: what its own process said, see :func:`inside`.
         read: bytes of weights that one token needs.
         difference: of its logits from the folded model's, where there are two.
     """
@@ -141,7 +144,7 @@ def measure(name: str, given: argparse.Namespace) -> tuple[list[Row], dict[str, 
 def served(name: str, given: argparse.Namespace, base: Path, tokens: int) -> Iterator[Served]:
     """The original, and every other model beside it; of a folder there is one at a time."""
     folder, other = base / "original", base / "other"
-    source, variants = real(given) if name == REAL else drawn(given)
+    source, variants, ids = real(given) if name == REAL else drawn(given)
     source.to(dtype()).save_pretrained(folder)
     del source
     gc.collect()
@@ -155,7 +158,7 @@ def served(name: str, given: argparse.Namespace, base: Path, tokens: int) -> Ite
             del model
             kind = "low-rank" if method.startswith("svd") else "atoms"
             factored = serve(f"{method} {percent} %", kind, other, "factored", tokens, original.model)
-            factored.difference = apart_by(factored.model, load(other, "folded"))
+            factored.difference = apart_by(factored.model, load(other, "folded"), ids.to(device()))
             yield factored
             if method == "masa":
                 yield serve(f"folded {percent} %", "folded", other, "folded", tokens, original.model)
@@ -185,7 +188,7 @@ def load(folder: Path, runtime: str) -> nn.Module:
 
 @torch.no_grad()
 def inside(folder: Path, runtime: str, tokens: int) -> dict[str, int]:
-    """Bytes after loading, and the peaks while loading and in prefill: of this process, or of the GPU."""
+    """Bytes of all weights, and the peaks while loading and in prefill: of this process, or of the GPU."""
     cuda = torch.cuda.is_available()
 
     def restart() -> None:
@@ -200,14 +203,17 @@ def inside(folder: Path, runtime: str, tokens: int) -> dict[str, int]:
     restart()
     model = load(folder, runtime)
     gc.collect()
-    found = {
-        "memory after loading": torch.cuda.memory_allocated() if cuda else status_bytes("VmRSS"),
-        "peak while loading": peak(),
-    }
+    found = {"peak while loading": peak()}
+    for parameter in model.parameters():
+        parameter.amax()
+    found["memory after loading"] = torch.cuda.memory_allocated() if cuda else status_bytes("VmRSS")
     ids = torch.arange(tokens, device=device())[None] % (model.config.vocab_size - 1) + 1
-    restart()
-    forward(model, ids)
-    return found | {"peak in prefill": peak()}
+    peaks = []
+    for _ in range(PASSES):
+        restart()
+        forward(model, ids)
+        peaks.append(peak())
+    return found | {"peak in prefill": statistics.median(peaks)}
 
 
 def device() -> str:
@@ -248,9 +254,8 @@ def decoder_of(model: nn.Module, ids: Tensor) -> Callable[[], None]:
     return decode
 
 
-def apart_by(model: nn.Module, other: nn.Module) -> float:
+def apart_by(model: nn.Module, other: nn.Module, ids: Tensor) -> float:
     """The largest difference of two models' logits, beside the largest logit: many tokens at once, then one."""
-    ids = torch.arange(PROMPT + 1, device=device())[None] + 1
 
     def logits(of: nn.Module) -> Tensor:
         first = of(input_ids=ids[:, :-1], use_cache=True)
@@ -265,8 +270,8 @@ Variants = dict[str, Callable[[nn.Module, float], nn.Module]]
 """Method -> what makes it of a model, whose parameters stay as they are, and a reduction."""
 
 
-def real(given: argparse.Namespace) -> tuple[nn.Module, Variants]:
-    """The pretrained model and the methods as they are, calibrated. With --quick it is a tiny one."""
+def real(given: argparse.Namespace) -> tuple[nn.Module, Variants, Tensor]:
+    """The pretrained model, the methods as they are, calibrated, and some text. With --quick it is a tiny model."""
     if given.quick:
         model, tokens = random_llama(TINY), torch.randint(1, TINY["vocab_size"], (4, 32))
     else:
@@ -279,19 +284,24 @@ def real(given: argparse.Namespace) -> tuple[nn.Module, Variants]:
         tokens = AutoTokenizer.from_pretrained(path)(text, return_tensors="pt").input_ids
         tokens = tokens[0, : SAMPLES * LENGTH].view(SAMPLES, LENGTH)
     with torch.enable_grad():
-        statistics = masa.calibrate(model, tokens, gradient_samples=len(tokens) // 2)
+        calibration = calibrate(model, tokens, gradient_samples=len(tokens) // 2)
 
     def compressed(method: str, model: nn.Module, reduction: float) -> nn.Module:
-        return masa.compress(model, method, statistics, reduction)[0]
+        return compress(model, method, calibration, reduction)[0]
 
-    return model, {method: partial(compressed, method) for method in METHODS} | {"masa": shared}
+    return (
+        model,
+        {method: partial(compressed, method) for method in METHODS} | {"masa": shared},
+        tokens[:1, : PROMPT + 1],
+    )
 
 
-def drawn(given: argparse.Namespace) -> tuple[nn.Module, Variants]:
-    """A random model of the shape, and sources made directly."""
+def drawn(given: argparse.Namespace) -> tuple[nn.Module, Variants, Tensor]:
+    """A random model of the shape, sources made directly, and random tokens."""
     sizes = TINY if given.quick else config.load()["pretrained"][DRAWN]["sizes"]
     model = random_llama(sizes | ({"num_layers": given.layers} if given.layers else {}))
-    return model, {method: partial(made_directly, method) for method in METHODS} | {"masa": shared}
+    ids = torch.randint(1, model.config.vocab_size, (1, PROMPT + 1))
+    return model, {method: partial(made_directly, method) for method in METHODS} | {"masa": shared}, ids
 
 
 def random_llama(sizes: Mapping[str, Any]) -> nn.Module:

@@ -140,7 +140,7 @@ def test_the_help_of_lm_eval_is_its_own():
     done = masa("lm-eval", "--help")
     assert done.returncode == 0
     assert done.stdout.startswith("usage: lm-eval ")
-    assert re.search(r"^    lm-eval +lm-eval's own command line", masa("--help").stdout, re.M)
+    assert re.search(r"^    lm-eval +run lm-eval's own command line", masa("--help").stdout, re.M)
     assert masa("lm-eval", "run", "--tusks", "piqa").returncode == 2
 
 

@@ -9,10 +9,14 @@ import sys
 
 import pytest
 import yaml
+from compression_models import tiny_llama
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
+import masa
+from masa.compression import compress
 from masa.data import benchmarks
+from masa.data.tokens import load_tokenizer
 from masa.evaluation import language
 from masa.export import export
 
@@ -112,6 +116,17 @@ def test_the_factored_folder_has_the_same_numbers_to_the_last_digit(
     ours = json.loads((tmp_path / "ours/lm_eval.json").read_text())["results"]
     assert compare(ours, results(done, tmp_path / "theirs")) == 2 * 3 + 2
     assert "Running loglikelihood requests: 100%" in done.stderr
+
+
+def test_a_compressed_folder_has_the_numbers_of_the_model_in_memory(smoke_results, records, tasks, tmp_path):
+    """Its tokenizer lies beside it; its kinds of weight source are known where transformers alone reads it."""
+    tokenizer, folder = load_tokenizer(smoke_results / "data/tokenizer"), tmp_path / "smaller"
+    model, _ = compress(tiny_llama(vocab_size=len(tokenizer)), "svd", reduction=0.2)
+    masa.save(model, folder)
+    tokenizer.save_pretrained(folder)
+    ours = language.harness(masa.load(folder, runtime="factored"), tokenizer, records, SETTINGS, "cpu")
+    done = lm_eval(VERB, tasks, tmp_path / "theirs", pretrained=folder)
+    assert compare(ours["results"], results(done, tmp_path / "theirs")) == 2 * 3 + 2
 
 
 def test_without_masa_lm_eval_stops_at_the_factored_folder(smoke_results, tasks, tmp_path):

@@ -58,7 +58,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class Verbs:
-    """The verbs of the command line; a module of :mod:`masa.cli` adds its own with :meth:`add`."""
+    """The verbs of the command line; a module of :mod:`masa.cli` adds its own with :meth:`add` or :meth:`pass_on`."""
 
     def __init__(self, parser: Parser) -> None:
         self._parsers = parser.add_subparsers(title="verbs", metavar="VERB")

@@ -15,8 +15,8 @@ def add(verbs: Verbs) -> None:
     verbs.pass_on(
         "lm-eval",
         _lm_eval,
-        "lm-eval's own command line, which reads factored folders here",
-        "masa lm-eval run --model hf --model_args pretrained=smaller,dtype=float32 --tasks piqa --batch_size 8",
+        "run lm-eval's own command line, which reads factored folders here",
+        "masa lm-eval run --model hf --model_args pretrained=smaller --tasks piqa --batch_size 8",
         "handed to lm-eval as they are (`run`, `ls`, `validate`), `--help` too; its exit status is ours. A model "
         "argument `runtime=folded` writes all matrices out when the folder is read",
     )

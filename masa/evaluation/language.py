@@ -68,6 +68,8 @@ def evaluate(
 def harness(model: Any, tokenizer: Any, tasks: Mapping[str, Any], settings: Mapping[str, Any], device: str) -> dict:
     """Run lm-eval zero-shot on a model in memory; tasks with the same limit are batched together.
 
+    The numbers are those of lm-eval's own command line for the same model, data, ``batch_size`` and ``max_length``.
+
     Returns:
         lm-eval's ``results``, ``versions``, ``n-shot`` and ``configs``, and ``examples`` scored a task.
     """

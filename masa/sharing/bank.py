@@ -7,8 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from masa.errors import MasaError
-from masa.sharing.weight_sources import Weights, WeightSource
+from masa.sharing.weight_sources import Weights, WeightSource, wrapped
 
 
 class SharedProjections(nn.ModuleDict):
@@ -49,11 +48,7 @@ class SharedProjections(nn.ModuleDict):
         """
         source = self[self._source_of[projection]]
         if not isinstance(source, WeightSource):
-            raise MasaError(
-                f"{type(source).__name__} was put around the shared source of {projection!r}, which all layers read. "
-                "Adapters go on the layers: give their names (q_proj, …) or 'all-linear' as target_modules, not "
-                "target_parameters; or fold the model first (masa.fold)."
-            )
+            raise wrapped(source, projection)
         return source
 
     def make(self) -> Weights:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from masa.sharing.products import autocast_dtype, linear_in_atoms, linear_in_factors, mix, mix_one, on_device_of
-from masa.sharing.weight_sources import Weights, WeightSource, register
+from masa.sharing.weight_sources import Weights, WeightSource, register, wrapped
 
 
 @register("factored")
@@ -63,7 +63,11 @@ class Factored(WeightSource):
 
     def parts(self, layer: int) -> list[tuple[nn.Module, int]]:
         """What W_l is the sum of, and which row of it is this layer's."""
-        return [(getattr(self, name)[part], row) for name, part, row in self._parts[layer]]
+        parts = [(getattr(self, name)[part], row) for name, part, row in self._parts[layer]]
+        for part, _ in parts:
+            if not isinstance(part, Mixture | Factors | Stored):
+                raise wrapped(part, self.projections)
+        return parts
 
     def weights(self) -> Weights:
         made = {(name, i): part() for name in ("mixed", "factors") for i, part in enumerate(getattr(self, name))}

@@ -1,6 +1,6 @@
 """What a model folder's ``config.json`` says of how its matrices are shared: plain data, read without torch.
 
-A folder whose matrices come from shared sources has it as ``quantization_config`` with ``quant_method: masa``, which
+A folder whose matrices come from shared sources has it as ``quantization_config`` with our ``quant_method``, which
 leads transformers' loaders here once masa is imported; one whose matrices are all stored (vanilla, grouped-query
 attention) is anybody's, and has it as ``masa``. Folders of format 1 have a file ``masa.json`` instead.
 """
@@ -17,10 +17,12 @@ from masa.sharing.compression_spec import CompressionSpec
 from masa.sharing.spec import SharingSpec
 
 FORMATS = (1, 2)
-METHOD, PLAIN = "masa", "masa"
-"""``quant_method`` of a factored folder; key of ``config.json`` where every matrix is stored."""
+METHOD = "masa--import-masa-before-you-load-it-or-run-masa-export"
+"""``quant_method`` of a factored folder. Tools that do not know it print it, so that it says the two ways on."""
+PLAIN = "masa"
+"""Key of ``config.json`` where every matrix is stored."""
 EARLIER = "masa.json"
-ELSEWHERE = "factored-by-masa--import-masa-before-you-load-it-or-run-masa-export.safetensors"
+ELSEWHERE = f"factored-by-{METHOD}.safetensors"
 """Where ``config.json`` says that the weights are, a file that does not exist: a loader that does not know masa stops
 with its name, which is the message, before it draws a weight. Else all attention would be random, and the exit 0."""
 

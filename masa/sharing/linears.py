@@ -26,9 +26,10 @@ class ReadOnlyWeight(Tensor):
     def __torch_function__(
         cls, func: Callable, types: Sequence[type], args: tuple = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        name, written = getattr(func, "__name__", ""), bool(args) and isinstance(args[0], cls)
+        target = args[0] if args else (kwargs or {}).get("tensor")  # as torch.nn.init names it
+        name, written = getattr(func, "__name__", ""), isinstance(target, cls)
         if written and (name == "requires_grad_" or func == torch.Tensor.requires_grad.__set__):
-            return args[0]  # whether it is trained is said by what it is computed from
+            return target  # whether it is trained is said by what it is computed from
         if written and (name in _WRITING or (name.endswith("_") and not name.endswith("__"))):
             raise MasaError(
                 "This weight is computed from what all layers share: it can be read, but writing to it would be lost. "

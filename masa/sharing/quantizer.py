@@ -1,6 +1,6 @@
 """How transformers' own loaders read a factored folder: masa is registered there as a way of storing weights.
 
-``AutoModel….from_pretrained``, ``pipeline``, ``Trainer`` and all that is built on them meet ``quant_method: masa`` in
+``AutoModel….from_pretrained``, ``pipeline``, ``Trainer`` and all that is built on them meet our ``quant_method`` in
 ``config.json`` and come here: the shared sources are put into the empty model before any weight is read, and what is
 missing afterwards is an error. Nothing of the registration stays on the loaded model.
 """
@@ -19,6 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from masa.errors import MasaError
+from masa.sharing import compressed_sources as _compressed  # noqa: F401 (registers the kinds that compression solves for)
 from masa.sharing.bank import SharedProjections
 from masa.sharing.description import METHOD, check, read_spec
 from masa.sharing.linears import FusedLinear, SharedLinear
@@ -136,7 +137,7 @@ def check_stored(model: nn.Module, stored: Mapping[str, tuple[int, ...]], where:
     base = getattr(model, "base_model_prefix", "")
     whole = type(model).__name__ in (getattr(model.config, "architectures", None) or ()) or not hasattr(model, base)
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    renamed = bool(get_model_conversion_mapping(model))  # the file may have other names then
+    renamed = bool(get_model_conversion_mapping(model, add_legacy=False))  # the file may have other names then
     optional = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
     missing = []
     for name, tensor in model.state_dict().items():

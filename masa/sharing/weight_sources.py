@@ -123,6 +123,15 @@ class WeightSource(nn.Module):
         return self.dense_numbers()
 
 
+def wrapped(module: nn.Module, projections: str) -> MasaError:
+    """The error for something that was put around a source or a part of it, such as an adapter."""
+    return MasaError(
+        f"{type(module).__name__} was put around the shared source of {projections!r}, which all layers read. Adapters "
+        "go on the layers: give their names (q_proj, …) or 'all-linear' as target_modules, not target_parameters; or "
+        "fold the model first (masa.fold)."
+    )
+
+
 def from_config(config: Mapping[str, Any]) -> WeightSource:
     """Build an empty source from :meth:`WeightSource.config` plus its ``kind``."""
     arguments = dict(config)
