@@ -50,6 +50,17 @@ def saved(kind, folder):
     return folder
 
 
+def save_tokenizer(folder):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(96)}, "w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", pad_token="w0")
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
 def rounded(model, dtype):
     """A copy with its parameters in ``dtype``; ``model.to`` would round RoPE's table, too."""
     twin = copy.deepcopy(model)
@@ -161,36 +172,49 @@ def test_the_choice_of_a_runtime(kind, tmp_path, caplog):
 
 
 WITHOUT = """
-import sys
+import json, sys
 sys.modules["masa"] = None
 import transformers
-from safetensors.torch import load_model, load_file
-folder, what = sys.argv[1:]
-if what == "safetensors":
+from lm_eval.models.huggingface import HFLM
+from safetensors.torch import load_file
+
+def values(folder):
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(folder))
     model.load_state_dict(load_file(folder + "/model.safetensors"), strict=False)
-elif what == "pipeline":
-    transformers.pipeline("text-generation", folder)
-else:
-    getattr(transformers, what).from_pretrained(folder)
-print("LOADED")
+
+ways = {name: getattr(transformers, name).from_pretrained for name in ("AutoModelForCausalLM", "AutoModel")}
+ways["pipeline"] = lambda folder: transformers.pipeline("text-generation", folder)
+ways |= {"load_state_dict": values, "lm-eval": lambda folder: HFLM(pretrained=folder, device="cpu")}
+said = {}
+for name, way in ways.items():
+    try:
+        way(sys.argv[1])
+        said[name] = "loaded"
+    except Exception as error:
+        said[name] = f"{type(error).__name__}: {error}"
+print(json.dumps(said))
 """
 
 
 @pytest.mark.parametrize("guard", ["both", "shapes alone"])
-@pytest.mark.parametrize("what", ["AutoModelForCausalLM", "AutoModel", "pipeline", "safetensors"])
-def test_who_does_not_know_masa_stops(what, guard, few, tmp_path):
-    saved(few, tmp_path)
-    if guard == "shapes alone":  # as where somebody took the key for a mistake
+@pytest.mark.parametrize("kind", ["masa", "svd-llm"])
+def test_who_does_not_know_masa_stops(guard, kind, tmp_path):
+    saved(kind, tmp_path)
+    save_tokenizer(tmp_path)
+    if guard == "shapes alone":  # as where somebody took the keys for a mistake
         config = json.loads((tmp_path / "config.json").read_text())
-        del config["transformers_weights"]
+        del config["transformers_weights"], config["quantization_config"]
         (tmp_path / "config.json").write_text(json.dumps(config))
-    done = subprocess.run([sys.executable, "-c", WITHOUT, str(tmp_path), what], capture_output=True, text=True)
-    assert done.returncode == 1 and "LOADED" not in done.stdout
-    if guard == "both" and what != "safetensors":
-        assert "import-masa-before-you-load-it-or-run-masa-export" in done.stderr
-    else:
-        assert "self_attn.q_proj.weight" in done.stderr + done.stdout
+    done = subprocess.run([sys.executable, "-c", WITHOUT, str(tmp_path)], capture_output=True, text=True, check=True)
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert len(said) == 5 and "loaded" not in said.values()
+    shapes = said.pop("load_state_dict")
+    assert "size mismatch for model.layers.0.self_attn.q_proj.weight" in shapes and "[1]" in shapes
+    for way, message in said.items():
+        if guard == "both":
+            assert "import-masa-before-you-load-it-or-run-masa-export" in message, way
+    if guard != "both":
+        assert done.stderr.count("self_attn.q_proj.weight") + done.stderr.count("q_proj") >= 3, "named in the report"
 
 
 @pytest.mark.parametrize("order", ["masa first", "transformers first", "model class first"])
@@ -250,14 +274,8 @@ def test_ties_of_the_users_own(tmp_path):
 
 
 def test_pipeline_and_its_generation(few, tmp_path):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(96)}, "w0"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", pad_token="w0")
     saved(few, tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+    tokenizer = save_tokenizer(tmp_path)
     run = pipeline("text-generation", str(tmp_path))
     plain = pipeline("text-generation", masa.fold(make(few)), tokenizer=tokenizer)
     asked = {"max_new_tokens": 5, "do_sample": False}
@@ -755,8 +773,9 @@ def test_grouped_heads_are_anybodys(tmp_path):
     model = masa.share(language_model(), {"method": "gqa", "num_key_value_heads": 2}).eval()
     model.save_pretrained(tmp_path)
     assert AutoConfig.from_pretrained(tmp_path).num_key_value_heads == 2
-    command = [sys.executable, "-c", WITHOUT, str(tmp_path), "AutoModel"]
-    assert "LOADED" in subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    command = [sys.executable, "-c", WITHOUT, str(tmp_path)]
+    said = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    assert said["AutoModel"] == said["AutoModelForCausalLM"] == "loaded"
     assert masa.load(tmp_path).sharing == model.sharing
     assert masa.count_parameters(masa.load(tmp_path)) == masa.count_parameters(model)
 

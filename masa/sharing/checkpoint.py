@@ -82,7 +82,8 @@ def load(
     directory = Path(directory)
     check_runtime(runtime)
     description, config = described.read(directory), _config(directory)
-    stored = heads(weight_files(directory))
+    files = weight_files(directory)
+    stored = heads(files)
     dtypes = {found for _, found in stored.values() if found is not None}
     earlier = (directory / described.EARLIER).is_file()
     if earlier and description and description["sources"]:
@@ -103,7 +104,7 @@ def load(
             raise
         except Exception as error:  # a strange value may fail anywhere in the model's class
             raise MasaError(f"{directory}: no model can be read ({type(error).__name__}: {error}).") from error
-    _check(found, directory)
+    _check(found, files[0] if len(files) == 1 else directory)
     if earlier:
         vars(model).pop("_weight_conversions", None)  # it is saved under the names of today
     if description and description["dense_attention"] is not None and not description["sources"]:
@@ -143,15 +144,15 @@ def _earlier_names(stored: Iterable[str]) -> dict[str, str]:
     return names
 
 
-def _check(found: Mapping[str, Any], directory: Path) -> None:
+def _check(found: Mapping[str, Any], where: Path) -> None:
     """Raise :class:`MasaError` if a tensor is missing, of another shape, or nobody's."""
     if found["mismatched_keys"]:
         name, shape, expected = sorted(found["mismatched_keys"])[0]
-        raise MasaError(f"{directory}: {name} has shape {tuple(shape)}, expected {tuple(expected)}.")
+        raise MasaError(f"{where}: {name} has shape {tuple(shape)}, expected {tuple(expected)}.")
     missing, extra = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
     if missing or extra:
         raise MasaError(
-            f"{directory}: the weights do not belong to config.json: "
+            f"{where}: the weights do not belong to config.json: "
             f"missing {missing[:3] or 'nothing'}{' …' * (len(missing) > 3)}, "
             f"unexpected {extra[:3] or 'nothing'}{' …' * (len(extra) > 3)}."
         )

@@ -21,7 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from masa.errors import MasaError
 from masa.sharing import compressed_sources as _compressed  # noqa: F401 (registers the kinds that compression solves for)
 from masa.sharing.bank import SharedProjections
-from masa.sharing.description import METHOD, check, read_spec
+from masa.sharing.description import EARLIER, METHOD, check, read_spec
 from masa.sharing.linears import FusedLinear, SharedLinear
 from masa.sharing.runtime import check_runtime, choose, folded
 from masa.sharing.saving import attach_saving, bank_of
@@ -60,7 +60,11 @@ class MasaQuantizer(HfQuantizer):
         files = [Path(file) for file in kwargs.get("checkpoint_files") or ()]
         earlier = self.quantization_config.format == 1  # with other names, which masa.load knows
         if files and not earlier and all(file.suffix == ".safetensors" for file in files):
-            check_stored(model, {name: shape for name, (shape, _) in heads(files).items()}, where)
+            check_stored(
+                model,
+                {name: shape for name, (shape, _) in heads(files).items()},
+                files[0] if len(files) == 1 else where,
+            )
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -103,9 +107,10 @@ def put_sources(model: nn.Module, description: Mapping[str, Any], where: str | P
         shared.to(next(p.dtype for p in model.parameters() if p.is_floating_point()))
         install(model, shared)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        file = EARLIER if description.get("format") == 1 else "config.json"
         raise MasaError(
-            f"{where}: config.json describes shared matrices that this model cannot have ({type(error).__name__}: "
-            f"{error}); fetch or train it again."
+            f"{where}: {file} describes shared matrices that this model cannot have ({type(error).__name__}: {error}); "
+            "fetch or train it again."
         ) from error
     if description["dense_attention"] is not None:
         model.sharing = Sharing(read_spec(description["spec"], where), description["dense_attention"])
@@ -119,7 +124,7 @@ def put_sources(model: nn.Module, description: Mapping[str, Any], where: str | P
     model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *guards}
 
 
-def check_stored(model: nn.Module, stored: Mapping[str, tuple[int, ...]], where: str) -> None:
+def check_stored(model: nn.Module, stored: Mapping[str, tuple[int, ...]], where: str | Path) -> None:
     """See, before anything is drawn, that a folder holds every tensor of its model.
 
     A head that is new to the model (another task's) is transformers' to draw, and it says so.
@@ -127,7 +132,7 @@ def check_stored(model: nn.Module, stored: Mapping[str, tuple[int, ...]], where:
     Args:
         model: with its sources, on "meta".
         stored: name -> shape of what the folder holds.
-        where: the folder.
+        where: the file or folder.
 
     Raises:
         MasaError: tensors are missing, or one of the shared sources has another shape; some are named.
@@ -166,7 +171,7 @@ def check_loaded(model: nn.Module) -> None:
     )
 
 
-def _refuse(missing: list[str], where: str) -> None:
+def _refuse(missing: list[str], where: str | Path) -> None:
     if missing:
         raise MasaError(
             f"{where} does not hold all of its model: missing {sorted(missing)[:3]}{' …' * (len(missing) > 3)}. Fetch "
