@@ -35,7 +35,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -134,9 +134,10 @@ def measure(name: str, given: argparse.Namespace) -> tuple[list[Row], dict[str, 
         rows = []
         for one in models:
             rows += of_memory(one, models[0]) + of_speed(one, models[0], timed, tokens, stream.nbytes)
-    rows = [Row(f"{name}, {r.what}", r.value, r.unit, r.spread, r.target) for r in rows]
     bandwidth = stream.nbytes / timed["decoding, batch 1"].median("reading")
-    rows.append(Row(f"{name}, bandwidth of reading", bandwidth / 1e9, "GB/s"))
+    rows.append(Row("bandwidth of reading", bandwidth / 1e9, "GB/s"))
+    which = f"{name}, {given.layers} layers" if given.layers and name == DRAWN else name
+    rows = [replace(row, what=f"{which}, {row.what}") for row in rows]
     about = {"config": models[0].model.config.to_dict(), "read": {one.label: one.read for one in models}}
     return rows, about | {"prefill": tokens}
 
@@ -174,8 +175,8 @@ def serve(label: str, kind: str, folder: Path, runtime: str, tokens: int, like: 
     model = load(folder, runtime)
     held = {} if like is None else dict(like.named_parameters())
     for key, parameter in model.named_parameters():
-        if key in held and parameter.shape == held[key].shape and torch.equal(parameter, held[key]):
-            parameter.data = held[key].data
+        same = key in held and parameter.shape == held[key].shape and torch.equal(parameter, held[key])
+        parameter.data = held[key].data if same else parameter.data.clone()  # the file is deleted, and held no longer
     disk = sum(file.stat().st_size for file in folder.iterdir())
     return Served(label, kind, model, disk, memory, read_bytes(model))
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from test_sharing import SPECS, label
 
 import masa
+from masa.sharing.description import METHOD
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=label)
@@ -68,7 +69,7 @@ def test_truncated_weights(saved):
 def test_broken_description(saved, text):
     whole = json.loads((saved / "config.json").read_text())
     if text != "{":
-        whole["quantization_config"] = {"quant_method": "masa"} | (json.loads(text) or {"format": []})
+        whole["quantization_config"] = {"quant_method": METHOD} | (json.loads(text) or {"format": []})
     (saved / "config.json").write_text(text if text == "{" else json.dumps(whole))
     with pytest.raises(masa.MasaError, match=r"config\.json"):
         masa.load(saved)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from masa.sharing.weight_sources import Weights, WeightSource, wrapped
+from masa.sharing.weight_sources import Weights, WeightSource, call, wrapped
 
 
 class SharedProjections(nn.ModuleDict):
@@ -46,7 +46,7 @@ class SharedProjections(nn.ModuleDict):
         Raises:
             MasaError: something else was put into its place, such as an adapter.
         """
-        source = self[self._source_of[projection]]
+        source = self._modules[self._source_of[projection]]
         if not isinstance(source, WeightSource):
             raise wrapped(source, projection)
         return source
@@ -78,10 +78,11 @@ class SharedProjections(nn.ModuleDict):
 
     def product(self, projection: str, layer: int, x: Tensor, bias: Tensor | None) -> Tensor:
         """``x W^T + b`` on the device of ``x``."""
-        made = self.made(projection, layer)
-        if made is not None:
-            return nn.functional.linear(x, made, bias)
-        y = self.source(projection)(projection, layer, x, bias)
+        if self._open is not None or torch.is_grad_enabled():
+            made = self.made(projection, layer)
+            if made is not None:
+                return nn.functional.linear(x, made, bias)
+        y = call(self.source(projection), projection, layer, x, bias)
         return y if y.device == x.device else y.to(x.device)
 
     def _before(self, module: nn.Module, args: tuple) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from masa.sharing.products import autocast_dtype, linear_in_atoms, linear_in_factors, mix, mix_one, on_device_of
-from masa.sharing.weight_sources import Weights, WeightSource, register, wrapped
+from masa.sharing.weight_sources import Weights, WeightSource, call, register, wrapped
 
 
 @register("factored")
@@ -27,6 +27,7 @@ class Factored(WeightSource):
         factors: groups of layers with a right factor A (r, in) in common and a left factor B_l (out, r) each, as
             ``{"layers": [...], "rank": r}``; a group of one layer is an ordinary low-rank factorisation.
         dense: layers stored as they are.
+        stacked: whether the left factor of a group of one layer is stored as (1, out, r), as in folders of format 1.
     """
 
     def __init__(
@@ -37,41 +38,46 @@ class Factored(WeightSource):
         atoms: Sequence[Mapping[str, Any]] = (),
         factors: Sequence[Mapping[str, Any]] = (),
         dense: Sequence[int] = (),
+        stacked: bool = True,
     ) -> None:
         super().__init__(projections, num_layers, tuple(shape))
         out, inp = self.shape
         self.atom_groups = [(list(g["layers"]), int(g["atoms"])) for g in atoms]
         self.factor_groups = [(list(g["layers"]), int(g["rank"])) for g in factors]
-        self.dense_layers = list(dense)
+        self.dense_layers, self.stacked = list(dense), stacked
         self.mixed = nn.ModuleList(Mixture(len(layers), s, out, inp) for layers, s in self.atom_groups)
-        self.factors = nn.ModuleList(Factors(len(layers), r, out, inp) for layers, r in self.factor_groups)
+        self.factors = nn.ModuleList(
+            Factors(None if len(layers) == 1 and not stacked else len(layers), r, out, inp)
+            for layers, r in self.factor_groups
+        )
         self.stored = nn.ModuleList(Stored(out, inp) for _ in self.dense_layers)
-        self._parts: list[list[tuple[str, int, int]]] = [[] for _ in range(num_layers)]  # of a layer: list, part, row
+        self._parts: list[list[tuple[str, str, int]]] = [[] for _ in range(num_layers)]  # of a layer: list, part, row
         for name, groups in (("mixed", self.atom_groups), ("factors", self.factor_groups)):
             for part, (layers, _) in enumerate(groups):
                 for row, layer in enumerate(layers):
-                    self._parts[layer].append((name, part, row))
+                    self._parts[layer].append((name, str(part), row))
         for part, layer in enumerate(self.dense_layers):
-            self._parts[layer] = [("stored", part, 0)]
+            self._parts[layer] = [("stored", str(part), 0)]
 
     def config(self) -> dict[str, Any]:
         return super().config() | {
             "atoms": [{"layers": layers, "atoms": s} for layers, s in self.atom_groups],
             "factors": [{"layers": layers, "rank": r} for layers, r in self.factor_groups],
             "dense": self.dense_layers,
+            "stacked": self.stacked,
         }
 
     def parts(self, layer: int) -> list[tuple[nn.Module, int]]:
         """What W_l is the sum of, and which row of it is this layer's."""
-        parts = [(getattr(self, name)[part], row) for name, part, row in self._parts[layer]]
+        parts = [(self._modules[name]._modules[part], row) for name, part, row in self._parts[layer]]
         for part, _ in parts:
             if not isinstance(part, Mixture | Factors | Stored):
                 raise wrapped(part, self.projections)
         return parts
 
     def weights(self) -> Weights:
-        made = {(name, i): part() for name in ("mixed", "factors") for i, part in enumerate(getattr(self, name))}
-        made |= {("stored", i): part().unsqueeze(0) for i, part in enumerate(self.stored)}
+        made = {(name, i): part() for name in ("mixed", "factors") for i, part in getattr(self, name).named_children()}
+        made |= {("stored", i): part().unsqueeze(0) for i, part in self.stored.named_children()}
         terms = [[made[name, part][row] for name, part, row in self._parts[layer]] for layer in range(self.num_layers)]
         like = next(self.parameters())
         # a layer that no term reaches is a matrix of rank 0
@@ -86,13 +92,16 @@ class Factored(WeightSource):
         return sum(terms[1:], terms[0])
 
     def product(self, projection: str, layer: int, x: Tensor, bias: Tensor | None) -> Tensor:
-        first, *others = self.parts(layer) or [(None, 0)]
-        if first[0] is None:
+        parts = self.parts(layer)
+        if not parts:
             zero = x.new_zeros(*x.shape[:-1], self.shape[0])
             return zero if bias is None else zero + bias
-        y = first[0](first[1], x, bias)
-        for part, row in others:
-            y = y + part(row, x)
+        out, inp = self.shape
+        if len(parts) > 1 and x.numel() * (out + inp) > inp * out * inp:  # one product costs less than one a part
+            return super().product(projection, layer, x, bias)
+        y = call(*parts[0], x, bias)
+        for part, row in parts[1:]:
+            y = y + call(part, row, x)
         return y
 
     def read_numbers(self) -> int:
@@ -119,19 +128,27 @@ class Mixture(nn.Module):
 
 
 class Factors(nn.Module):
-    """n layers' left factors B_l and the right factor A that they have in common; called as :class:`Mixture` is."""
+    """n layers' left factors B_l and the right factor A that they have in common; called as :class:`Mixture` is.
 
-    def __init__(self, layers: int, rank: int, out: int, inp: int) -> None:
+    Args:
+        layers: n, or None for one layer whose B is stored as it is.
+    """
+
+    def __init__(self, layers: int | None, rank: int, out: int, inp: int) -> None:
         super().__init__()
-        self.left = nn.Parameter(torch.empty(layers, out, rank))
+        self.left = nn.Parameter(torch.empty(*([] if layers is None else [layers]), out, rank))
         self.right = nn.Parameter(torch.empty(rank, inp))
 
     def forward(self, row: int | None = None, x: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        left = self.left
         if row is None:
-            return self.left @ self.right
+            product = left @ self.right
+            return product if left.ndim == 3 else product.unsqueeze(0)
+        if left.ndim == 3:
+            left = left.select(0, row)
         if x is None:
-            return self.left.select(0, row) @ self.right
-        return linear_in_factors(x, self.left.select(0, row), self.right, bias)
+            return left @ self.right
+        return linear_in_factors(x, left, self.right, bias)
 
 
 class Stored(nn.Module):

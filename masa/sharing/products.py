@@ -76,6 +76,10 @@ def linear_in_atoms(x: Tensor, coefficients: Tensor, atoms: Tensor, bias: Tensor
     """
     x = on_device_of(atoms, x)
     count, out, inp = atoms.shape
+    if count == 1:  # scaling what comes out is always less than scaling the matrix
+        y = nn.functional.linear(x, atoms.squeeze(0))
+        y = y * coefficients.to(y.dtype)
+        return y if bias is None else y + bias.to(y.dtype)
     if not mixes_outputs(x.numel() // max(1, inp), atoms):
         return nn.functional.linear(x, mix_one(coefficients, atoms), bias)
     outputs = nn.functional.linear(x, atoms.reshape(count * out, inp)).unflatten(-1, (count, out))

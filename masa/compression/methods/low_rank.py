@@ -79,18 +79,29 @@ def factored_sources(
             ],
             factors=[{"layers": list(key[1]), "rank": ranks[key]} for key in low],
             dense=dense,
+            stacked=False,
         ).to(problem.weight(letter, 0))
         for i, (group, row) in enumerate(zip(groups, rows, strict=True)):
             source.mixed[i].atoms.copy_(group.atoms)
             source.mixed[i].coefficients.copy_(group.coefficients[row])
         for i, key in enumerate(low):
-            left, right = factors[key]
+            left, right = orthonormal(*factors[key])
             source.factors[i].left.copy_(left.view(source.factors[i].left.shape))
             source.factors[i].right.copy_(right)
         for i, layer in enumerate(dense):
             source.stored[i].weight.copy_(problem.weight(letter, layer))
         sources.append(source)
     return sources
+
+
+def orthonormal(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product B A with orthonormal rows in A, so that multiplying by one after the other loses no digits.
+
+    As whitening leaves them, B is as large as A is small in some directions, and B (A x) would be rounded there a
+    hundred times more than (B A) x.
+    """
+    q, r = torch.linalg.qr(right.double().mT)
+    return left.double() @ r.mT, q.mT
 
 
 def ranks_by_projection(ranks: Mapping[Key, int | None]) -> dict[str, list[list]]:
