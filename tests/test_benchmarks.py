@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-QUICK = ["calibration_speed", "compression_growth", "growth", "inference", "mixing", "tokenization"]
+QUICK = ["calibration_speed", "compression_growth", "growth", "inference", "mixing", "serving", "tokenization"]
 QUICK += ["training_loop", "training_step"]
 SLOW = ["default_run", "workflow"]
 """They run whole workflows, as tests/test_workflow.py does."""

@@ -138,7 +138,7 @@ def test_refitting_the_shared_basis_lowers_the_error_of_every_layer():
 def test_basis_sharing_stores_one_right_factor_for_a_group_and_none_shared_for_o():
     source = compressed("basis-sharing", group_size=4)[0].model.shared["q"]
     assert [layers for layers, _ in source.factor_groups] == [[0, 1, 2, 3], [4, 5]]
-    assert source.factors[0].right.shape == (source.factor_groups[0][1], 48)
+    assert source.factors[0].pair(0)[1].shape == (source.factor_groups[0][1], 48)
     o = compressed("basis-sharing")[0].model.shared["o"]
     assert [layers for layers, _ in o.factor_groups] == [[layer] for layer in range(LAYERS)]
 

@@ -27,7 +27,8 @@ class Factored(WeightSource):
         factors: groups of layers with a right factor A (r, in) in common and a left factor B_l (out, r) each, as
             ``{"layers": [...], "rank": r}``; a group of one layer is an ordinary low-rank factorisation.
         dense: layers stored as they are.
-        stacked: whether the left factor of a group of one layer is stored as (1, out, r), as in folders of format 1.
+        transposed: whether factors lie in memory as (in, r) and (r, out), which one token is multiplied by in half the
+            time; folders of format 1 have them the other way.
     """
 
     def __init__(
@@ -38,17 +39,16 @@ class Factored(WeightSource):
         atoms: Sequence[Mapping[str, Any]] = (),
         factors: Sequence[Mapping[str, Any]] = (),
         dense: Sequence[int] = (),
-        stacked: bool = True,
+        transposed: bool = False,
     ) -> None:
         super().__init__(projections, num_layers, tuple(shape))
         out, inp = self.shape
         self.atom_groups = [(list(g["layers"]), int(g["atoms"])) for g in atoms]
         self.factor_groups = [(list(g["layers"]), int(g["rank"])) for g in factors]
-        self.dense_layers, self.stacked = list(dense), stacked
+        self.dense_layers, self.transposed = list(dense), transposed
         self.mixed = nn.ModuleList(Mixture(len(layers), s, out, inp) for layers, s in self.atom_groups)
         self.factors = nn.ModuleList(
-            Factors(None if len(layers) == 1 and not stacked else len(layers), r, out, inp)
-            for layers, r in self.factor_groups
+            (TransposedFactors if transposed else Factors)(len(layers), r, out, inp) for layers, r in self.factor_groups
         )
         self.stored = nn.ModuleList(Stored(out, inp) for _ in self.dense_layers)
         self._parts: list[list[tuple[str, str, int]]] = [[] for _ in range(num_layers)]  # of a layer: list, part, row
@@ -64,7 +64,7 @@ class Factored(WeightSource):
             "atoms": [{"layers": layers, "atoms": s} for layers, s in self.atom_groups],
             "factors": [{"layers": layers, "rank": r} for layers, r in self.factor_groups],
             "dense": self.dense_layers,
-            "stacked": self.stacked,
+            "transposed": self.transposed,
         }
 
     def parts(self, layer: int) -> list[tuple[nn.Module, int]]:
@@ -85,11 +85,18 @@ class Factored(WeightSource):
         return {self.projections: tuple(sum(t[1:], t[0]) if t else zero for t in terms)}
 
     def layer_weight(self, projection: str, layer: int) -> Tensor:
-        terms = [part(row) for part, row in self.parts(layer)]
-        if not terms:
+        weight = None
+        for part, row in self.parts(layer):
+            if weight is None:
+                weight = part(row)
+            elif isinstance(part, Factors):
+                weight = part(row, onto=weight)
+            else:
+                weight = weight + part(row)
+        if weight is None:
             like = next(self.parameters())
             return torch.zeros(self.shape, dtype=autocast_dtype(like), device=like.device)
-        return sum(terms[1:], terms[0])
+        return weight
 
     def product(self, projection: str, layer: int, x: Tensor, bias: Tensor | None) -> Tensor:
         parts = self.parts(layer)
@@ -130,25 +137,74 @@ class Mixture(nn.Module):
 class Factors(nn.Module):
     """n layers' left factors B_l and the right factor A that they have in common; called as :class:`Mixture` is.
 
-    Args:
-        layers: n, or None for one layer whose B is stored as it is.
+    Given ``onto``, one weight is added to that.
     """
 
-    def __init__(self, layers: int | None, rank: int, out: int, inp: int) -> None:
+    def __init__(self, layers: int, rank: int, out: int, inp: int) -> None:
         super().__init__()
-        self.left = nn.Parameter(torch.empty(*([] if layers is None else [layers]), out, rank))
+        self.left = nn.Parameter(torch.empty(layers, out, rank))
         self.right = nn.Parameter(torch.empty(rank, inp))
 
-    def forward(self, row: int | None = None, x: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        left = self.left
+    @torch.no_grad()
+    def fill(self, left: Tensor, right: Tensor) -> None:
+        """Copy B (n * out, r) and A (r, in) of any dtype and device."""
+        self.left.copy_(left.view(self.left.shape))
+        self.right.copy_(right)
+
+    def pair(self, row: int) -> tuple[Tensor, Tensor]:
+        """B_l (out, r) and A (r, in), views."""
+        return self.left.select(0, row), self.right
+
+    def forward(
+        self,
+        row: int | None = None,
+        x: Tensor | None = None,
+        bias: Tensor | None = None,
+        onto: Tensor | None = None,
+    ) -> Tensor:
         if row is None:
-            product = left @ self.right
-            return product if left.ndim == 3 else product.unsqueeze(0)
-        if left.ndim == 3:
-            left = left.select(0, row)
+            return self.left @ self.right
+        left, right = self.pair(row)
+        if x is not None:
+            return linear_in_factors(x, left, right, bias)
+        return left @ right if onto is None else torch.addmm(onto, left, right)
+
+
+class TransposedFactors(Factors):
+    """As :class:`Factors`, with A^T (in, r) and B_l^T (r, out); one layer's is not stacked."""
+
+    def __init__(self, layers: int, rank: int, out: int, inp: int) -> None:
+        nn.Module.__init__(self)
+        self.left = nn.Parameter(torch.empty(*([layers] if layers > 1 else []), rank, out))
+        self.right = nn.Parameter(torch.empty(inp, rank))
+
+    @torch.no_grad()
+    def fill(self, left: Tensor, right: Tensor) -> None:
+        rank, out = self.left.shape[-2:]
+        self.left.copy_(left.view(-1, out, rank).mT.reshape(self.left.shape))
+        self.right.copy_(right.T)
+
+    def pair(self, row: int) -> tuple[Tensor, Tensor]:
+        return self._row(row).t(), self.right.t()
+
+    def _row(self, row: int) -> Tensor:
+        left = self.left
+        return left if left.ndim == 2 else left.select(0, row)
+
+    def forward(
+        self,
+        row: int | None = None,
+        x: Tensor | None = None,
+        bias: Tensor | None = None,
+        onto: Tensor | None = None,
+    ) -> Tensor:
+        if row is None:
+            product = self.left.mT @ self.right.T
+            return product if self.left.ndim == 3 else product.unsqueeze(0)
         if x is None:
-            return left @ self.right
-        return linear_in_factors(x, left, self.right, bias)
+            return super().forward(row, None, bias, onto)
+        y = torch.matmul(torch.matmul(on_device_of(self.right, x), self.right), self._row(row))
+        return y if bias is None else y + bias
 
 
 class Stored(nn.Module):

@@ -79,15 +79,13 @@ def factored_sources(
             ],
             factors=[{"layers": list(key[1]), "rank": ranks[key]} for key in low],
             dense=dense,
-            stacked=False,
+            transposed=True,
         ).to(problem.weight(letter, 0))
         for i, (group, row) in enumerate(zip(groups, rows, strict=True)):
             source.mixed[i].atoms.copy_(group.atoms)
             source.mixed[i].coefficients.copy_(group.coefficients[row])
         for i, key in enumerate(low):
-            left, right = orthonormal(*factors[key])
-            source.factors[i].left.copy_(left.view(source.factors[i].left.shape))
-            source.factors[i].right.copy_(right)
+            source.factors[i].fill(*orthonormal(*factors[key]))
         for i, layer in enumerate(dense):
             source.stored[i].weight.copy_(problem.weight(letter, layer))
         sources.append(source)
