@@ -94,6 +94,15 @@ def test_it_is_both_steps(tokenizer):
     assert report.stored == once.compression_report.stored
 
 
+def test_it_may_be_called_where_nothing_is_to_be_trained(ids):
+    """Under inference_mode, as around a whole script: gradients are computed, and the result can be trained on."""
+    dense, tokens = model(), torch.randint(0, 60, (8, 32))
+    with torch.inference_mode():
+        smaller = masa.compress(dense, tokens, reduction=0.3, method="svd-fisher")
+    smaller(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for p in smaller.model.shared.parameters())
+
+
 @pytest.mark.parametrize("unit", [None, "KB", "KiB"])
 def test_a_size_in_bytes(unit, tmp_path):
     whole = sum(p.numel() * p.element_size() for p in model().parameters())

@@ -24,6 +24,7 @@ TOLERANCE = 0.005
 """Achieved reductions lie within this above the requested one."""
 
 
+@torch.inference_mode(False)  # whose tensors could have no gradient, nor be trained on
 @torch.no_grad()
 def compress(
     model: nn.Module,

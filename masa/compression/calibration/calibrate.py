@@ -154,6 +154,7 @@ class GramHooks:
             raise InputsSeen
 
 
+@torch.inference_mode(False)  # whose tensors could have no gradient, nor be trained on
 @torch.no_grad()
 def calibrate(
     model: nn.Module,
