@@ -6,7 +6,6 @@ Coefficient MLPs and block embeddings are not stored, only the C that they produ
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,12 +15,13 @@ import torch
 from torch import nn
 
 from masa.errors import MasaError
+from masa.runs.files import whole_files
 from masa.sharing import description as described
 from masa.sharing.compressed_sources import EARLIER_NAMES
 from masa.sharing.runtime import check_runtime
 from masa.sharing.saving import attach_saving, refuse_adapters
 from masa.sharing.share import Sharing
-from masa.sharing.weight_files import heads, weight_files
+from masa.sharing.weight_files import WEIGHTS, heads, weight_files
 
 
 def save(model: nn.Module, directory: str | Path, **options: Any) -> Path:
@@ -36,8 +36,8 @@ def save(model: nn.Module, directory: str | Path, **options: Any) -> Path:
         The directory.
 
     Raises:
-        MasaError: a model without a Hugging Face configuration, from which it could not be built again, or one that
-            wears an adapter.
+        MasaError: a model without a Hugging Face configuration, from which it could not be built again, one that wears
+            an adapter, or a full disk.
     """
     if not hasattr(getattr(model, "config", None), "save_pretrained"):
         raise MasaError(
@@ -46,18 +46,13 @@ def save(model: nn.Module, directory: str | Path, **options: Any) -> Path:
         )
     refuse_adapters(model)
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".masa-save-") as temporary:
-        with _quiet():
-            model.save_pretrained(temporary, **options)
-        new = sorted(Path(temporary).iterdir(), key=lambda file: file.name == "config.json")  # which makes it a model
-        names = {file.name for file in new}
-        for old in directory.glob("model*.safetensors*"):
-            if old.name not in names:
-                old.unlink()
-        (directory / described.EARLIER).unlink(missing_ok=True)
-        for file in new:
-            file.replace(directory / file.name)
+    with whole_files(directory, directory / WEIGHTS) as folder, _quiet():
+        model.save_pretrained(folder, **options)
+        new = {file.name for file in folder.iterdir()}
+    for old in directory.glob("model*.safetensors*"):
+        if old.name not in new:
+            old.unlink()
+    (directory / described.EARLIER).unlink(missing_ok=True)
     return directory
 
 

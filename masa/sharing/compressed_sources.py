@@ -11,7 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from masa.sharing.products import autocast_dtype, linear_in_atoms, linear_in_factors, mix, mix_one, on_device_of
+from masa.sharing.products import (
+    at_most,
+    autocast_dtype,
+    linear_in_atoms,
+    linear_in_factors,
+    mix,
+    mix_one,
+    on_device_of,
+)
 from masa.sharing.weight_sources import Weights, WeightSource, call, register, wrapped
 
 
@@ -104,7 +112,7 @@ class Factored(WeightSource):
             zero = x.new_zeros(*x.shape[:-1], self.shape[0])
             return zero if bias is None else zero + bias
         out, inp = self.shape
-        if len(parts) > 1 and x.numel() * (out + inp) > inp * out * inp:  # one product costs less than one a part
+        if len(parts) > 1 and not at_most(x, out * inp // (out + inp)):  # one product costs less than one a part
             return super().product(projection, layer, x, bias)
         y = call(*parts[0], x, bias)
         for part, row in parts[1:]:

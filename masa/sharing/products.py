@@ -59,15 +59,20 @@ def mix_one(coefficients: Tensor, atoms: Tensor) -> Tensor:
     return out
 
 
-def mixes_outputs(tokens: int, atoms: Tensor) -> bool:
+def at_most(x: Tensor, tokens: int) -> bool:
+    """Whether (..., in) holds so few tokens; an exported program, which is for any number, is made for many."""
+    return not torch.compiler.is_exporting() and x.numel() <= tokens * x.shape[-1]
+
+
+def mixes_outputs(x: Tensor, atoms: Tensor) -> bool:
     """Whether S products of a few tokens cost less than one mixture of S atoms; either reads every atom once.
 
     On a CPU in float32 mixing is the faster of both even for one token, as it reads the longer rows; with fewer bits
     it also converts. On a GPU skinny products are free.
     """
     if atoms.device.type != "cpu":
-        return tokens <= 32
-    return atoms.element_size() < 4 and tokens <= 16
+        return at_most(x, 32)
+    return atoms.element_size() < 4 and at_most(x, 16)
 
 
 def linear_in_atoms(x: Tensor, coefficients: Tensor, atoms: Tensor, bias: Tensor | None) -> Tensor:
@@ -81,7 +86,7 @@ def linear_in_atoms(x: Tensor, coefficients: Tensor, atoms: Tensor, bias: Tensor
         y = nn.functional.linear(x, atoms.squeeze(0))
         y = y * coefficients.to(y.dtype)
         return y if bias is None else y + bias.to(y.dtype)
-    if not mixes_outputs(x.numel() // max(1, inp), atoms):
+    if not mixes_outputs(x, atoms):
         return nn.functional.linear(x, mix_one(coefficients, atoms), bias)
     outputs = nn.functional.linear(x, atoms.reshape(count * out, inp)).unflatten(-1, (count, out))
     exact = torch.promote_types(outputs.dtype, torch.float32)
