@@ -17,7 +17,7 @@ from masa.sharing.saving import detach_saving
 def fold(model: nn.Module) -> nn.Module:
     """Write every shared matrix out and return a plain model of the original class; ``model`` is not changed.
 
-    The result has ordinary linear layers, no trace of masa, and the logits of ``model``. Coefficient MLPs, block
+    The result has ordinary linear layers, no trace of masa, and the logits of ``model``, but for rounding. Coefficient MLPs, block
     embeddings and the training mode are left behind (the result is in ``eval()``). An adapter that the model wears
     (PEFT's LoRA and others that can be merged) is merged into the matrices.
 

@@ -80,7 +80,7 @@ class WeightSource(nn.Module):
         raise NotImplementedError
 
     def layer_weight(self, projection: str, layer: int) -> Tensor:
-        """One weight (out, in), for the recomputation of one block; a source may make it cheaper than all."""
+        """One weight (out, in), of which a product may be made; a source may make it cheaper than all."""
         return self.weights()[projection][layer]
 
     def product(self, projection: str, layer: int, x: Tensor, bias: Tensor | None) -> Tensor:
