@@ -17,9 +17,9 @@ from masa.sharing.saving import detach_saving
 def fold(model: nn.Module) -> nn.Module:
     """Write every shared matrix out and return a plain model of the original class; ``model`` is not changed.
 
-    The result has ordinary linear layers, no trace of masa, and the logits of ``model``, but for rounding. Coefficient MLPs, block
-    embeddings and the training mode are left behind (the result is in ``eval()``). An adapter that the model wears
-    (PEFT's LoRA and others that can be merged) is merged into the matrices.
+    The result has ordinary linear layers, no trace of masa, and the logits of ``model``, but for rounding. Coefficient
+    MLPs, block embeddings and the training mode are left behind (the result is in ``eval()``). An adapter that the
+    model wears (PEFT's LoRA and others that can be merged) is merged into the matrices.
 
     Args:
         model: what :func:`masa.share`, :func:`masa.compress` or :func:`masa.load` returned, by itself or in PEFT's
