@@ -347,6 +347,7 @@ def source_of(method: str, letter: str, shape: ModelShape, part: float, dense: b
         (out, inp),
         atoms=[{"layers": group, "atoms": 1} for group in groups],
         factors=[{"layers": [layer], "rank": max(1, rank)} for layer in layers],
+        transposed=True,  # as compression stores them
     )
 
 
