@@ -13,6 +13,9 @@ import json
 import sys
 from pathlib import Path
 
+from masa.report.serving import COLUMNS
+from masa.report.serving import table as models
+
 HERE = Path(__file__).resolve().parent
 BEGIN, END = "<!-- table: python benchmarks/table.py -->", "<!-- end -->"
 
@@ -22,6 +25,8 @@ def table(folder: Path) -> str:
     lines = ["| what | measured | target | met | script |", "|---|---|---|---|---|"]
     machines = set()
     for path in sorted(folder.glob("*.csv")):
+        if path.stem == "serving":  # a table of its own
+            continue
         made_with = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["provenance"]
         machines.add(f"{made_with['cpu']}, Python {made_with['python']}, torch {made_with['packages']['torch']}")
         with path.open(encoding="utf-8", newline="") as file:
@@ -30,7 +35,19 @@ def table(folder: Path) -> str:
                 unit = "" if row["unit"] == "ratio" else f" {row['unit']}"
                 cells = [row["what"], f"{row['value']}{spread}{unit}", row["target"], row["met"]]
                 lines.append(f"| {' | '.join(cells)} | [{path.stem}]({path.stem}.py) |")
-    return "\n".join([f"Measured on: {'; '.join(sorted(machines))}.", "", *lines])
+    return "\n".join([f"Measured on: {'; '.join(sorted(machines))}.", "", *lines, "", *serving(folder / "serving.csv")])
+
+
+def serving(path: Path) -> list[str]:
+    """Markdown of how factored models serve, one line a model; what missed its target is bold."""
+    if not path.is_file():
+        return []
+    columns = ["[serving](serving.py)", *COLUMNS.values()]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for row in models(path):
+        cells = [f"**{text}**" if missed else text for text, missed in row["cells"]]
+        lines.append(f"| {' | '.join([row['name'], *cells])} |")
+    return lines
 
 
 def main() -> int:

@@ -313,6 +313,24 @@ def test_measured_times_stand_beside_their_estimates(smoke, results):
     assert rules["evaluate"]["done"] == 0
 
 
+SERVED = """benchmark,what,value,spread,unit,target,met
+serving,"SmolLM2-135M, original: disk",513.2,,MiB,,
+serving,"SmolLM2-135M, svd-llm 20 %: disk",492.9,,MiB,,
+serving,"SmolLM2-135M, svd-llm 20 %: decoding, batch 1 : original",0.953,0.01,ratio,>= 1.00,no
+"""
+
+
+def test_how_models_serve_is_shown_where_it_was_measured(smoke, results):
+    assert "In use" not in build.page(Found(smoke, results))
+    (results / "benchmarks").mkdir()
+    (results / "benchmarks" / "serving.csv").write_text(SERVED)
+    text = build.page(Found(smoke, results))
+    assert "In use" in text and "SmolLM2-135M, svd-llm 20 %" in text and ">493<" in text and ">(0.95)<" in text
+    (results / "benchmarks" / "serving.csv").write_text("what,value\nx: disk,many\n")
+    found = Found(smoke, results)
+    assert "In use" not in build.page(found) and any("serving.csv" in problem for problem in found.problems)
+
+
 def test_the_graph_is_snakemakes_own(smoke):
     command = [f"{BIN}/snakemake", "--rulegraph", "--configfile", "config/smoke.yaml"]
     dot = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=True).stdout

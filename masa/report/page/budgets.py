@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from masa.errors import MasaError
 from masa.report.page.found import Found, number
+from masa.report.serving import table
 from masa.study.cost import Plan
 from masa.study.cost.jobs import Job
 from masa.study.cost.logs import log_of, read
@@ -67,6 +69,18 @@ def rules(found: Found, jobs: Sequence[Job]) -> list[dict[str, Any]]:
             }
         )
     return views
+
+
+def serving(found: Found) -> list[dict[str, Any]]:
+    """How factored models serve, where ``benchmarks/serving.py`` was run (:mod:`masa.report.serving`)."""
+    path = found.results / "benchmarks" / "serving.csv"
+    if not path.is_file():
+        return []
+    try:
+        return table(path)
+    except MasaError as error:
+        found.problems.append(str(error))
+        return []
 
 
 def device(found: Found) -> str:

@@ -13,6 +13,7 @@ from markupsafe import Markup
 from masa.errors import MasaError
 from masa.report.page import assets, budgets, curves, figures, graph, origins, tables
 from masa.report.page.found import Found
+from masa.report.serving import COLUMNS
 from masa.runs.files import whole_file
 from masa.study.cost import Plan
 from masa.study.cost.report import duration, size
@@ -76,6 +77,8 @@ def parts(found: Found) -> dict[str, Any]:
         "rules": rules,
         "device": budgets.device(found),
         "disk": budgets.disk(found),
+        "serving": budgets.serving(found),
+        "serving_columns": list(COLUMNS.values()),
         "graph": graph.view(jobs, rules),
         "origins": origins.view(found),
         "missing": missing,
