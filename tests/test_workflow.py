@@ -90,7 +90,7 @@ def edit(path, old, new):
     ("file", "old", "new", "expected"),
     [
         ("masa/training/trainer.py", "    torch.set_num_threads", "    # a comment\n    torch.set_num_threads", {}),
-        ("masa/sharing/weight_sources.py", '"""Linear combinations of atoms', '"""Sums of atoms', {}),
+        ("masa/sharing/products.py", '"""Linear combinations of atoms', '"""Sums of atoms', {}),
         ("masa/sharing/parameters.py", "p.ndim >= 2]", "p.ndim >= 1]", {"pretrain": 10}),
         ("masa/data/pixels.py", ".float() / 255", ".float() / 256", {"pretrain": 4}),
         ("masa/evaluation/classification.py", "TOP = 5", "TOP = 3", {"evaluate_vision": 2}),

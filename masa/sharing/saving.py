@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ class SavePretrained:
     """
 
     def __init__(self, model: nn.Module, owner: nn.Module) -> None:
-        self.model, self.owner = model, owner
+        self.model, self.owner, self.as_trained = model, owner, False
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         """As ``PreTrainedModel.save_pretrained``, same arguments.
@@ -48,7 +50,7 @@ class SavePretrained:
         given = bound.arguments
         folder = Path(given["save_directory"])
         push, extra = given.pop("push_to_hub", False), given.get("kwargs", {})
-        given["state_dict"] = stored_tensors(model, given.get("state_dict"))
+        given["state_dict"] = stored_tensors(model, given.get("state_dict"), self.as_trained)
         config, added = model.config, self.keys()
         for key, value in added.items():
             setattr(config, key, value)
@@ -76,6 +78,23 @@ class SavePretrained:
         if not finals:
             return {PLAIN: description}
         return {"quantization_config": {"quant_method": METHOD} | description, "runtime": "auto"}
+
+
+@contextmanager
+def as_trained(model: nn.Module) -> Iterator[None]:
+    """Meanwhile ``save_pretrained`` writes what training goes on from, also where a folder would hold less.
+
+    Only coefficients that an MLP makes are meant: such a folder is no model that could be loaded.
+    """
+    saver = vars(model).get("save_pretrained")
+    if not isinstance(saver, SavePretrained):
+        yield
+        return
+    saver.as_trained = True
+    try:
+        yield
+    finally:
+        saver.as_trained = False
 
 
 def attach_saving(model: nn.Module) -> None:
@@ -109,7 +128,9 @@ def refuse_adapters(model: nn.Module) -> None:
             )
 
 
-def stored_tensors(model: nn.Module, given: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+def stored_tensors(
+    model: nn.Module, given: dict[str, Tensor] | None = None, as_trained: bool = False
+) -> dict[str, Tensor]:
     """What a folder stores: every parameter once, final coefficients, and a guard for every matrix that is computed.
 
     A guard has the name of the dense matrix and the shape (1,), so that a loader that looks for the matrix stops at
@@ -118,6 +139,7 @@ def stored_tensors(model: nn.Module, given: dict[str, Tensor] | None = None) -> 
     Args:
         model: shared, or plain.
         given: its state dict where it is not at hand in one piece, as gathered from several processes.
+        as_trained: keep the MLPs that make coefficients, to go on training from them, in the place of what they make.
 
     Raises:
         MasaError: ``given`` lacks a tensor of a shared source.
@@ -127,7 +149,7 @@ def stored_tensors(model: nn.Module, given: dict[str, Tensor] | None = None) -> 
     if shared is not None:
         prefix = next(name for name, module in model.named_modules() if module is shared) + "."
         for name, source in shared.items():
-            final = source.freeze_coefficients()
+            final = source if as_trained else source.freeze_coefficients()
             if final is not source:
                 state = {k: v for k, v in state.items() if not k.startswith(f"{prefix}{name}.")}
                 state |= {f"{prefix}{name}.{k}": t for k, t in final.state_dict().items()}

@@ -11,6 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 from masa.errors import MasaError
+from masa.sharing.saving import as_trained
 
 MEND = (
     "Lower training.learning_rate or training.max_grad_norm, or look at that data; the last checkpoint before it, if "
@@ -105,6 +106,11 @@ class Trainer(transformers.Trainer):
     """Hugging Face's Trainer, watched."""
 
     watch: Watch | None = None
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """A checkpoint is to be gone on from to the same bits: with the MLPs that a model's folder leaves out."""
+        with as_trained(self.accelerator.unwrap_model(self.model, keep_torch_compile=False)):
+            super()._save(output_dir, state_dict)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The gradient norm; called once a step, with the loss known and before the optimiser changes anything."""
