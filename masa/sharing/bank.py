@@ -78,7 +78,10 @@ class SharedProjections(nn.ModuleDict):
 
     def product(self, projection: str, layer: int, x: Tensor, bias: Tensor | None) -> Tensor:
         """``x W^T + b`` on the device of ``x``."""
-        if self._open is not None or torch.is_grad_enabled():
+        opened = self._open
+        if opened is not None and torch.is_grad_enabled():  # a training step, the shortest way
+            return nn.functional.linear(x, opened[projection][layer], bias)
+        if opened is not None or torch.is_grad_enabled():
             made = self.made(projection, layer)
             if made is not None:
                 return nn.functional.linear(x, made, bias)
