@@ -609,15 +609,20 @@ def lora(**more):
     return peft.LoraConfig(**({"target_modules": ["q_proj", "v_proj", "up_proj"], "r": 4} | more))
 
 
+def awaken(model):
+    """LoRA begins with zeros, which do nothing."""
+    torch.manual_seed(1)
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(p.data, std=0.1)
+
+
 def wearing(kind, **more):
     """A model with adapters that do something."""
     import peft
 
     model = peft.get_peft_model(make(kind), lora(**more))
-    torch.manual_seed(1)
-    for name, p in model.named_parameters():
-        if "lora_" in name:
-            nn.init.normal_(p.data, std=0.1)
+    awaken(model)
     return model.eval()
 
 
@@ -679,10 +684,7 @@ def test_an_adapter_that_cannot_be_merged_is_named(few):
 def test_transformers_own_adapters(few, tmp_path):
     model = make(few)
     model.add_adapter(lora(target_modules=["q_proj"]))
-    torch.manual_seed(1)
-    for name, p in model.named_parameters():
-        if "lora_" in name:
-            nn.init.normal_(p.data, std=0.1)
+    awaken(model)
     model.save_pretrained(tmp_path)
     assert not (tmp_path / "model.safetensors").exists()
     other = make(few)
@@ -738,9 +740,7 @@ def test_lora_on_a_shared_vit(tmp_path):
     patch = model.timm_model.patch_embed
     pictures = torch.randn(2, patch.proj.in_channels, *patch.img_size)
     worn = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(target_modules=["qkv", "proj", "fc1"], r=2)).eval()
-    for name, p in worn.named_parameters():
-        if "lora_" in name:
-            nn.init.normal_(p.data, std=0.1)
+    awaken(worn)
     with torch.no_grad():
         expected = worn(pictures).logits
         assert (expected - model(pictures).logits).abs().max() > 1e-4

@@ -72,8 +72,7 @@ def compress(
     if isinstance(method, Compressor) and options:
         raise MasaError(f"This {method.name!r} has its options already; give {', '.join(options)} when you make it.")
     compressor = method if isinstance(method, Compressor) else make_compressor(method, **options)
-    if isinstance(reduction, bool) or not isinstance(reduction, int | float) or not 0 < reduction < 1:
-        raise MasaError(f"reduction is a fraction between 0 and 1 (0.2 saves 20 %), got {reduction!r}.")
+    check_reduction(reduction)
     if getattr(model, "sharing", None) is not None:
         raise MasaError(f"This model shares weights already ({model.sharing.spec.method}); fold it first.")
     shape = model_shape(model, family_of(model))
@@ -95,6 +94,12 @@ def compress(
     model.eval()
     stored = sum(source.stored_numbers() for source in sources)
     return model, _report(model, compressor, problem, before, stored, seconds, peak)
+
+
+def check_reduction(reduction: Any) -> None:
+    """Raise :class:`MasaError` unless it is a fraction."""
+    if isinstance(reduction, bool) or not isinstance(reduction, int | float) or not 0 < reduction < 1:
+        raise MasaError(f"reduction is a fraction between 0 and 1 (0.2 saves 20 %), got {reduction!r}.")
 
 
 def _checked(

@@ -84,6 +84,7 @@ def compress(
     separate(model)
     if size is not None:
         reduction = _reduction(model, size, projections)
+    api.check_reduction(reduction)  # before the data are gone through
     statistics, tokens = (data, None) if isinstance(data, Calibration) else (None, None)
     if (compressor.needs_calibration or compressor.needs_tokens) and statistics is None:
         if data is None:
@@ -101,7 +102,7 @@ def compress(
         if tokens is not None:
             gradients = min(GRADIENT_SAMPLES, len(tokens)) if needs_gradients(method) else 0
             statistics = calibrate(model, tokens, gradient_samples=gradients, **told)
-        model, report = api.compress(model, compressor, statistics, float(reduction or 0), tokens=tokens, **told)
+        model, report = api.compress(model, compressor, statistics, reduction, tokens=tokens, **told)
     model.compression_report = report
     return model
 

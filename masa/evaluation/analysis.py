@@ -13,7 +13,7 @@ from masa.errors import MasaError
 from masa.runs import run
 from masa.runs.files import verify
 from masa.sharing import checkpoint
-from masa.sharing.projections import SharedProjections, blocks, decoder, family_of
+from masa.sharing.projections import bank_of, blocks, family_of
 from masa.sharing.share import count_parameters
 from masa.sharing.spec import ATTENTION
 from masa.sharing.weight_sources import Atoms
@@ -44,8 +44,8 @@ def describe_weights(model: nn.Module) -> dict[str, Any]:
         count = len(weights)
         similarity[letter] = float((cosines.sum() - cosines.trace()) / max(count * (count - 1), 1))
     coefficients = {}
-    shared = getattr(decoder(model), "shared", None)
-    if isinstance(shared, SharedProjections):
+    shared = bank_of(model)
+    if shared is not None:
         for source in shared.values():
             if isinstance(source, Atoms):
                 coefficients |= {p: source.coefficients(p).tolist() for p in source.projections}

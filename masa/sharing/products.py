@@ -16,16 +16,17 @@ _CHUNK = 1 << 18
 
 def autocast_dtype(like: Tensor) -> torch.dtype:
     """The dtype in which linear layers will run on ``like``: autocast's where it is on, else its own."""
-    device = like.device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if on else like.dtype
+    return torch.get_autocast_dtype(like.device.type) if _under_autocast(like) else like.dtype
 
 
 def full_precision(like: Tensor) -> AbstractContextManager:
     """Switch autocast off on the device of ``like``, where it is on."""
+    return torch.autocast(like.device.type, enabled=False) if _under_autocast(like) else nullcontext()
+
+
+def _under_autocast(like: Tensor) -> bool:
     device = like.device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if on else nullcontext()
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def on_device_of(weight: Tensor, x: Tensor) -> Tensor:

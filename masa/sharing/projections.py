@@ -102,6 +102,12 @@ def decoder(model: nn.Module) -> nn.Module:
     return base
 
 
+def bank_of(model: nn.Module) -> SharedProjections | None:
+    """The sources that the model's matrices come from, if it shares any."""
+    shared = getattr(decoder(model), "shared", None)
+    return shared if isinstance(shared, SharedProjections) else None
+
+
 def blocks(model: nn.Module) -> nn.ModuleList | nn.Sequential:
     """The transformer blocks, first to last."""
     return _blocks(decoder(model))  # type: ignore[return-value]

@@ -20,11 +20,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from masa.errors import MasaError
 from masa.sharing import compressed_sources as _compressed  # noqa: F401 (registers the kinds that compression solves for)
-from masa.sharing.bank import SharedProjections
+from masa.sharing.bank import SharedProjections, is_hooked
 from masa.sharing.description import EARLIER, METHOD, check, read_spec
-from masa.sharing.linears import FusedLinear, SharedLinear
+from masa.sharing.linears import computed_layers
+from masa.sharing.projections import bank_of
 from masa.sharing.runtime import check_runtime, choose, folded
-from masa.sharing.saving import attach_saving, bank_of
 from masa.sharing.share import Sharing, install
 from masa.sharing.weight_files import heads
 from masa.sharing.weight_sources import from_config
@@ -114,13 +114,8 @@ def put_sources(model: nn.Module, description: Mapping[str, Any], where: str | P
         ) from error
     if description["dense_attention"] is not None:
         model.sharing = Sharing(read_spec(description["spec"], where), description["dense_attention"])
-        attach_saving(model)
     base = f"{getattr(model, 'base_model_prefix', '')}."
-    guards = {
-        rf"(^|\.){re.escape(name.removeprefix(base))}\.weight$"
-        for name, module in model.named_modules()
-        if isinstance(module, SharedLinear | FusedLinear)
-    }
+    guards = {rf"(^|\.){re.escape(name.removeprefix(base))}\.weight$" for name in computed_layers(model)}
     model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *guards}
 
 
@@ -163,7 +158,7 @@ def check_loaded(model: nn.Module) -> None:
         MasaError: some were not; they are named.
     """
     shared = bank_of(model)
-    if shared is None or any(hasattr(module, "_hf_hook") for module in model.modules()):
+    if shared is None or is_hooked(model):
         return  # parameters that were moved are new ones; their files were looked through before
     _refuse(
         [f"shared.{n}" for n, p in shared.named_parameters() if not getattr(p, "_is_hf_initialized", False)],

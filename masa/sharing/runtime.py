@@ -18,7 +18,7 @@ from torch import nn
 
 from masa.errors import MasaError, unknown
 from masa.sharing.fold import fold_in_place
-from masa.sharing.saving import bank_of
+from masa.sharing.projections import bank_of
 
 RUNTIMES = ("auto", "factored", "folded")
 _log = logging.getLogger("masa")

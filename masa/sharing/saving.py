@@ -18,10 +18,9 @@ from torch import Tensor, nn
 
 from masa.errors import MasaError
 from masa.runs.files import whole_file
-from masa.sharing.bank import SharedProjections
 from masa.sharing.description import ELSEWHERE, METHOD, PLAIN
-from masa.sharing.linears import FusedLinear, SharedLinear
-from masa.sharing.projections import decoder
+from masa.sharing.linears import computed_layers
+from masa.sharing.projections import bank_of, decoder
 
 
 class SavePretrained:
@@ -111,21 +110,19 @@ def detach_saving(model: nn.Module) -> None:
             del part.save_pretrained
 
 
-def bank_of(model: nn.Module) -> SharedProjections | None:
-    """The sources that the model's matrices come from, if it shares any."""
-    shared = getattr(decoder(model), "shared", None)
-    return shared if isinstance(shared, SharedProjections) else None
+def adapted(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The layers that wear an adapter (PEFT), by name."""
+    return [(n, m) for n, m in model.named_modules() if hasattr(m, "base_layer") and hasattr(m, "get_base_layer")]
 
 
 def refuse_adapters(model: nn.Module) -> None:
     """Raise :class:`MasaError` if an adapter (PEFT) sits on a layer, whose tensors have other names then."""
-    for name, module in model.named_modules():
-        if hasattr(module, "base_layer") and hasattr(module, "get_base_layer"):
-            raise MasaError(
-                f"{name} wears an adapter ({type(module).__name__}). Save the adapter by its own save_pretrained and "
-                "the model without it (model.unload() gives it back), or merge both into a plain model: "
-                "masa.fold(model)."
-            )
+    for name, module in adapted(model)[:1]:
+        raise MasaError(
+            f"{name} wears an adapter ({type(module).__name__}). Save the adapter by its own save_pretrained and "
+            "the model without it (model.unload() gives it back), or merge both into a plain model: "
+            "masa.fold(model)."
+        )
 
 
 def stored_tensors(
@@ -157,9 +154,8 @@ def stored_tensors(
                 raise MasaError(
                     f"The state to be saved lacks {prefix}{name}.{absent[0]}, which several layers are made of."
                 )
-        for name, module in model.named_modules():
-            if isinstance(module, SharedLinear | FusedLinear):
-                state[f"{name}.weight"] = torch.full((1,), torch.nan, dtype=dtype)
+        for name in computed_layers(model):
+            state[f"{name}.weight"] = torch.full((1,), torch.nan, dtype=dtype)
     return _untied(state, set(getattr(model, "all_tied_weights_keys", None) or {}))
 
 

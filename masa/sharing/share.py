@@ -19,7 +19,7 @@ from masa.errors import MasaError
 from masa.sharing.bank import SharedProjections
 from masa.sharing.compression_spec import CompressionSpec
 from masa.sharing.linears import Part, SharedLinear, SharedWeight
-from masa.sharing.projections import blocks, decoder, family_of, model_shape
+from masa.sharing.projections import bank_of, blocks, decoder, family_of, model_shape
 from masa.sharing.saving import attach_saving
 from masa.sharing.spec import ATTENTION, METHODS, SharingSpec
 from masa.sharing.weight_sources import KINDS
@@ -167,12 +167,11 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     Raises:
         MasaError: an architecture that masa does not know.
     """
-    family, base = family_of(model), decoder(model)
+    family, shared = family_of(model), bank_of(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
-    shared = getattr(base, "shared", None)
     attention, served = 0, ""
-    if isinstance(shared, SharedProjections):
+    if shared is not None:
         served = shared.projections
         for source in shared.values():
             stored = source.stored_numbers()

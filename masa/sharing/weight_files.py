@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from masa.errors import MasaError
+from masa.runs.run import read_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
-def weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path, made_by: str | None = None) -> list[Path]:
     """One file, or the shards that the index names.
+
+    Args:
+        made_by: the command that made the folder, for messages.
 
     Raises:
         MasaError: a file is missing, or the index cannot be read.
@@ -25,14 +28,16 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
-        raise MasaError(f"{folder / WEIGHTS} is missing: a model folder has config.json and safetensors files.")
-    try:
-        shards = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
-        names = sorted({Path(name).name for name in shards})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise MasaError(f"{folder / INDEX} is no index of safetensors files ({error}); fetch it again.") from error
+        raise MasaError(
+            f"{folder / WEIGHTS} is missing, and so is {INDEX}; only safetensors weights are read, never pickles."
+        )
+    index = read_json(folder / INDEX, made_by)
+    shards = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(shards, dict) or not all(isinstance(n, str) and Path(n).name == n for n in shards.values()):
+        raise MasaError(f"{folder / INDEX} is no index of safetensors files in this folder; fetch it again.")
+    names = sorted(set(shards.values()))
     if absent := [name for name in names if not (folder / name).is_file()]:
-        raise MasaError(f"{folder / absent[0]} is missing, which {INDEX} names.")
+        raise MasaError(f"{folder} lacks the shards {', '.join(absent)} that {INDEX} names.")
     return [folder / name for name in names]
 
 

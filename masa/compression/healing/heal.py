@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from masa.compression.calibration.calibrate import Progress
 from masa.compression.healing.training import autocast, batches, check_length, cosine
 from masa.errors import MasaError, unknown
-from masa.sharing.projections import SharedProjections, decoder
+from masa.sharing.projections import SharedProjections, bank_of
 
 OBJECTIVES = ("kl", "lm")
 
@@ -118,8 +118,8 @@ def heal(
 
 
 def _sources_of(model: nn.Module) -> SharedProjections:
-    shared = getattr(decoder(model), "shared", None)
-    if not isinstance(shared, SharedProjections):
+    shared = bank_of(model)
+    if shared is None:
         raise MasaError("This model is dense: healing trains the sources of a compressed one. Compress it first.")
     return shared
 
