@@ -207,7 +207,7 @@ class TransposedFactors(Factors):
         return left if left.ndim == 2 else left.select(0, row)
 
     def all(self) -> Tensor:
-        product = self.left.mT @ self.right.T
+        product = self.left.transpose(-1, -2) @ self.right.t()
         return product if self.left.ndim == 3 else product.unsqueeze(0)
 
     def multiply(self, row: int, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -48,6 +48,8 @@ class MasaQuantizer(HfQuantizer):
         vars(config).pop("transformers_weights", None)
         return config
 
+    update_tp_plan = update_attn_implementation  # what is called at this place in transformers 5.17
+
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if getattr(model.config, "distributed_config", None) is not None:
             raise MasaError(

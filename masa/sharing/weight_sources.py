@@ -20,6 +20,7 @@ from masa.sharing.products import (
     linear_in_atoms,
     linear_in_factors,
     mix,
+    mix_ahead,
     mix_one,
     on_device_of,
 )
@@ -47,8 +48,9 @@ class WeightSource(nn.Module):
 
     Called as a module, never read by its parameters alone, so that tools that keep parameters elsewhere and bring them
     in around ``forward`` (offload to the CPU or to disk) work: ``source()`` is all weights, ``source(projection,
-    layer)`` one, ``source(projection, layer, x, bias)`` the product. A row of a parameter is taken by ``select``, which
-    lets other threads run meanwhile; ``[]`` does not, and would wait for ever for one that builds a graph.
+    layer)`` one, ``source(projection, layer, x, bias)`` the product. Of a parameter rows are taken by ``select``, and
+    transposes by ``transpose``, which let other threads run meanwhile; ``[]``, ``.T`` and ``.mT`` do not, and would
+    wait for ever for one that builds a graph.
 
     Args:
         projections: letters served, e.g. "q", or "qv" for a common dictionary.
@@ -227,7 +229,11 @@ class Atoms(WeightSource):
         return mix_one(self.coefficients(projection).select(0, layer), self.atoms)
 
     def product(self, projection: str, layer: int, x: Tensor, bias: Tensor | None) -> Tensor:
-        return linear_in_atoms(x, self.coefficients(projection).select(0, layer), self.atoms, bias)
+        coefficients = self.coefficients(projection)
+        weight = mix_ahead((id(self), projection), layer, coefficients, self.atoms)
+        if weight is not None:
+            return nn.functional.linear(on_device_of(weight, x), weight, bias)
+        return linear_in_atoms(x, coefficients.select(0, layer), self.atoms, bias)
 
     def read_numbers(self) -> int:
         return self.num_atoms * self.dense_numbers()
