@@ -7,7 +7,6 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from masa.sharing.products import begin_pass, end_pass
 from masa.sharing.weight_sources import Weights, WeightSource, call, wrapped
 
 
@@ -96,17 +95,12 @@ class SharedProjections(nn.ModuleDict):
         if torch.is_grad_enabled() and not torch.compiler.is_exporting() and _is_trained(self):
             self._open = self._last = self.make()
             self._reentrant = False
-            return
-        if self._last is not None:
+        elif self._last is not None:
             self._last = None
-        if not torch.compiler.is_compiling():
-            begin_pass()
 
     def _after(self, module: nn.Module, args: tuple, output: object) -> None:
         if self._open is not None:
             self._open = None
-        if not torch.compiler.is_compiling():
-            end_pass()
 
     def __getstate__(self) -> dict:
         # copies and pickles carry parameters, never weights made from them

@@ -5,8 +5,6 @@ Dimensions: T tokens, S atoms, r rank, N mixtures, (out, in) of one weight.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Hashable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -14,9 +12,6 @@ from torch import Tensor, nn
 
 _CHUNK = 1 << 18
 """Numbers of atoms that are converted to float32 at once while a weight of fewer bits is mixed: they stay in cache."""
-_AHEAD, _AHEAD_BYTES = 4, 6 * 2**20
-"""Layers whose weights are mixed in one reading of the atoms, and what they may take."""
-_PASS = threading.local()
 
 
 def autocast_dtype(like: Tensor) -> torch.dtype:
@@ -79,35 +74,6 @@ def mixes_outputs(x: Tensor, atoms: Tensor) -> bool:
     if atoms.device.type != "cpu":
         return at_most(x, 32)
     return atoms.element_size() < 4 and at_most(x, 16)
-
-
-def begin_pass() -> None:
-    """From here on this thread goes through the layers in order, so :func:`mix_ahead` may make the next ones' too."""
-    _PASS.mixed = {}
-
-
-def end_pass() -> None:
-    """What was made ahead goes."""
-    _PASS.mixed = None
-
-
-def mix_ahead(key: Hashable, layer: int, coefficients: Tensor, atoms: Tensor) -> Tensor | None:
-    """Mixture ``layer`` of (L, S) x (S, out, in), with the next few made in the same product and kept for their turn.
-
-    Reading the atoms costs more than mixing them: four small layers at once take a third of the time of one by one.
-    None where nothing is gained or known of a next layer: outside a pass, in training, for one atom, beyond 6 MiB, on a
-    GPU, or in fewer bits, which are converted in pieces.
-    """
-    kept = None if torch.compiler.is_compiling() or torch.is_grad_enabled() else getattr(_PASS, "mixed", None)
-    if kept is None or atoms.device.type != "cpu" or atoms.dtype != torch.float32:
-        return None
-    if len(atoms) == 1 or _AHEAD * (atoms.nbytes // len(atoms)) > _AHEAD_BYTES:
-        return None
-    if (key, layer) not in kept:
-        ahead = range(layer, min(layer + _AHEAD, len(coefficients)))
-        made = mix(coefficients.narrow(0, layer, len(ahead)), atoms)
-        kept.update(((key, one), weight) for one, weight in zip(ahead, made.unbind(0), strict=True))
-    return kept.pop((key, layer))
 
 
 def linear_in_atoms(x: Tensor, coefficients: Tensor, atoms: Tensor, bias: Tensor | None) -> Tensor:

@@ -20,7 +20,6 @@ from masa.sharing.products import (
     linear_in_atoms,
     linear_in_factors,
     mix,
-    mix_ahead,
     mix_one,
     on_device_of,
 )
@@ -229,11 +228,7 @@ class Atoms(WeightSource):
         return mix_one(self.coefficients(projection).select(0, layer), self.atoms)
 
     def product(self, projection: str, layer: int, x: Tensor, bias: Tensor | None) -> Tensor:
-        coefficients = self.coefficients(projection)
-        weight = mix_ahead((id(self), projection), layer, coefficients, self.atoms)
-        if weight is not None:
-            return nn.functional.linear(on_device_of(weight, x), weight, bias)
-        return linear_in_atoms(x, coefficients.select(0, layer), self.atoms, bias)
+        return linear_in_atoms(x, self.coefficients(projection).select(0, layer), self.atoms, bias)
 
     def read_numbers(self) -> int:
         return self.num_atoms * self.dense_numbers()
