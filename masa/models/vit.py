@@ -104,6 +104,7 @@ class Recipe(Section):
     nodes: Positive = key("As training.nodes.", 1)
     processes_per_node: Positive = key("As training.processes_per_node.", 1)
     parallel: Literal["ddp", "fsdp"] = key("As training.parallel.", "ddp")
+    compile: Literal["auto"] | bool = key("As training.compile.", "auto")
     workers: int = key("Processes that read and augment images; 0: the training's own.", 0, ge=0)
     label_smoothing: Rate = key("Label smoothing.", 0.1)
     augmentation: dict[str, Any] | None = key(

@@ -24,7 +24,7 @@ class SharedProjections(nn.ModuleDict):
         self._source_of = {p: name for name, source in self.items() for p in source.projections}
         self._open: Weights | None = None
         self._last: Weights | None = None
-        self._reentrant = False
+        self._reentrant = self._held = False
 
     @property
     def projections(self) -> str:
@@ -82,6 +82,11 @@ class SharedProjections(nn.ModuleDict):
         source = self.source(projection)
         return source(projection, layer) if _is_trained(source) else None
 
+    def hold(self, weights: Weights | None) -> None:
+        """Read these weights, made of the sources by whoever calls, until they are taken back (None)."""
+        self._open = self._last = weights
+        self._held, self._reentrant = weights is not None, False
+
     def product(self, projection: str, layer: int, x: Tensor, bias: Tensor | None) -> Tensor:
         """``x W^T + b`` on the device of ``x``."""
         made = self.made(projection, layer)
@@ -91,6 +96,8 @@ class SharedProjections(nn.ModuleDict):
         return y if y.device == x.device else y.to(x.device)
 
     def _before(self, module: nn.Module, args: tuple) -> None:
+        if self._held:
+            return
         # offloaded parameters are on "meta" between calls: what is made of them at once could not stay
         if torch.is_grad_enabled() and not torch.compiler.is_exporting() and _is_trained(self):
             self._open = self._last = self.make()
@@ -99,12 +106,12 @@ class SharedProjections(nn.ModuleDict):
             self._last = None
 
     def _after(self, module: nn.Module, args: tuple, output: object) -> None:
-        if self._open is not None:
+        if self._open is not None and not self._held:
             self._open = None
 
     def __getstate__(self) -> dict:
         # copies and pickles carry parameters, never weights made from them
-        return self.__dict__ | {"_open": None, "_last": None}
+        return self.__dict__ | {"_open": None, "_last": None, "_held": False}
 
 
 def _is_trained(module: nn.Module) -> bool:

@@ -64,6 +64,7 @@ def pretrain(spec: Mapping[str, Any], boxes: Path, out: Path, wait: bool = False
         trainer=DetectionTrainer,
         collate=collate,
         packages=detector.PACKAGES,
+        casts_once=False,
     )
     return trainer.train(spec, task, out, wait)
 

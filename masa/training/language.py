@@ -15,6 +15,7 @@ from masa.models import language
 from masa.runs import run
 from masa.runs.fingerprint import fingerprint
 from masa.training import trainer
+from masa.training.attention import without_mask
 
 
 def pretrain(spec: Mapping[str, Any], tokens: Path, out: Path, wait: bool = False) -> dict[str, Any]:
@@ -46,7 +47,7 @@ def pretrain(spec: Mapping[str, Any], tokens: Path, out: Path, wait: bool = Fals
         return {"validation_loss": held_out_loss(model, held_out, recipe["context"]).mean}
 
     task = trainer.Task(
-        build=lambda: language.build(spec["model"], spec["sharing"], recipe["context"]),
+        build=lambda: without_mask(language.build(spec["model"], spec["sharing"], recipe["context"])),
         data=PackedTokens(tokens, recipe["context"], recipe["steps"] * recipe["batch_size"], spec["seed"]),
         score=score,
         unit="tokens",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,16 @@ from masa.training import parallel, resuming
 from masa.training.watch import Watch
 
 
+@contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """A compiled model as it was written: for the few passes of a score another compilation does not pay."""
+    compiled, model._compiled_call_impl = model._compiled_call_impl, None
+    try:
+        yield
+    finally:
+        model._compiled_call_impl = compiled
+
+
 class RunLog(TrainerCallback):
     """Held-out scores, metrics file, progress line, checkpoints by the clock, and an orderly end on a signal."""
 
@@ -39,6 +49,8 @@ class RunLog(TrainerCallback):
         self.signal: int | None = None
         self.last: dict[str, Any] = {}
         self.training_seconds = 0.0
+        self.scoring: Callable[[], AbstractContextManager] = nullcontext
+        self.first_is_slow = False  # a compiled model is compiled in its first step, which then counts as the next one
         self.progress = Progress(spec["run"], self.steps, "steps")
 
     @contextmanager
@@ -67,15 +79,20 @@ class RunLog(TrainerCallback):
         self.stage = f"training (step {state.global_step + 1:,})"
 
     def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
-        now = time.monotonic()
-        self.training_seconds += now - self.step_started
-        step = state.global_step
+        now, step = time.monotonic(), state.global_step
+        since = step - self.first_step
+        if not self.first_is_slow or since > 2:
+            self.training_seconds += now - self.step_started
+        elif since == 2:
+            self.training_seconds += 2 * (now - self.step_started)
+            self.resumed_at = now - 2 * (now - self.step_started)
         if step in self.evaluate_at:
             self.watch.check_state(step, self.model, optimizer)
             self.stage = f"scoring the held-out data (step {step:,})"
             whole = parallel.whole(self.spec, self.model, self.task.build)
             if state.is_world_process_zero:
-                scores = self.task.score(whole)
+                with self.scoring(), uncompiled(whole):
+                    scores = self.task.score(whole)
                 self.watch.check_scores(step, scores)
                 self.last = self._at(step) | scores
                 self._write(self.last | {"training_seconds": self.training_seconds})

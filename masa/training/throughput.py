@@ -17,7 +17,7 @@ from masa.runs import memory, run
 from masa.runs.progress import Progress
 from masa.sharing.fold import fold
 from masa.sharing.parameters import parameter_groups
-from masa.training import trainer
+from masa.training.precision import uses_bfloat16
 
 
 def measure(runs: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], threads: int, out: Path) -> dict:
@@ -37,7 +37,7 @@ def measure(runs: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], thre
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape = (settings["batch_size"], settings["context"])
     specs = {spec["run"].split("/")[1]: spec for spec in runs}
-    reference, bf16 = next(iter(specs)), trainer.uses_bfloat16(runs[0]["training"])
+    reference, bf16 = next(iter(specs)), uses_bfloat16(runs[0]["training"])
 
     def precision() -> AbstractContextManager:
         return torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else nullcontext()

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,9 @@ from masa.sharing import checkpoint
 from masa.sharing.parameters import parameter_groups
 from masa.sharing.share import ParameterCount, count_parameters
 from masa.training import launch, parallel, resuming
+from masa.training.fused import FusedKernels, fits
 from masa.training.log import RunLog
+from masa.training.precision import CastOnce, compiles, uses_bfloat16
 from masa.training.watch import Trainer, Watch
 
 
@@ -53,6 +56,7 @@ class Task:
         packages: whose versions are stored beside those of all runs.
         callbacks: called before the run's log at every event.
         final: which model is kept in the end.
+        casts_once: whether its loss can be had of a model whose weights are bfloat16; else there is autocast.
     """
 
     build: Callable[[], nn.Module]
@@ -67,6 +71,7 @@ class Task:
     packages: Sequence[str] = ()
     callbacks: Sequence[TrainerCallback] = ()
     final: Callable[[nn.Module], nn.Module] = lambda model: model
+    casts_once: bool = True
 
 
 def set_up(spec: Mapping[str, Any]) -> None:
@@ -79,6 +84,7 @@ def set_up(spec: Mapping[str, Any]) -> None:
     signal_handling._SIGCHLD_handler_set = True
     torch.set_num_threads(spec["training"]["threads"])
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a kernel for each tensor, to find what we do not do
 
 
 def train(spec: Mapping[str, Any], task: Task, out: Path, wait: bool = False) -> dict[str, Any]:
@@ -196,13 +202,7 @@ def _finish(
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
 
 
-def uses_bfloat16(recipe: Mapping[str, Any]) -> bool:
-    """Whether the linear layers run in bfloat16: on request, or by "auto" on a GPU that is made for it."""
-    fast = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    return recipe["dtype"] == "bfloat16" or (recipe["dtype"] == "auto" and fast)
-
-
-def _arguments(spec: Mapping[str, Any], model: nn.Module, checkpoints: Path) -> TrainingArguments:
+def _arguments(spec: Mapping[str, Any], model: nn.Module, checkpoints: Path, autocast: bool) -> TrainingArguments:
     recipe, cuda = spec["training"], torch.cuda.is_available()
     world = PartialState().num_processes
     nodes, processes = launch.layout(spec)
@@ -223,7 +223,7 @@ def _arguments(spec: Mapping[str, Any], model: nn.Module, checkpoints: Path) -> 
         per_device_train_batch_size=recipe["micro_batch_size"],
         gradient_accumulation_steps=passes,
         max_grad_norm=recipe["max_grad_norm"],
-        bf16=uses_bfloat16(recipe),
+        bf16=autocast,
         use_cpu=not cuda,
         seed=spec["seed"],
         train_sampling_strategy="sequential",
@@ -233,6 +233,7 @@ def _arguments(spec: Mapping[str, Any], model: nn.Module, checkpoints: Path) -> 
         disable_tqdm=True,
         report_to=[],
         dataloader_pin_memory=cuda,
+        accelerator_config={"non_blocking": cuda},
         dataloader_num_workers=recipe.get("workers", 0),
         remove_unused_columns=False,
         **parallel.arguments(spec, model),
@@ -242,7 +243,10 @@ def _arguments(spec: Mapping[str, Any], model: nn.Module, checkpoints: Path) -> 
 def _trainer(
     spec: Mapping[str, Any], task: Task, model: nn.Module, out: Path, checkpoints: Path
 ) -> tuple[Trainer, RunLog]:
-    recipe, cuda, arguments = spec["training"], torch.cuda.is_available(), _arguments(spec, model, checkpoints)
+    recipe, cuda = spec["training"], torch.cuda.is_available()
+    lower = uses_bfloat16(recipe)
+    at_once = lower and task.casts_once and cuda and not parallel.is_sharded(spec)
+    arguments = _arguments(spec, model, checkpoints, autocast=lower and not at_once)
     size, where = recipe["batch_size"], getattr(task.data, "where", None)
 
     def batch(step: int) -> str:
@@ -250,7 +254,7 @@ def _trainer(
         return f"whose batch is {where(items) if where else f'items {items.start:,} to {items.stop - 1:,}'}"
 
     watch = Watch(spec["run"], batch, next(model.parameters()).device if not cuda else torch.device("cuda"))
-    log = RunLog(spec, task, model, out / "metrics.jsonl", "bfloat16" if uses_bfloat16(recipe) else "float32", watch)
+    log = RunLog(spec, task, model, out / "metrics.jsonl", "bfloat16" if lower else "float32", watch)
     trainer = task.trainer(
         model=model,
         args=arguments,
@@ -259,6 +263,15 @@ def _trainer(
         callbacks=[*task.callbacks, log],
     )
     trainer.watch = watch
+    if at_once:
+        cast = CastOnce(model)
+        trainer.around, trainer.inputs = [cast], cast.inputs
+        log.scoring = partial(torch.autocast, "cuda", torch.bfloat16)
+    if compiles(recipe):
+        model.compile(dynamic=False)
+        log.first_is_slow = True
+    elif at_once and fits(model):
+        trainer.around.append(FusedKernels(model))
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback).__name__ == "PrinterCallback":  # its raw dictionaries would drown the progress lines
             trainer.remove_callback(callback)

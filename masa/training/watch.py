@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
@@ -106,6 +107,17 @@ class Trainer(transformers.Trainer):
     """Hugging Face's Trainer, watched."""
 
     watch: Watch | None = None
+    around: Sequence[Callable[[], AbstractContextManager]] = ()
+    """Entered around every pass: what makes it fast where it runs."""
+    inputs: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    """What a batch becomes before it."""
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **options: Any) -> Tensor:
+        """Forward and backward pass of one micro-batch."""
+        with ExitStack() as stack:
+            for one in self.around:
+                stack.enter_context(one())
+            return super().training_step(model, self.inputs(inputs) if self.inputs else inputs, *args, **options)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """A checkpoint is to be gone on from to the same bits: with the MLPs that a model's folder leaves out."""

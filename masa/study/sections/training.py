@@ -56,6 +56,9 @@ class Training(Section):
         "optimiser states, for models that do not fit.",
         "ddp",
     )
+    compile: Literal["auto"] | bool = key(
+        "torch.compile of the model; auto: on a GPU, from 1,000 steps, since compiling takes about a minute.", "auto"
+    )
 
 
 class LanguageModel(Section):
