@@ -169,8 +169,8 @@ def ours(scale: str, method: str, compiled: bool, steps: int, profile: bool = Fa
 class Tokens(torch.utils.data.Dataset):
     """Random ids; an item is what the study's packed tokens are."""
 
-    def __init__(self, count: int) -> None:
-        self.count, self.ids = count, torch.randint(0, VOCABULARY, (256, CONTEXT))
+    def __init__(self, count: int, vocabulary: int = VOCABULARY) -> None:
+        self.count, self.ids = count, torch.randint(0, vocabulary, (256, CONTEXT))
 
     def __len__(self) -> int:
         return self.count

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 import os
 import subprocess
@@ -16,6 +17,8 @@ QUICK = ["calibration_speed", "compression_growth", "growth", "inference", "mixi
 QUICK += ["training_loop", "training_step"]
 SLOW = ["default_run", "workflow"]
 """They run whole workflows, as tests/test_workflow.py does."""
+GPU = ["gpu_step", "gpu_resume"]
+"""Parts of gpu.py."""
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import harness  # noqa: E402
@@ -23,7 +26,7 @@ import harness  # noqa: E402
 
 def test_every_benchmark_is_known() -> None:
     scripts = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
-    assert scripts == {*QUICK, *SLOW, "harness", "table"}
+    assert scripts == {*QUICK, *SLOW, *GPU, "gpu", "harness", "table"}
 
 
 @pytest.mark.parametrize("name", QUICK)
@@ -38,6 +41,23 @@ def test_quick(name: str, tmp_path: Path) -> None:
     assert all(math.isfinite(float(row["value"])) for row in rows)
     assert all(row["what"] in done.stdout for row in rows)
     assert (done.returncode == 1) == any(row["met"] == "no" for row in rows)
+
+
+def test_gpu_quick(tmp_path: Path) -> None:
+    """Every kind of part that has no test of its own; what a part says of itself is kept, and so are failures."""
+    out = tmp_path / "gpu.json"
+    command = [sys.executable, "benchmarks/gpu.py", "--quick", "--out", str(out)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command += ["--parts", "steps, S eager", "killed"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    assert {part["ended"] for part in found["parts"].values()} == {"done"}, found["parts"]
+    assert found["parts"]["killed and resumed"]["the same bits"] == {"eager": True}
+    steps = {(one["method"], one["mode"]): one for one in found["steps"]}
+    assert ("minimal GPT", "eager") in steps and ("masa-qkvo", "eager") in steps
+    assert all(one["tokens_per_second"] > 0 and one["share"] > 0 for one in steps.values())
+    assert found["matrix_tflops"] > 0 and found["card"]
 
 
 @pytest.mark.parametrize("name", SLOW)
