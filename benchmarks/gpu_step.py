@@ -39,7 +39,7 @@ SCALES = {  # layers, width, heads, sequences a step: config/config.yaml
     "S": (12, 768, 12, 64),
     "M": (24, 1024, 16, 32),
     "L": (24, 1536, 12, 16),
-    "tiny": (2, 64, 2, 4),
+    "tiny": (2, 64, 2, 1),
 }
 VOCABULARY, CONTEXT = 32000, 1024
 

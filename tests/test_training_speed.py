@@ -9,7 +9,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from conftest import ROOT
-from test_image_training import MODEL as VIT
+from test_image_training import MODEL
 from test_training import spec_of
 from torch._dynamo.utils import counters
 
@@ -31,6 +31,7 @@ SHARINGS = {
     "masa": {"method": "masa", "projections": "qkvo", "atoms": 1},
     "masa-mlp": {"method": "masa", "projections": "qkv", "atoms": 1, "coefficients": "mlp"},
 }
+VIT = MODEL | {"num_layers": 2}
 TEXTS = torch.randint(0, 128, (4, 16), generator=torch.Generator().manual_seed(0))
 
 
