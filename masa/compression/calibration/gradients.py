@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from masa.compression.calibration.statistics import Calibration
@@ -25,8 +24,8 @@ from masa.compression.calibration.stream import BlockStream, add_moment, not_fin
 from masa.errors import MasaError
 from masa.sharing.projections import decoder, family_of
 
-LOGITS = 2**26
-"""Logits that exist at once, 256 MiB in float32: those of all tokens could be larger than the model."""
+LOGITS = 2**25
+"""Logits that exist at once, 128 MiB in float32: those of all tokens could be larger than the model."""
 
 
 class BlockInputs:
@@ -120,14 +119,9 @@ def _of_tokens(model: nn.Module, rows: Tensor, generator: torch.Generator) -> Te
     """The same of tokens (n, d) whose logits may exist all at once."""
     x = rows.detach().to(decoder(model).norm.weight.dtype, copy=True).requires_grad_()
     logits = model(inputs_embeds=x[None], use_cache=False).logits.flatten(0, 1).float()
-    # the graph does without the logits, which can go as soon as there are probabilities
-    edge, probabilities = get_gradient_edge(logits), logits.detach().softmax(-1)
-    del logits
     # on a CPU one number a probability, in order: the labels do not depend on how tokens are cut into chunks
-    labels = torch.multinomial(probabilities, 1, generator=generator)
-    # of the cross entropy by the logits: probabilities less the labels' ones
-    probabilities.scatter_add_(1, labels, probabilities.new_full(labels.shape, -1))
-    torch.autograd.backward(edge, probabilities)
+    labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
+    nn.functional.cross_entropy(logits, labels.flatten(), reduction="sum").backward()
     return x.grad
 
 

@@ -28,7 +28,7 @@ PREPARE = {
 }
 """Decompositions a matrix that a method makes once, in units of one in the metric of the data; 1 for all others."""
 
-LOGITS = 2**26
+LOGITS = 2**25
 """Logits that calibration with gradients holds at once (masa.compression.calibration.gradients)."""
 
 SOLVE = 0.25
@@ -104,10 +104,10 @@ def calibrate(
     hidden = 2.0 * N * T * sizes.width * width
     batch = entry["batch_size"] * T
     peak = file + hidden + written / sizes.layers * 4
-    if gradient.flops:  # every block's input, and one block's graph or a chunk of logits with their probabilities
+    if gradient.flops:  # every block's input, and one block's graph or a chunk of logits with what is made of them
         peak += entry["gradient_samples"] * T * sizes.layers * sizes.width * width
         graph = batch * (20 * sizes.width + 8 * sizes.ffn) * width
-        peak += max(graph, 2 * 4 * min(LOGITS, batch * sizes.vocabulary))
+        peak += max(graph, 4 * 4 * min(LOGITS, batch * sizes.vocabulary))
     else:
         peak += batch * 8 * (sizes.width + sizes.ffn) * width
     return seconds, work.flops + gram.flops + gradient.flops, peak, written
