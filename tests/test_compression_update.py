@@ -11,8 +11,8 @@ from compression_models import LAYERS, tiny_llama, tokens
 import masa
 from masa.compression import calibrate, compress, make_compressor
 from masa.compression.base import Problem
-from masa.compression.calibration.calibrate import BlockStream, GramHooks
 from masa.compression.calibration.statistics import INPUT_OF
+from masa.compression.calibration.stream import BlockStream, GramHooks
 from masa.compression.methods.algebra import refit
 from masa.compression.methods.low_rank import factorise
 from masa.compression.methods.update import sequential_update

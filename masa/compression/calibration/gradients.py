@@ -4,85 +4,163 @@ With ``G = E[g g^T]`` and ``H = E[x x^T]`` a small change dW of a weight raises 
 ``tr(G dW H dW^T) / 2`` nats a token, the Kronecker-factored Fisher approximation (Martens and Grosse 2015,
 arXiv 1503.05671). Labels are drawn from the model's own predictions, so this measures the divergence from the model
 itself and needs no labels.
+
+No graph of the whole model is ever held. Of the pass forward each block's input is kept; on the way back a block is
+computed again from it, with gradients, and passes the gradient of its input on to the block before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from masa.compression.calibration.statistics import Calibration
+from masa.compression.calibration.stream import BlockStream, add_moment, not_finite
 from masa.errors import MasaError
 from masa.sharing.projections import decoder, family_of
+
+LOGITS = 2**25
+"""Logits that exist at once, 128 MiB in float32: those of all tokens could be larger than the model."""
+
+
+class BlockInputs:
+    """What enters each block, of the first sequences of a stream: (L n T d) numbers.
+
+    They stay where the stream is; those of a GPU with less than twice their size left are kept by the host.
+
+    Args:
+        samples: n, or all if there are fewer.
+    """
+
+    def __init__(self, stream: BlockStream, samples: int) -> None:
+        self.stream, self.samples = stream, min(samples, sum(map(len, stream.hidden)))
+        hidden = stream.hidden[0]
+        size = len(stream.blocks) * self.samples * hidden[0].numel() * hidden.element_size()
+        full = hidden.is_cuda and 2 * size > torch.cuda.mem_get_info(hidden.device)[0]
+        self.device = torch.device("cpu") if full else hidden.device
+        self._kept: list[list[Tensor]] = []
+
+    def keep(self) -> None:
+        """Keep what enters the block that runs next."""
+        self._kept.append([hidden.to(self.device) for hidden in self.stream.first(self.samples)])
+
+    def pop(self) -> Iterator[Tensor]:
+        """What entered the last block that was not asked for yet, batch by batch; it is kept no longer."""
+        batches = self._kept.pop()
+        while batches:
+            yield batches.pop(0).to(self.stream.hidden[0].device)
 
 
 @torch.enable_grad()
 def add_gradients(
     calibration: Calibration,
     model: nn.Module,
-    tokens: Tensor,
+    stream: BlockStream,
+    inputs: BlockInputs,
     projections: str,
-    batch_size: int,
     progress: Callable[[str, int, int], None],
     seed: int = 0,
 ) -> None:
-    """Add ``gradient.q`` and so on, G (out, out) in float64, to every layer's statistics.
+    """Add ``gradient.q`` and so on, G (out, out) in float64, to every layer's statistics, the last layer first.
 
-    The whole model runs forward and backward: memory holds its activations for one batch.
+    Memory holds the inputs that were kept, a chunk of logits, and one block's graph for one batch.
 
     Args:
         calibration: receives the statistics.
         model: the model that it belongs to.
-        tokens: (n, T) sequences to use.
+        stream: has run through all of its blocks.
+        inputs: of these blocks.
         projections: letters.
-        batch_size: sequences at once.
         progress: called with ("gradients", done, of).
         seed: of the labels drawn.
 
     Raises:
         MasaError: a gradient is not finite; the message names layer and projection.
     """
-    paths, blocks = dict(family_of(model).paths), decoder(model).layers
-    grams: dict[tuple[str, int], Tensor] = {}
-
-    def watch(key: tuple[str, int]) -> Callable[..., None]:
-        def add(gradient: Tensor) -> None:
-            g = gradient.detach().flatten(0, -2).float()
-            product = (g.T @ g).double()
-            grams[key] = grams[key] + product if key in grams else product
-
-        def forward(module: nn.Module, args: Any, output: Tensor) -> None:
-            output.register_hook(add)
-
-        return forward
-
-    parameters = list({id(p): p for p in model.parameters()}.values())
-    flags = [p.requires_grad for p in parameters]
-    for p in parameters:  # gradients flow through activations alone, from the embeddings on
-        p.requires_grad_(False)
-    handles = [model.get_input_embeddings().register_forward_hook(lambda m, a, out: out.requires_grad_(True))]
-    for layer, block in enumerate(blocks):
-        handles += [block.get_submodule(paths[p]).register_forward_hook(watch((p, layer))) for p in projections]
-    generator = torch.Generator(device=tokens.device).manual_seed(seed)
-    try:
-        for start in range(0, len(tokens), batch_size):
-            progress("gradients", start, len(tokens))
-            ids = tokens[start : start + batch_size].to(model.get_input_embeddings().weight.device)
-            logits = model(input_ids=ids, use_cache=False).logits.flatten(0, 1).float()
-            drawn = torch.multinomial(logits.detach().softmax(-1).to(tokens.device), 1, generator=generator)
-            nn.functional.cross_entropy(logits, drawn.flatten().to(logits.device), reduction="sum").backward()
-        progress("gradients", len(tokens), len(tokens))
-    finally:
-        for handle in handles:
-            handle.remove()
-        for p, flag in zip(parameters, flags, strict=True):
-            p.requires_grad_(flag)
-    for layer in range(len(blocks)):
-        for p in projections:
-            if not torch.isfinite(grams[p, layer]).all():
+    paths, layers = dict(family_of(model).paths), len(stream.blocks)
+    tokens = inputs.samples * stream.hidden[0].shape[1]
+    generator = torch.Generator(device=stream.hidden[0].device).manual_seed(seed)
+    with _frozen(model):
+        gradients = [loss_gradient(model, hidden, generator) for hidden in stream.first(inputs.samples)]
+        for layer in reversed(range(layers)):
+            progress("gradients", layers - 1 - layer, layers)
+            block, moments = stream.block(layer), dict[str, Tensor]()
+            handles = [block.get_submodule(paths[p]).register_forward_hook(_watch(moments, p)) for p in projections]
+            try:
+                for i, hidden in enumerate(inputs.pop()):
+                    hidden = hidden.detach().requires_grad_()
+                    stream.through(block, hidden).backward(gradients[i])
+                    gradients[i] = hidden.grad
+            finally:
+                for handle in handles:
+                    handle.remove()
+            for p in not_finite(moments):
                 raise MasaError(f"NaN or infinity in the gradients at the output of {p!r} of layer {layer}.")
-        calibration.add(layer, {f"gradient.{p}": grams[p, layer] / tokens.numel() for p in projections})
-    calibration.gradient_samples = len(tokens)
+            calibration.add(layer, {f"gradient.{p}": moments[p] / tokens for p in projections})
+    progress("gradients", layers, layers)
+    calibration.gradient_samples = inputs.samples
+
+
+def loss_gradient(model: nn.Module, hidden: Tensor, generator: torch.Generator) -> Tensor:
+    """Gradient, at the last block's output (n, T, d), of the summed loss of labels that the model itself predicts."""
+    rows, vocabulary = hidden.flatten(0, 1), model.get_output_embeddings().weight.shape[0]
+    with _only_the_head(model):
+        chunks = rows.chunk(-(-len(rows) * vocabulary // LOGITS))
+        found = torch.cat([_of_tokens(model, chunk, generator) for chunk in chunks])
+    return found.view_as(hidden).to(hidden.dtype)
+
+
+def _of_tokens(model: nn.Module, rows: Tensor, generator: torch.Generator) -> Tensor:
+    """The same of tokens (n, d) whose logits may exist all at once."""
+    x = rows.detach().to(decoder(model).norm.weight.dtype, copy=True).requires_grad_()
+    logits = model(inputs_embeds=x[None], use_cache=False).logits.flatten(0, 1).float()
+    # on a CPU one number a probability, in order: the labels do not depend on how tokens are cut into chunks
+    labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
+    nn.functional.cross_entropy(logits, labels.flatten(), reduction="sum").backward()
+    return x.grad
+
+
+def _watch(moments: dict[str, Tensor], letter: str) -> Callable[..., None]:
+    def forward(module: nn.Module, args: Any, output: Tensor) -> None:
+        output.register_hook(lambda gradient: add_moment(moments, letter, gradient))
+
+    return forward
+
+
+@contextlib.contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter wants a gradient: they flow through activations alone."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for p in parameters:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in parameters:
+            p.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def _only_the_head(model: nn.Module) -> Iterator[None]:
+    """The model takes what it is given as embeddings for its last block's output.
+
+    What a model does after its norm is its own affair: some scale their logits.
+    """
+    base = decoder(model)
+    before = vars(base).get("forward")  # of whoever wrapped it, as accelerate does
+
+    def forward(inputs_embeds: Tensor, **others: Any) -> BaseModelOutputWithPast:
+        return BaseModelOutputWithPast(last_hidden_state=base.norm(inputs_embeds))
+
+    base.forward = forward
+    try:
+        yield
+    finally:
+        del base.forward
+        if before is not None:
+            base.forward = before

@@ -83,9 +83,9 @@ class Calibration:
         return self._read(layer, "output")
 
     def add(self, layer: int, tensors: Mapping[str, Tensor]) -> None:
-        """Store one layer's statistics (in the file of that layer if there is a directory)."""
-        if self.directory is None:
-            self._layers[layer] = self._layers.get(layer, {}) | dict(tensors)
+        """Store one layer's statistics: in the host's memory, or in the file of that layer if there is a directory."""
+        if self.directory is None:  # of all layers they can take more than a GPU that holds the model has left
+            self._layers[layer] = self._layers.get(layer, {}) | {name: t.cpu() for name, t in tensors.items()}
         else:
             for name, part in _parts(layer, tensors).items():
                 save_file(part, self.directory / name)

@@ -102,8 +102,9 @@ def cholesky(gram: Tensor, name: str, log: dict[str, float]) -> Tensor:
     scale = float(diagonal.mean())
     if not torch.isfinite(gram).all() or scale <= 0:
         raise MasaError(f"The autocorrelation of {name} is {'zero' if scale == 0 else 'not finite'}; calibrate anew.")
+    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     for jitter in (0.0, *(10.0**k for k in range(-8, 1))):
-        factor, info = torch.linalg.cholesky_ex(gram + jitter * scale * torch.eye(len(gram)).to(gram))
+        factor, info = torch.linalg.cholesky_ex(gram + jitter * scale * eye)
         if int(info) == 0 and float(factor.diagonal().min()) ** 2 > len(gram) * EPS * float(diagonal.max()):
             if jitter:
                 log[name] = jitter

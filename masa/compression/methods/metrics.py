@@ -74,7 +74,8 @@ class FisherMetric(DataMetric):
 
         def make() -> Tensor:
             metric = calibration.gradient_gram(letter, layer).to(device)
-            metric = metric + self.damping * metric.diagonal().mean() * torch.eye(len(metric)).to(metric)
+            eye = torch.eye(len(metric), dtype=metric.dtype, device=device)
+            metric = metric + self.damping * metric.diagonal().mean() * eye
             return cholesky(metric, f"gradients of {letter} of layer {layer}", log)
 
         return make

@@ -7,8 +7,8 @@ import copy
 import torch
 
 from masa.compression.base import Problem
-from masa.compression.calibration.calibrate import BlockStream, GramHooks
 from masa.compression.calibration.statistics import INPUT_OF
+from masa.compression.calibration.stream import BlockStream, GramHooks
 from masa.compression.methods.algebra import refit
 from masa.compression.methods.low_rank import Factors
 from masa.errors import MasaError

@@ -28,6 +28,9 @@ PREPARE = {
 }
 """Decompositions a matrix that a method makes once, in units of one in the metric of the data; 1 for all others."""
 
+LOGITS = 2**25
+"""Logits that calibration with gradients holds at once (masa.compression.calibration.gradients)."""
+
 SOLVE = 0.25
 """The same for every reduction: ranks, factors, sources."""
 
@@ -61,7 +64,7 @@ def grams(sizes: Sizes, projections: str, tokens: float) -> Work:
 
 
 def gradient_work(sizes: Sizes, projections: str, samples: int, length: int) -> Work:
-    """Forward, backward to the activations alone, labels drawn, and ``G^T G`` of the outputs of the projections."""
+    """Forward again, backward to the activations alone, labels, and ``G^T G`` of the outputs of the projections."""
     once = forward(sizes, samples, length)
     n = samples * length
     outputs = {"q": sizes.attention_width, "k": sizes.kv_width, "v": sizes.kv_width, "o": sizes.width}
@@ -101,9 +104,10 @@ def calibrate(
     hidden = 2.0 * N * T * sizes.width * width
     batch = entry["batch_size"] * T
     peak = file + hidden + written / sizes.layers * 4
-    if gradient.flops:  # the whole model's activations, and logits in float32 with their softmax and gradients
-        per_token = sizes.layers * (8 * sizes.width + 4 * sizes.ffn) * width + 5 * 4 * sizes.vocabulary
-        peak += batch * per_token + written / 2
+    if gradient.flops:  # every block's input, and one block's graph or a chunk of logits with what is made of them
+        peak += entry["gradient_samples"] * T * sizes.layers * sizes.width * width
+        graph = batch * (20 * sizes.width + 8 * sizes.ffn) * width
+        peak += max(graph, 4 * 4 * min(LOGITS, batch * sizes.vocabulary))
     else:
         peak += batch * 8 * (sizes.width + sizes.ffn) * width
     return seconds, work.flops + gram.flops + gradient.flops, peak, written
