@@ -5,6 +5,7 @@ imported, so that the workflow can ask while it is parsed. Only :mod:`masa.study
 machine, needs torch.
 
 * ``devices``: what a device does in a second and how much it holds
+* ``readings``: what was measured on a card, where a file says it
 * ``sizes``: the numbers of a model, and its parameters, exactly
 * ``transformer``: work and memory of one pass over a batch
 * ``training``, ``evaluation``, ``compression``, ``data``: seconds, memory and disk of the jobs of each kind

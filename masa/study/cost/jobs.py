@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from masa.study import compressions, experiments, kinds
-from masa.study.cost import data, preparation
+from masa.study.cost import data, preparation, readings
 from masa.study.cost import sizes as sizes_of
 from masa.study.cost.compression import calibrate, compress
 from masa.study.cost.devices import GIB, Device, device
@@ -43,6 +44,7 @@ class Job:
         cores: that it takes; 0 for all of the machine. devices: GPUs.
         parameters, amount, unit: of a training: trained numbers, and tokens or images that it reads.
         known: False where the sizes of a pretrained model are not in the configuration.
+        measured: whether a training's speed on one device was measured; all else is estimated.
         needs: jobs that must be done before.
     """
 
@@ -60,6 +62,7 @@ class Job:
     amount: float = 0.0
     unit: str = ""
     known: bool = True
+    measured: bool = False
     needs: tuple[Name, ...] = ()
 
 
@@ -70,14 +73,22 @@ class Plan:
         config: checked.
         device: a :class:`Device` or the name of one; by default the configuration's ``plan.device``.
         mirrored: whether a mirror can be read, which decides what tasks there are.
+        mode: "eager" or "compiled", whose measured speeds count where the device was measured.
     """
 
-    def __init__(self, config: Mapping[str, Any], on: Device | str | None = None, mirrored: bool | None = None) -> None:
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        on: Device | str | None = None,
+        mirrored: bool | None = None,
+        mode: str = "eager",
+    ) -> None:
         self.config = config
         self.settings = PlanSection.filled(config.get("plan") or {}, "plan")
         on = on or self.settings["device"]
         self.device = device(on) if isinstance(on, str) else on
         self.mirrored = bool(config["data"]["mirror"]) if mirrored is None else mirrored
+        self.paces = readings.paces(self.device, config, mode)
         self._cache: dict[Any, Any] = {}
 
     def _once(self, key: Any, make: Any) -> Any:
@@ -104,6 +115,9 @@ class Plan:
         section, entry = self.data_of(run)
         if entry is None:
             held_out = self.config["data"]["corpus"]["validation_tokens"] / sizes.tokens
+            if self.paces:
+                pace = partial(self.paces.reached, experiments.parse_run(run)[1])
+                return train(spec, sizes, self.device, None, held_out, pace)
             return train(spec, sizes, self.device, None, held_out)
         images, _ = data.images_of(section, entry)
         return train(spec, sizes, self.device, images, data.validation_images(section, entry))
@@ -178,6 +192,7 @@ class Plan:
             parameters=sizes.parameters,
             amount=found.amount,
             unit=found.unit,
+            measured=found.measured,
         )
 
     def _evaluate(self, run: str) -> Job:

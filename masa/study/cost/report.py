@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from masa.study.cost.devices import GIB
+from masa.study.cost.devices import DEVICES, GIB
 from masa.study.cost.jobs import Job, Plan
 from masa.study.cost.schedule import on_cores, on_gpus
 from masa.study.cost.workflow import jobs as all_jobs
@@ -21,11 +21,15 @@ GPUS = (8, 64)
 
 
 def as_json(plan: Plan, cores: int) -> str:
-    """All numbers: ``device``, ``jobs`` (seconds, bytes, FLOPs), ``rules``, ``total`` and ``too_large``."""
+    """All numbers: ``device``, ``reading``, ``jobs`` (seconds, bytes, FLOPs), ``rules``, ``total``, ``too_large``.
+
+    ``reading`` is None, or the ``file``, ``card`` and ``date`` of what was measured, and its ``mode``.
+    """
     jobs = all_jobs(plan)
     device = dataclasses.asdict(plan.device) | {"matmul_flops": dict(plan.device.matmul_flops)}
     data = {
         "device": device,
+        "reading": _reading(plan),
         "jobs": [{k: v for k, v in dataclasses.asdict(job).items() if k != "needs"} for job in jobs],
         "rules": {rule: _sums(found) for rule, found in by_rule(jobs).items()},
         "total": totals(plan, jobs, cores),
@@ -37,7 +41,7 @@ def as_json(plan: Plan, cores: int) -> str:
 def text(plan: Plan, cores: int) -> str:
     """For people."""
     jobs = all_jobs(plan)
-    parts = [_runs(plan, jobs), _rules(jobs), _total(plan, jobs, cores)]
+    parts = [_runs(plan, jobs), _rules(jobs), _total(plan, jobs, cores), _speeds(plan)]
     return "\n\n".join(part for part in [*parts, "\n".join(too_large(plan, jobs))] if part)
 
 
@@ -100,11 +104,11 @@ def _runs(plan: Plan, jobs: Sequence[Job]) -> str:
     for job in jobs:
         if job.rule in RUNS:
             groups.setdefault((job.rule, job.name.rsplit("/seed", 1)[0]), []).append(job)
-    rows = [["run", "seeds", "parameters", "data", "FLOPs", "each", "memory", "disk"]]
+    rows = [["run", "seeds", "parameters", "data", "FLOPs", "each", "speed", "memory", "disk"]]
     for (rule, name), found in groups.items():
         job = found[0]
         if not job.known:
-            rows.append([name, "", "unknown", "", "", "", "", ""])
+            rows.append([name, "", "unknown", "", "", "", "", "", ""])
             continue
         data = f"{job.amount:,.0f} {job.unit}" if job.unit else "compression"
         rows.append(
@@ -115,11 +119,49 @@ def _runs(plan: Plan, jobs: Sequence[Job]) -> str:
                 data,
                 f"{job.flops:.2e}",
                 duration(job.seconds) + (f" on {job.devices}" if job.devices > 1 else ""),
+                _speed(plan, job),
                 size(job.memory_bytes),
                 size(job.disk_bytes),
             ]
         )
     return aligned(rows)
+
+
+def _speed(plan: Plan, job: Job) -> str:
+    """What a run's time is taken from."""
+    if not plan.device.gpu:
+        return "guess" if plan.device is DEVICES["cpu"] else "this machine's"
+    return ("measured on one" if job.devices > 1 else "measured") if job.measured else "guess"
+
+
+def _reading(plan: Plan) -> dict[str, str] | None:
+    if not plan.paces:
+        return None
+    data = plan.paces.reading.data
+    return {"file": plan.paces.reading.name, "card": data["card"], "date": data["date"], "mode": plan.paces.mode}
+
+
+def _speeds(plan: Plan) -> str:
+    """What the column "speed" says: which numbers were measured, where and when, and what all others are."""
+    if not plan.device.gpu:
+        return {
+            "guess": "speed: a typical core's, a guess; without --typical this machine is measured",
+            "this machine's": "speed: this machine's, measured now; disk, network and memory are guesses",
+        }[_speed(plan, Job("", "", 0.0))]
+    sheet = "from the data sheet, with the utilisation in masa/study/cost/devices.py"
+    if not (paces := plan.paces):
+        return f"speed: {plan.device.name} was not measured; every time is a guess {sheet}"
+    found, shares = _reading(plan), plan.paces.vanilla
+    said = ", ".join(f"{scale} {100 * rate / paces.reading.flops:.0f} %" for scale, rate in shares.items())
+    rate = f"{paces.reading.flops / 1e12:,.0f} TFLOP/s of its large matrix products"
+    lines = [
+        f"measured: steps of these sizes and this method on one {found['card']}, {found['date']}, {found['mode']} "
+        f"({found['file']}); vanilla reaches of the {rate}: {said or 'nothing was measured in this mode'}",
+        f"guess: {'language models as vanilla at the nearest sizes measured, all else ' if shares else ''}{sheet}",
+    ]
+    if paces.others:
+        lines.append(f"not used: {', '.join(paces.others)} of {found['file']}, here another model of that name")
+    return "\n".join(lines)
 
 
 def _sums(jobs: Sequence[Job]) -> dict[str, float]:
