@@ -12,7 +12,7 @@ from conftest import ROOT
 from test_training import spec_of, start
 
 import masa
-from masa.runs import devices, run
+from masa.runs import card, devices, run
 from masa.training import launch
 
 JOB = """
@@ -91,6 +91,35 @@ def test_what_is_seen_is_restored_and_too_few_are_an_error(place, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with devices.leased(3) as mine:
         assert mine == [], "no GPU, nothing to lease"
+
+
+def test_the_driver_is_what_nvidia_smi_says_or_none(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    program = tmp_path / "nvidia-smi"
+    for text, expected in (
+        (None, None),
+        ("#!/bin/sh\nprintf '550.54.15\\n550.54.15\\n'\n", "550.54.15"),
+        ("#!/bin/sh\nexit 0\n", None),
+        ("#!/bin/sh\necho 'no devices were found'\nexit 6\n", None),
+        ("not a program", None),
+    ):
+        if text:
+            program.write_text(text)
+            program.chmod(0o755)
+        card._driver.cache_clear()
+        assert card._driver() == expected, text
+    card._driver.cache_clear()
+
+
+def test_what_is_computed_on_is_named_and_none_where_that_is_a_cpu():
+    import torch
+
+    found = card.used()
+    assert set(found) == {"gpu", "driver", "cuda"}
+    assert (found["gpu"] is None) == (found["cuda"] is None) == (not torch.cuda.is_available())
+    code = "import sys; from masa.runs import run; p = run.provenance({}); assert 'torch' not in sys.modules;"
+    code += "assert p['gpu'] is p['driver'] is p['cuda'] is None"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_two_nodes_without_slurm_meet_by_hand(tokens, tmp_path, monkeypatch):

@@ -169,6 +169,25 @@ def test_a_file_that_is_no_json_is_named_and_stops_no_training(folder):
     assert readings.peak(spec, "NVIDIA A100-SXM4-80GB") is None
 
 
+def test_a_training_is_held_against_what_was_measured_else_the_data_sheet(folder):
+    spec = experiments.run_spec(merged(), "S", "vanilla", 0)
+    sheet = readings.peak(spec, "NVIDIA A100-SXM4-80GB")
+    assert sheet.rates["bfloat16"] == 312e12
+    assert sheet.rates["float32"] == 19.5e12
+    assert sheet.flops == flops_a_unit(spec["training"], of_run(spec))
+    write(folder)
+    readings._all.cache_clear()
+    found = readings.peak(spec, "NVIDIA A100-SXM4-80GB")
+    assert found.rates == sheet.rates | {"bfloat16": 250e12}
+    assert readings.peak(spec, "NVIDIA A100-PCIE-40GB").rates == sheet.rates, "a card that was not measured"
+    assert readings.peak(spec, "NVIDIA H100 PCIe") is None, "neither measured nor in the table"
+    write(folder, card="NVIDIA H100 PCIe", entries=[])
+    readings._all.cache_clear()
+    assert readings.peak(spec, "NVIDIA H100 PCIe").rates == {"bfloat16": 250e12}
+    vision = experiments.run_spec(merged(), "digits-compact", "vanilla", 0)
+    assert readings.peak(vision, "Tesla T4").rates == {"float32": 8.1e12}
+
+
 def test_the_readings_of_the_repository_are_used():
     found = readings.of_card(device("h100").cards)
     assert found.data["card"] == "NVIDIA H100 80GB HBM3"

@@ -10,8 +10,9 @@ from typing import Any
 
 from masa.cli.base import Verbs, spec_of
 from masa.errors import MasaError
-from masa.runs import devices, memory
+from masa.runs import card, devices, memory
 from masa.study import experiments, kinds
+from masa.study.cost import readings
 from masa.study.cost.limits import estimated_need
 from masa.study.inputs import throughput_spec
 from masa.study.specs import check as check_spec
@@ -93,8 +94,9 @@ def _pretrain(given: argparse.Namespace) -> None:
             launch.launch(spec, ["-m", "masa.cli", *_without(given.arguments, "--log")])
         else:
             train = import_module(kind.training).pretrain
+            peak = readings.peak(spec, name) if (name := card.name()) else None
             try:
-                train(spec, data, Path(given.out), wait=not given.no_wait)
+                train(spec, data, Path(given.out), wait=not given.no_wait, peak=peak)
             except memory.OutOfMemory as error:
                 raise MasaError(f"{error} {estimated_need(spec)}".rstrip()) from error
 
