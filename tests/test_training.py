@@ -197,8 +197,8 @@ def command(spec, tokens, out):
     ]
 
 
-def start(spec, tokens, out):
-    return subprocess.Popen(command(spec, tokens, out), stderr=subprocess.PIPE, text=True, cwd=ROOT)
+def start(spec, tokens, out, *more):
+    return subprocess.Popen([*command(spec, tokens, out), *more], stderr=subprocess.PIPE, text=True, cwd=ROOT)
 
 
 @pytest.mark.parametrize("method", ["masa", {"method": "masa", "coefficients": "mlp"}])

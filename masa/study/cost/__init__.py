@@ -11,6 +11,7 @@ machine, needs torch.
 * ``training``, ``evaluation``, ``compression``, ``data``: seconds, memory and disk of the jobs of each kind
 * ``preparation``: the jobs beside: data, counting, timing, tables and figures
 * ``jobs``, ``workflow``, ``limits``: one job; all jobs of a configuration; what a cluster is asked for
+* ``shares``: several small runs on one card
 * ``schedule``, ``report``, ``logs``: the whole on so many cores; the printed plan; what a finished workflow took
 """
 

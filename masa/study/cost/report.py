@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from masa.study.cost import shares
 from masa.study.cost.devices import DEVICES, GIB
 from masa.study.cost.jobs import Job, Plan
 from masa.study.cost.schedule import on_cores, on_gpus
@@ -21,9 +22,10 @@ GPUS = (8, 64)
 
 
 def as_json(plan: Plan, cores: int) -> str:
-    """All numbers: ``device``, ``reading``, ``jobs`` (seconds, bytes, FLOPs), ``rules``, ``total``, ``too_large``.
+    """All numbers: ``device``, ``reading``, ``jobs`` (seconds, bytes, FLOPs), ``rules``, ``total`` and others.
 
-    ``reading`` is None, or the ``file``, ``card`` and ``date`` of what was measured, and its ``mode``.
+    ``reading`` is None, or the ``file``, ``card`` and ``date`` of what was measured, and its ``mode``. ``at_once``: how
+    many trainings of a scale one GPU holds. ``too_large``: sentences.
     """
     jobs = all_jobs(plan)
     device = dataclasses.asdict(plan.device) | {"matmul_flops": dict(plan.device.matmul_flops)}
@@ -33,7 +35,8 @@ def as_json(plan: Plan, cores: int) -> str:
         "jobs": [{k: v for k, v in dataclasses.asdict(job).items() if k != "needs"} for job in jobs],
         "rules": {rule: _sums(found) for rule, found in by_rule(jobs).items()},
         "total": totals(plan, jobs, cores),
-        "too_large": too_large(plan, jobs),
+        "at_once": shares.at_once(plan, jobs),
+        "too_large": [*too_large(plan, jobs), *shares.too_small(plan, jobs)],
     }
     return json.dumps(data, indent=1)
 
@@ -41,8 +44,9 @@ def as_json(plan: Plan, cores: int) -> str:
 def text(plan: Plan, cores: int) -> str:
     """For people."""
     jobs = all_jobs(plan)
-    parts = [_runs(plan, jobs), _rules(jobs), _total(plan, jobs, cores), _speeds(plan)]
-    return "\n\n".join(part for part in [*parts, "\n".join(too_large(plan, jobs))] if part)
+    parts = [_runs(plan, jobs), _rules(jobs), _total(plan, jobs, cores), _speeds(plan), shares.line(plan, jobs)]
+    wrong = [*too_large(plan, jobs), *shares.too_small(plan, jobs)]
+    return "\n\n".join(part for part in [*parts, "\n".join(wrong)] if part)
 
 
 def by_rule(jobs: Sequence[Job]) -> dict[str, list[Job]]:
