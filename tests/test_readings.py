@@ -11,8 +11,9 @@ import masa
 from masa.study import config, experiments
 from masa.study.cost import Plan, device, readings, report
 from masa.study.cost.sizes import of_run
-from masa.study.cost.training import flops_a_unit
+from masa.study.cost.training import flops_a_unit, mode_of
 from masa.study.cost.workflow import jobs
+from masa.training.compiling import COMPILED_FROM
 
 SPEED = {"S": 100_000.0, "L": 20_000.0}
 
@@ -21,14 +22,14 @@ def merged(*overlays):
     return config.load([ROOT / "config" / name for name in overlays])
 
 
-def entry(scale, method="vanilla", mode="eager", **more):
+def step(scale, method="vanilla", mode="eager", **more):
     return {"scale": scale, "method": method, "mode": mode} | (more or {"tokens_per_second": SPEED[scale]})
 
 
 def write(folder, name="here", **more):
     """A file as `benchmarks/gpu.py` writes one."""
     data = {"card": "NVIDIA A100-SXM4-80GB", "date": "2030-01-02", "matrix_tflops": 250, "bandwidth_gbs": None}
-    data |= {"torch": "2", "driver": None, "cuda": "12", "entries": [entry("S"), entry("L")]} | more
+    data |= {"torch": "2", "driver": None, "cuda": "12", "steps": [step("S"), step("L")]} | more
     (folder / name).mkdir(exist_ok=True)
     (folder / name / "gpu.json").write_text(json.dumps(data))
 
@@ -41,6 +42,13 @@ def folder(tmp_path, monkeypatch):
     readings._all.cache_clear()
 
 
+def unmeasured(c):
+    """The plan by the data sheet alone."""
+    plan = Plan(c, "a100")
+    plan.paces = None
+    return plan
+
+
 def seconds(plan, run):
     """Of the steps of a run alone."""
     return plan.training(f"{run}/seed0").amount / SPEED[run[0]]
@@ -50,7 +58,7 @@ def test_a_measured_speed_is_the_plans_and_all_else_is_a_guess(folder):
     c = merged("paper.yaml")
     before = Plan(c, "a100").training("S/vanilla/seed0")
     assert not before.measured
-    write(folder, entries=[entry("S"), entry("L"), entry("S", "masa-qkvo", ratio_to_vanilla=0.5)])
+    write(folder, steps=[step("S"), step("L"), step("S", "masa-qkvo", ratio_to_vanilla=0.5)])
     readings._all.cache_clear()
     plan = Plan(c, "a100")
     found = plan.training("S/vanilla/seed0")
@@ -63,32 +71,51 @@ def test_a_measured_speed_is_the_plans_and_all_else_is_a_guess(folder):
     assert plan.training("S-65B/vanilla/seed0").measured, "the same sizes by another name"
     for other in ("M/vanilla", "S/gqa", "S/masa-qkv", "cifar10-deep/vanilla"):
         assert not plan.training(f"{other}/seed0").measured, other
-    assert plan.training("cifar10-deep/vanilla/seed0") == Plan(c, "a100", mode="compiled").training(
-        "cifar10-deep/vanilla/seed0"
-    )
-    assert not Plan(c, "a100", mode="compiled").training("S/vanilla/seed0").measured
+    assert plan.training("cifar10-deep/vanilla/seed0") == unmeasured(c).training("cifar10-deep/vanilla/seed0")
     assert not Plan(c, "h100").training("S/vanilla/seed0").measured, "another card"
+
+
+def test_how_a_run_will_be_trained_decides_which_speed_counts(folder):
+    c = merged("paper.yaml")
+    fast = step("S", mode="compiled", tokens_per_second=2 * SPEED["S"])
+    write(folder, steps=[step("S"), step("L"), fast, step("S", "masa-qkvo", ratio_to_vanilla=0.5)])
+    readings._all.cache_clear()
+    plan = Plan(c, "a100")
+    compiled = plan.training("S/vanilla/seed0")
+    assert compiled.measured == "compiled", "of 4,195 steps"
+    assert not plan.training("S/masa-qkvo/seed0").measured, "a guess from compiled steps, not the eager reading"
+    assert plan.training("S/masa-qkvo/seed0").seconds == pytest.approx(compiled.seconds, rel=0.02)
+    assert plan.training("L/vanilla/seed0").measured == "", "S's compiled share is nearer than L's eager steps"
+    c["scales"]["S"]["training"]["compile"] = False
+    eager = Plan(c, "a100").training("S/vanilla/seed0")
+    assert eager.measured == "eager"
+    assert eager.seconds == pytest.approx(2 * compiled.seconds, rel=0.02)
+    short = {"steps": COMPILED_FROM - 1}
+    assert [mode_of(short | more) for more in ({}, {"compile": True}, {"steps": COMPILED_FROM})] == [
+        "eager",
+        "compiled",
+        "compiled",
+    ]
+    assert mode_of({"steps": COMPILED_FROM, "parallel": "fsdp"}) == "eager"
 
 
 def test_sizes_between_those_measured_reach_what_is_between(folder):
     write(folder)
-    paces = readings.paces(device("a100"), merged("paper.yaml"))
-    (f_small, small), (f_large, large) = sorted(paces.reached_at["vanilla"].items())
+    c = merged("paper.yaml")
+    paces = readings.paces(device("a100"), c)
+    (f_small, small), (f_large, large) = sorted(paces.reached_at["eager"]["vanilla"].items())
     assert small == pytest.approx(SPEED["S"] * f_small)
     middle = math.sqrt(f_small * f_large)
-    assert paces.reached("vanilla", middle) == (pytest.approx((small + large) / 2), False)
-    assert paces.reached("vanilla", f_small / 7) == (small, False)
-    assert paces.reached("low-rank", f_large * 7) == (large, False)
-    assert paces.reached("vanilla", f_large * 1.005) == (large, True)
+    assert paces.reached("vanilla", "eager", middle) == (pytest.approx((small + large) / 2), "", False)
+    assert paces.reached("vanilla", "eager", f_small / 7) == (small, "", True)
+    assert paces.reached("low-rank", "eager", f_large * 7) == (large, "", False)
+    assert paces.reached("vanilla", "eager", f_large * 1.005) == (large, "eager", False)
+    assert paces.reached("vanilla", "compiled", f_large * 1.005)[:2] == (large, "eager"), "for want of a compiled one"
     # a small model is bound by launches, of which a share knows nothing
-    c = merged("paper.yaml")
-    nano = Plan(c, "a100").training("nano/vanilla/seed0")
-    sheet = Plan(c, "a100", mode="compiled").training("nano/vanilla/seed0")
-    assert nano.seconds == sheet.seconds
-    assert (
-        Plan(c, "a100").training("M/vanilla/seed0").seconds
-        > 1.01 * Plan(c, "a100", mode="compiled").training("M/vanilla/seed0").seconds
-    ), "0.5 of the sheet is more than was measured at either side"
+    plan = Plan(c, "a100")
+    assert plan.training("nano/vanilla/seed0").seconds == unmeasured(c).training("nano/vanilla/seed0").seconds
+    large_step = plan.training("M/vanilla/seed0").flops / plan.training("M/vanilla/seed0").seconds
+    assert small < large_step < large
 
 
 def test_the_later_reading_of_a_card_counts_and_only_of_its_card(folder):
@@ -105,7 +132,7 @@ def test_a_scale_of_the_same_name_that_is_another_model_is_not_used(folder):
     c = merged("paper.yaml")
     spec = experiments.run_spec(c, "S", "vanilla", 0)
     share = SPEED["S"] * flops_a_unit(spec["training"], of_run(spec)) / 250e12
-    write(folder, entries=[entry("S", tokens_per_second=SPEED["S"], share=share)])
+    write(folder, steps=[step("S", tokens_per_second=SPEED["S"], share=share)])
     assert readings.paces(device("a100"), c).vanilla
     c["scales"]["S"] = c["scales"]["L"]
     plan = Plan(c, "a100")
@@ -122,27 +149,33 @@ def test_a_recipe_that_does_not_fit_the_scales_of_a_reading_does_not_stop_a_plan
     c["training"] |= {"batch_size": 6}
     with pytest.raises(masa.MasaError, match="micro_batch_size = 64"):
         experiments.run_spec(c, "S", "vanilla", 0)
-    assert set(readings.paces(device("a100"), c).vanilla) == {"S", "L"}
+    assert set(readings.paces(device("a100"), c).vanilla["eager"]) == {"S", "L"}
 
 
 def test_the_plan_says_what_was_measured_where_and_when(folder):
     write(folder)
     plan = Plan(merged("paper.yaml"), "a100")
     said = report.text(plan, 1)
-    assert re.search(r"^S/vanilla .* measured ", said, re.M)
-    assert re.search(r"^L/vanilla .* on 8 +measured on one ", said, re.M)
+    assert re.search(r"^S/vanilla .* measured, eager ", said, re.M)
+    assert re.search(r"^L/vanilla .* on 8 +measured on one, eager ", said, re.M)
     assert re.search(r"^M/vanilla .* guess ", said, re.M)
     (line,) = re.findall(r"^measured: .*", said, re.M)
-    for part in ("NVIDIA A100-SXM4-80GB, 2030-01-02, eager", "here/gpu.json", "250 TFLOP/s", "S 31 %, L 39 %"):
+    for part in ("NVIDIA A100-SXM4-80GB, 2030-01-02", "here/gpu.json", "250 TFLOP/s", "eager: S 31 %, L 39 %"):
         assert part in line
     data = json.loads(report.as_json(plan, 1))
     assert data["reading"]["card"] == "NVIDIA A100-SXM4-80GB"
     found = {job["name"]: job["measured"] for job in data["jobs"] if job["rule"] == "pretrain"}
-    assert found["S/vanilla/seed0"] is True
-    assert found["M/vanilla/seed0"] is False
-    compiled = report.text(Plan(merged("paper.yaml"), "a100", mode="compiled"), 1)
-    assert "nothing was measured in this mode" in compiled
-    assert not re.search(r"^\S+/\S+ .* measured ", compiled, re.M)
+    assert found["S/vanilla/seed0"] == "eager"
+    assert found["M/vanilla/seed0"] == ""
+    assert "no compiled step was measured" in said
+    write(folder, steps=[step("S", mode="compiled"), step("S")])
+    readings._all.cache_clear()
+    compiled = report.text(Plan(merged("paper.yaml"), "a100"), 1)
+    assert re.search(r"^S/vanilla .* measured, compiled ", compiled, re.M)
+    assert "no compiled step" not in compiled
+    write(folder, steps=[{"scale": "S", "method": "vanilla", "mode": "eager", "error": "out of memory"}])
+    readings._all.cache_clear()
+    assert "nothing that is known" in report.text(Plan(merged("paper.yaml"), "a100"), 1)
     assert "t4 was not measured" in report.text(Plan(merged("paper.yaml"), "t4"), 1)
 
 
@@ -150,8 +183,8 @@ def test_the_plan_says_what_was_measured_where_and_when(folder):
     ("broken", "message"),
     [
         ({"matrix_tflops": "fast"}, "matrix_tflops must be a number"),
-        ({"entries": [entry("S", mode="warp")]}, r"mode: value 'warp' does not exist"),
-        ({"entries": [{"scale": "S", "mode": "eager"}]}, "needs method"),
+        ({"steps": [step("S", mode="warp")]}, r"mode: value 'warp' does not exist"),
+        ({"steps": [{"scale": "S", "mode": "eager"}]}, "needs method"),
     ],
 )
 def test_a_file_that_is_no_reading_is_named(folder, broken, message):
@@ -181,7 +214,7 @@ def test_a_training_is_held_against_what_was_measured_else_the_data_sheet(folder
     assert found.rates == sheet.rates | {"bfloat16": 250e12}
     assert readings.peak(spec, "NVIDIA A100-PCIE-40GB").rates == sheet.rates, "a card that was not measured"
     assert readings.peak(spec, "NVIDIA H100 PCIe") is None, "neither measured nor in the table"
-    write(folder, card="NVIDIA H100 PCIe", entries=[])
+    write(folder, card="NVIDIA H100 PCIe", steps=[])
     readings._all.cache_clear()
     assert readings.peak(spec, "NVIDIA H100 PCIe").rates == {"bfloat16": 250e12}
     vision = experiments.run_spec(merged(), "digits-compact", "vanilla", 0)

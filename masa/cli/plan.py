@@ -11,7 +11,6 @@ from pathlib import Path
 from masa.cli.base import Verbs
 from masa.errors import MasaError
 from masa.study import config, experiments
-from masa.study.cost.readings import MODES
 
 
 def add(verbs: Verbs) -> None:
@@ -25,7 +24,6 @@ def add(verbs: Verbs) -> None:
     v.add_argument("--device", help="cpu, h100, a100, rtx4090, …; default: plan.device of the configuration")
     v.add_argument("--cores", type=int, help="CPU cores that share the work (default: all)")
     v.add_argument("--typical", action="store_true", help="a typical core instead of ten seconds of measuring this one")
-    v.add_argument("--mode", choices=MODES, default="eager", help="measured speeds of eager steps, or of compiled ones")
     which = v.add_mutually_exclusive_group()
     which.add_argument("--measured", action="store_true", help="beside what the jobs of a finished workflow took")
     which.add_argument("--artefacts", action="store_true", help="what each table and figure costs by itself")
@@ -55,7 +53,7 @@ def _plan(given: argparse.Namespace) -> None:
         warning = f" (busy with a load of {busy:.1f}: jobs take longer while it is)" if busy > 0.5 * cores else ""
         print(f"measuring this machine{warning} …", file=sys.stderr)
         on = measure.calibrate(processes=cores)
-    plan = Plan(c, on, mirrored=bool(config.mirror(c)), mode=given.mode)
+    plan = Plan(c, on, mirrored=bool(config.mirror(c)))
     folder = Path(c["results"]) / "logs"
     if given.artefacts:
         from masa.study.cost import artefacts

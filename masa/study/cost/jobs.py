@@ -14,7 +14,7 @@ from masa.study.cost import sizes as sizes_of
 from masa.study.cost.compression import calibrate, compress
 from masa.study.cost.devices import GIB, Device, device
 from masa.study.cost.evaluation import available, describe_flops, harness, held_out_work
-from masa.study.cost.training import Training, train
+from masa.study.cost.training import Training, mode_of, train
 from masa.study.cost.transformer import Work, forward, inference_bytes
 from masa.study.sections.evaluation import Plan as PlanSection
 
@@ -44,7 +44,7 @@ class Job:
         cores: that it takes; 0 for all of the machine. devices: GPUs.
         parameters, amount, unit: of a training: trained numbers, and tokens or images that it reads.
         known: False where the sizes of a pretrained model are not in the configuration.
-        measured: whether a training's speed on one device was measured; all else is estimated.
+        measured: of a training whose speed on one device was measured, in which mode; "" of all that is estimated.
         needs: jobs that must be done before.
     """
 
@@ -62,7 +62,7 @@ class Job:
     amount: float = 0.0
     unit: str = ""
     known: bool = True
-    measured: bool = False
+    measured: str = ""
     needs: tuple[Name, ...] = ()
 
 
@@ -73,22 +73,15 @@ class Plan:
         config: checked.
         device: a :class:`Device` or the name of one; by default the configuration's ``plan.device``.
         mirrored: whether a mirror can be read, which decides what tasks there are.
-        mode: "eager" or "compiled", whose measured speeds count where the device was measured.
     """
 
-    def __init__(
-        self,
-        config: Mapping[str, Any],
-        on: Device | str | None = None,
-        mirrored: bool | None = None,
-        mode: str = "eager",
-    ) -> None:
+    def __init__(self, config: Mapping[str, Any], on: Device | str | None = None, mirrored: bool | None = None) -> None:
         self.config = config
         self.settings = PlanSection.filled(config.get("plan") or {}, "plan")
         on = on or self.settings["device"]
         self.device = device(on) if isinstance(on, str) else on
         self.mirrored = bool(config["data"]["mirror"]) if mirrored is None else mirrored
-        self.paces = readings.paces(self.device, config, mode)
+        self.paces = readings.paces(self.device, config)
         self._cache: dict[Any, Any] = {}
 
     def _once(self, key: Any, make: Any) -> Any:
@@ -116,7 +109,7 @@ class Plan:
         if entry is None:
             held_out = self.config["data"]["corpus"]["validation_tokens"] / sizes.tokens
             if self.paces:
-                pace = partial(self.paces.reached, experiments.parse_run(run)[1])
+                pace = partial(self.paces.reached, experiments.parse_run(run)[1], mode_of(spec["training"]))
                 return train(spec, sizes, self.device, None, held_out, pace)
             return train(spec, sizes, self.device, None, held_out)
         images, _ = data.images_of(section, entry)

@@ -21,24 +21,24 @@ from masa.settings import Open, Positive, key, read
 from masa.study import experiments
 from masa.study.cost.devices import DEVICES, Device
 from masa.study.cost.sizes import of_run
-from masa.study.cost.training import flops_a_unit
+from masa.study.cost.training import MODES, Reach, flops_a_unit
 from masa.training.peak import Peak
 
 FOLDER = PROJECT / "results" / "reference"
-MODES = ("eager", "compiled")
 STEP = 32
-"""Sequences of a step whose FLOPs an entry is taken for; making the shared matrices is next to nothing in them."""
+"""Sequences of a step whose FLOPs are counted; making the shared matrices is next to nothing in them."""
 
 SAME = 0.01
 """Models whose FLOPs a token differ by less than this fraction are taken for the same."""
 
 CREDIBLE = (0.75, 1.35)
-"""Share by our count of FLOPs over the share that an entry states, which may count 6 FLOPs a parameter alone. Outside
+"""Share by our count of FLOPs over the share that a step states, which may count 6 FLOPs a parameter alone. Outside
 of it the configuration calls another model by that name."""
 
 
-class Entry(Open):
-    """One training step that was timed; either its tokens/s, or their ratio to vanilla's of the same scale and mode."""
+class Step(Open):
+    """A training step that was timed: its tokens/s, or their ratio to vanilla's of the same scale and mode; neither of
+    one that failed."""
 
     scale: str = key("A scale of the configuration.")
     method: str = key("An experiment of the configuration.")
@@ -67,7 +67,7 @@ class Reading(Open):
     matrix_tflops: float = key("TFLOP/s of large matrix products in bfloat16.", gt=0)
     bandwidth_gbs: float | None = key("GB/s of its memory.", None, gt=0)
     context: Positive = key("Tokens a sequence.", 1024)
-    entries: list[Entry] = key("Training steps.")
+    steps: list[Step] = key("Training steps.")
     together: Together | None = key("Small runs that shared the card.", None)
 
 
@@ -122,33 +122,31 @@ class Paces:
     Args:
         reading: of the card.
         config: checked; a reading's scales and methods are its own.
-        mode: one of :data:`MODES`.
 
     Attributes:
-        reached_at: experiment -> FLOPs a token -> FLOP/s of one card, by our count of FLOPs.
-        vanilla: scale -> FLOP/s of one card, of vanilla.
+        reached_at: mode -> experiment -> FLOPs a token -> FLOP/s of one card, by our count of FLOPs.
+        vanilla: mode -> scale -> FLOP/s of one card, of vanilla.
         others: scales that are other models here than when they were measured.
     """
 
-    def __init__(self, reading: Measured, config: Mapping[str, Any], mode: str) -> None:
-        self.reading, self.mode = reading, mode
-        self.reached_at: dict[str, dict[float, float]] = {}
-        self.vanilla: dict[str, float] = {}
+    def __init__(self, reading: Measured, config: Mapping[str, Any]) -> None:
+        self.reading = reading
+        self.reached_at: dict[str, dict[str, dict[float, float]]] = {}
+        self.vanilla: dict[str, dict[str, float]] = {}
         self.others: list[str] = []
-        entries = [entry for entry in reading.data["entries"] if entry["mode"] == mode]
-        speeds = {e["scale"]: e.get("tokens_per_second") for e in entries if e["method"] == "vanilla"}
-        for entry in entries:
-            scale, method = entry["scale"], entry["method"]
-            if not config["scales"].get(scale) or method not in config["experiments"]:
+        steps = reading.data["steps"]
+        speeds = {(e["scale"], e["mode"]): e.get("tokens_per_second") for e in steps if e["method"] == "vanilla"}
+        for step in steps:
+            if not config["scales"].get(step["scale"]) or step["method"] not in config["experiments"]:
                 continue
-            speed = entry.get("tokens_per_second")
-            if not speed and speeds.get(scale) and entry.get("ratio_to_vanilla"):
-                speed = speeds[scale] * entry["ratio_to_vanilla"]
+            speed = step.get("tokens_per_second")
+            if not speed and step.get("ratio_to_vanilla"):
+                speed = (speeds.get((step["scale"], step["mode"])) or 0.0) * step["ratio_to_vanilla"]
             if speed:
-                self._add(config, entry, speed)
+                self._add(config, step, speed)
 
-    def _add(self, config: Mapping[str, Any], entry: Mapping[str, Any], speed: float) -> None:
-        scale, method, stated = entry["scale"], entry["method"], entry.get("share")
+    def _add(self, config: Mapping[str, Any], step: Mapping[str, Any], speed: float) -> None:
+        scale, method, mode, stated = step["scale"], step["method"], step["mode"], step.get("share")
         context = self.reading.data["context"]
         recipe = {"context": context, "batch_size": STEP, "micro_batch_size": STEP, "tokens": STEP * context}
         recipe |= {"nodes": 1, "processes_per_node": 1}  # of one card, whatever the configuration's own recipe is
@@ -159,37 +157,45 @@ class Paces:
         if stated and not CREDIBLE[0] < rate / self.reading.flops / stated < CREDIBLE[1]:
             self.others.append(scale)
             return
-        self.reached_at.setdefault(method, {})[flops] = rate
+        self.reached_at.setdefault(mode, {}).setdefault(method, {})[flops] = rate
         if method == "vanilla":
-            self.vanilla[scale] = rate
+            self.vanilla.setdefault(mode, {})[scale] = rate
 
-    def reached(self, method: str, flops: float) -> tuple[float, bool] | None:
-        """FLOP/s of one card and whether they were measured.
+    def reached(self, method: str, mode: str, flops: float) -> Reach | None:
+        """What the steps of a model reach on one card.
 
         Args:
             method: experiment.
+            mode: how the steps will run; where nothing was measured in it, the other one stands for it.
             flops: a token, :func:`masa.study.cost.training.flops_a_unit`.
 
         Returns:
-            What was measured of this method at these sizes; else what vanilla reaches there, between two sizes that
+            What was measured of this method at these sizes; else what vanilla reaches there: between two sizes that
             were measured on a line over the logarithm of FLOPs, and outside of them as the nearest. None without any.
         """
-        for known, rate in self.reached_at.get(method, {}).items():
-            if abs(known / flops - 1) < SAME:
-                return rate, True
-        points = sorted(self.reached_at.get("vanilla", {}).items())
+        for one in (mode, *MODES):
+            if found := self._in_mode(method, one, flops):
+                return found
+        return None
+
+    def _in_mode(self, method: str, mode: str, flops: float) -> Reach | None:
+        known = self.reached_at.get(mode, {})
+        for size, rate in known.get(method, {}).items():
+            if abs(size / flops - 1) < SAME:
+                return Reach(rate, mode)
+        points = sorted(known.get("vanilla", {}).items())
         if not points:
             return None
         below = max((p for p in points if p[0] <= flops), default=points[0])
         above = min((p for p in points if p[0] >= flops), default=points[-1])
         way = math.log(flops / below[0]) / math.log(above[0] / below[0]) if above[0] > below[0] else 0.0
-        return below[1] + way * (above[1] - below[1]), False
+        return Reach(below[1] + way * (above[1] - below[1]), "", flops < (1 - SAME) * points[0][0])
 
 
-def paces(device: Device, config: Mapping[str, Any], mode: str = "eager", folder: Path | None = None) -> Paces | None:
+def paces(device: Device, config: Mapping[str, Any], folder: Path | None = None) -> Paces | None:
     """What was measured on a device; None of a CPU, and of a GPU of which there is no reading."""
     reading = of_card(device.cards, folder) if device.cards else None
-    return Paces(reading, config, mode) if reading else None
+    return Paces(reading, config) if reading else None
 
 
 def peak(spec: Mapping[str, Any], card: str, folder: Path | None = None) -> Peak | None:

@@ -24,7 +24,7 @@ GPUS = (8, 64)
 def as_json(plan: Plan, cores: int) -> str:
     """All numbers: ``device``, ``reading``, ``jobs`` (seconds, bytes, FLOPs), ``rules``, ``total`` and others.
 
-    ``reading`` is None, or the ``file``, ``card`` and ``date`` of what was measured, and its ``mode``. ``at_once``: how
+    ``reading`` is None, or the ``file``, ``card`` and ``date`` of what was measured. ``at_once``: how
     many trainings of a scale one GPU holds. ``too_large``: sentences.
     """
     jobs = all_jobs(plan)
@@ -135,14 +135,14 @@ def _speed(plan: Plan, job: Job) -> str:
     """What a run's time is taken from."""
     if not plan.device.gpu:
         return "guess" if plan.device is DEVICES["cpu"] else "this machine's"
-    return ("measured on one" if job.devices > 1 else "measured") if job.measured else "guess"
+    return f"measured{' on one' if job.devices > 1 else ''}, {job.measured}" if job.measured else "guess"
 
 
 def _reading(plan: Plan) -> dict[str, str] | None:
     if not plan.paces:
         return None
     data = plan.paces.reading.data
-    return {"file": plan.paces.reading.name, "card": data["card"], "date": data["date"], "mode": plan.paces.mode}
+    return {"file": plan.paces.reading.name, "card": data["card"], "date": data["date"]}
 
 
 def _speeds(plan: Plan) -> str:
@@ -155,16 +155,22 @@ def _speeds(plan: Plan) -> str:
     sheet = "from the data sheet, with the utilisation in masa/study/cost/devices.py"
     if not (paces := plan.paces):
         return f"speed: {plan.device.name} was not measured; every time is a guess {sheet}"
-    found, shares = _reading(plan), plan.paces.vanilla
-    said = ", ".join(f"{scale} {100 * rate / paces.reading.flops:.0f} %" for scale, rate in shares.items())
-    rate = f"{paces.reading.flops / 1e12:,.0f} TFLOP/s of its large matrix products"
+    found, whole = paces.reading.data, paces.reading.flops
+    said = "; ".join(
+        f"{mode}: {', '.join(f'{scale} {100 * rate / whole:.0f} %' for scale, rate in shares.items())}"
+        for mode, shares in paces.vanilla.items()
+    )
+    matrices = f"{whole / 1e12:,.0f} TFLOP/s of large matrix products"
     lines = [
-        f"measured: steps of these sizes and this method on one {found['card']}, {found['date']}, {found['mode']} "
-        f"({found['file']}); vanilla reaches of the {rate}: {said or 'nothing was measured in this mode'}",
-        f"guess: {'language models as vanilla at the nearest sizes measured, all else ' if shares else ''}{sheet}",
+        f"measured: steps of these sizes and this method on one {found['card']}, {found['date']} "
+        f"({paces.reading.name}); vanilla reaches of the {matrices} {said or 'nothing that is known'}",
+        f"guess: {'language models as vanilla at the nearest sizes measured, all else ' if said else ''}{sheet}",
     ]
+    if "compiled" not in paces.vanilla:
+        lines.append("no compiled step was measured: eager ones stand for them, and are slower")
     if paces.others:
-        lines.append(f"not used: {', '.join(paces.others)} of {found['file']}, here another model of that name")
+        other = ", ".join(dict.fromkeys(paces.others))
+        lines.append(f"not used: {other} of {paces.reading.name}, here another model of that name")
     return "\n".join(lines)
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from masa.study.cost.devices import Device
 from masa.study.cost.sizes import Sizes
 from masa.study.cost.transformer import Work, forward, optimiser_step, training_bytes, training_pass
+from masa.training.compiling import is_compiled
 
 PARALLEL = 0.9
 """Efficiency of several processes on one node (DDP overlaps the sum of gradients with backward), and, squared, of
@@ -42,7 +43,8 @@ class Training:
         world: devices that it runs on.
         memory: bytes on each device, without what a process needs by itself.
         checkpoint: bytes of one checkpoint; model: of what is kept in the end.
-        measured: whether the speed of one device was measured with a model of these sizes and this method.
+        measured: "eager" or "compiled" where the speed of one device was measured so with a model of these sizes and
+            this method, else "".
     """
 
     steps: int
@@ -54,12 +56,32 @@ class Training:
     memory: float
     checkpoint: float
     model: float
-    measured: bool = False
+    measured: str = ""
 
 
-Pace = Callable[[float], tuple[float, bool] | None]
-"""FLOPs a token -> FLOP/s that one device reaches, and whether that was measured; None where nothing is known
-(:meth:`masa.study.cost.readings.Paces.reached`)."""
+class Reach(NamedTuple):
+    """What steps reach on one device.
+
+    Attributes:
+        flops: a second.
+        measured: in which mode, "" where it is taken from other sizes or another method.
+        at_most: of a model smaller than all that were measured, which may be bound by something else.
+    """
+
+    flops: float
+    measured: str
+    at_most: bool = False
+
+
+Pace = Callable[[float], Reach | None]
+"""FLOPs a token -> what is known (:meth:`masa.study.cost.readings.Paces.reached`)."""
+
+MODES = ("eager", "compiled")
+
+
+def mode_of(recipe: Mapping[str, Any]) -> str:
+    """How a language model's steps run on a GPU, one of :data:`MODES`."""
+    return MODES[is_compiled(recipe, gpu=True)]
 
 
 def world_size(recipe: Mapping[str, Any]) -> int:
@@ -106,9 +128,9 @@ def train(
     steps, batch = steps_of(recipe, images), recipe["batch_size"]
     step = step_work(recipe, sizes)
     known = pace(flops_a_unit(recipe, sizes)) if dtype == "bfloat16" and not sizes.patch else None
-    rate, measured = known or (math.inf, False)
-    # what was measured on other sizes or another method does not know how many operators are launched here
-    a_step = step.flops / rate if measured else max(step.flops / rate, step.seconds(device, dtype, recipe["threads"]))
+    a_step = step.seconds(device, dtype, recipe["threads"])
+    if known:
+        a_step = max(step.flops / known.flops, a_step if known.at_most else 0.0)
     scoring = forward(sizes, 1) * held_out * min(recipe["evaluations"], steps)
     scoring = Work(scoring.flops, scoring.elements, scoring.scores, scoring.launches / 16)  # in batches
     threads = recipe["threads"]
@@ -131,7 +153,7 @@ def train(
         memory=training_bytes(sizes, recipe["micro_batch_size"], dtype),
         checkpoint=checkpoint,
         model=4.0 * sizes.stored,
-        measured=measured,
+        measured=known.measured if known else "",
     )
 
 
