@@ -1,7 +1,9 @@
 """Training for real on a few steps: the recipe, the same data for all, the same bits again, and what can go wrong."""
 
+import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +20,10 @@ from masa.evaluation.perplexity import held_out_loss
 from masa.runs import run
 from masa.sharing.parameters import parameter_groups
 from masa.study import config
-from masa.training import language, trainer
+from masa.study.cost.sizes import of_run
+from masa.study.cost.training import flops_a_unit
+from masa.training import language, log, trainer
+from masa.training.peak import Peak
 
 
 def spec_of(method="masa", seed=0, **recipe):
@@ -58,11 +63,32 @@ def test_a_run_learns_and_stores_everything(tokens, tmp_path):
     assert provenance["packages"]["torch"] == torch.__version__.split("+")[0]
     assert provenance["seed"] == 0
     assert provenance["inputs"]["tokens"]
+    assert {key: provenance[key] is None for key in ("gpu", "cuda")} == dict.fromkeys(
+        ("gpu", "cuda"), not torch.cuda.is_available()
+    )
     assert run.read_json(tmp_path / "spec.json")["training"]["steps"] == 60
     model = masa.load(tmp_path / "model")
     ids, _ = token_files.validation_tokens(tokens)
     assert held_out_loss(model, ids, 32).mean == pytest.approx(losses[-1], rel=1e-5)
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_progress_says_the_share_of_a_peak_that_is_known(tokens, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(log, "Progress", functools.partial(log.Progress, every=0.0))
+    spec = spec_of("vanilla", steps=10)
+    per_token = flops_a_unit(spec["training"], of_run(spec))
+    first = language.pretrain(spec, tokens, tmp_path / "known", peak=Peak(per_token, {"float32": 3e12}))
+    said = re.findall(r"([\d,]+) tokens/s, ([\d.]+) % of 3 TFLOP/s  ", capfd.readouterr().err)
+    assert len(said) == 10
+    for speed, percent in said:
+        assert float(percent) == pytest.approx(100 * int(speed.replace(",", "")) * per_token / 3e12, abs=0.051)
+    other = language.pretrain(spec, tokens, tmp_path / "other", peak=Peak(per_token, {"bfloat16": 3e12}))
+    third = language.pretrain(spec, tokens, tmp_path / "none")
+    lines = capfd.readouterr().err.splitlines()
+    assert sum("tokens/s" in line for line in lines) == 20
+    assert not [line for line in lines if "TFLOP" in line], "of another dtype, or none"
+    assert first["sha256"] == other["sha256"] == third["sha256"]
+    assert Peak(2e9, {"bfloat16": 1e14}).share(2e5, "bfloat16", 8) == "50 % of 800 TFLOP/s"
 
 
 @pytest.mark.parametrize("method", ["masa", "vanilla", {"method": "masa", "coefficients": "mlp"}])
@@ -171,8 +197,8 @@ def command(spec, tokens, out):
     ]
 
 
-def start(spec, tokens, out):
-    return subprocess.Popen(command(spec, tokens, out), stderr=subprocess.PIPE, text=True, cwd=ROOT)
+def start(spec, tokens, out, *more):
+    return subprocess.Popen([*command(spec, tokens, out), *more], stderr=subprocess.PIPE, text=True, cwd=ROOT)
 
 
 @pytest.mark.parametrize("method", ["masa", {"method": "masa", "coefficients": "mlp"}])

@@ -109,6 +109,7 @@ def edit(path, old, new):
         # what jobs cost does not decide what they make; the page shows it
         ("masa/study/cost/devices.py", "1.5e-6", "2.5e-6", {"report": 1}),
         ("config/config.yaml", "margin: 2.0", "margin: 3.0", {"report": 1}),
+        ("config/config.yaml", "margin: 2.0", "margin: 2.0, gpus: { smoke: 0.5 }", {"report": 1}),
         ("masa/report/page/templates/page.css", "#ffffff", "#fefefe", {"report": 1}),
         ("workflow/envs/masa.yaml", "pip=25.3", "pip=25.2", {}),
     ],

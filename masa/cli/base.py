@@ -70,7 +70,7 @@ class Verbs:
             call: does the work.
             summary: one line, for ``masa --help``; also what ``masa NAME --help`` begins with.
             example: a command line that works.
-            gpu: a GPU is leased for it where there is one.
+            gpu: a GPU, or the share of one that ``--gpus`` says, is leased for it where there is one.
         """
         sub = self._parsers.add_parser(
             name,
@@ -81,6 +81,8 @@ class Verbs:
         sub.set_defaults(call=call, gpu=gpu, parser=sub)
         sub.add_argument("--configfile", nargs="+", default=[], metavar="YAML", help="overlays over config/*.yaml")
         sub.add_argument("--log", metavar="FILE", help="write an error here, or seconds and peak memory")
+        if gpu:
+            add_gpus(sub, "one")
         return sub
 
     def pass_on(self, name: str, call: Call, summary: str, example: str, arguments: str) -> None:
@@ -102,6 +104,31 @@ class Verbs:
         )
         sub.set_defaults(call=call, gpu=False, parser=sub, bars=True, configfile=[], log=None)
         sub.add_argument("words", nargs=argparse.REMAINDER, metavar="ARGS…", help=arguments)
+
+
+def add_gpus(verb: argparse.ArgumentParser, default: str) -> None:
+    """The option that says how many GPUs a verb leases.
+
+    Args:
+        default: what it leases without the option, in words.
+    """
+    verb.add_argument(
+        "--gpus",
+        type=_gpus,
+        metavar="COUNT",
+        help=f"GPUs of this machine that it takes: 0.25 or 25%% shares one ({default})",
+    )
+
+
+def _gpus(text: str) -> float:
+    """0.25, 25% or 2."""
+    try:
+        count = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        count = 0.0
+    if not 0 < count < 1 and count not in range(1, 1025):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, or a share below one as 0.25 or 25%")
+    return count
 
 
 def spec_of(given: argparse.Namespace, default: Callable[[config.Config], Any], what: str) -> Any:

@@ -57,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if log:
             log.parent.mkdir(parents=True, exist_ok=True)
             log.write_text("")
-        with devices.leased() if given.gpu and getattr(given, "device", "auto") == "auto" else nullcontext():
+        leases = given.gpu and getattr(given, "device", "auto") == "auto"
+        with devices.leased(given.gpus or 1) if leases else nullcontext():
             given.call(given)
     except Interrupted as error:
         return _fail(f"masa: {error}", log, 75)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from masa.cli.base import Verbs, spec_of
+from masa.cli.base import Verbs, add_gpus, spec_of
 from masa.errors import MasaError
-from masa.runs import devices, memory
-from masa.study import experiments, kinds
+from masa.runs import card, devices, memory
+from masa.study import config, experiments, kinds
+from masa.study.cost import readings, shares
 from masa.study.cost.limits import estimated_need
 from masa.study.inputs import throughput_spec
 from masa.study.specs import check as check_spec
@@ -77,6 +78,7 @@ def _add_run(v: argparse.ArgumentParser) -> None:
     which.add_argument("--run", metavar="SCALE/EXPERIMENT/seedN", help="a run of the configuration")
     which.add_argument("--spec", metavar="JSON", help="a resolved run, as JSON or as a file")
     v.add_argument("--out", required=True, metavar="DIR", help="the run's directory; the same again goes on from it")
+    add_gpus(v, "one a process, or what plan.gpus says of a --run")
     v.add_argument(
         "--no-wait", action="store_true", help="stop where another process trains in DIR, which is else waited for"
     )
@@ -88,15 +90,30 @@ def _pretrain(given: argparse.Namespace) -> None:
     spec = spec_of(given, lambda c: experiments.run_spec(c, *experiments.parse_run(given.run)), "run")
     kind = kinds.of(spec)
     data = _needed(given, kind.data, spec)
-    with devices.leased(launch.layout(spec)[1]):
+    with devices.leased(_gpus(given, spec)):
         if launch.is_wanted(spec):
             launch.launch(spec, ["-m", "masa.cli", *_without(given.arguments, "--log")])
         else:
             train = import_module(kind.training).pretrain
+            peak = readings.peak(spec, name) if (name := card.name()) else None
             try:
-                train(spec, data, Path(given.out), wait=not given.no_wait)
+                train(spec, data, Path(given.out), wait=not given.no_wait, peak=peak)
             except memory.OutOfMemory as error:
                 raise MasaError(f"{error} {estimated_need(spec)}".rstrip()) from error
+
+
+def _gpus(given: argparse.Namespace, spec: Mapping[str, Any]) -> float:
+    """GPUs to lease: one a process, or the share of one that the command line or the configuration says."""
+    processes = launch.layout(spec)[1]
+    if given.gpus is None:
+        run = given.run and shares.hundredths(config.load(given.configfile), "pretrain", given.run, processes)
+        return run / devices.WHOLE if run else processes
+    if given.gpus > processes or (processes > 1 and given.gpus < processes):
+        raise MasaError(
+            f"--gpus = {given.gpus:g}, but {spec['run']} has {processes} process{'es' * (processes > 1)} "
+            "(training.processes_per_node), each with a GPU of its own; one process may share one."
+        )
+    return given.gpus
 
 
 def _without(arguments: Sequence[str], option: str) -> list[str]:

@@ -216,7 +216,8 @@ def _recipe(source: Source) -> dict[str, Any]:
 
 def _provenance(source: Source) -> dict[str, Any]:
     found = source.provenance or {}
-    rows = {key: found[key] for key in ("revision", "python", "platform", "cpu", "dtype", "processes") if key in found}
+    keys = ("revision", "python", "platform", "cpu", "gpu", "driver", "cuda", "dtype", "processes")
+    rows = {key: found[key] for key in keys if key in found}
     rows |= {"packages": ", ".join(f"{n} {v}" for n, v in found.get("packages", {}).items())} if found else {}
     rows |= {f"checksum of the {name} in provenance.json": digest for name, digest in found.get("inputs", {}).items()}
     return rows | ({"run identity": source.identity} if source.identity else {})

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from masa.errors import MasaError
+from masa.runs import card
 from masa.runs.files import whole_file
 from masa.runs.hold import exclusive as exclusive
 
@@ -69,7 +70,7 @@ def digest(data: Any) -> str:
 
 
 def provenance(inputs: Mapping[str, str], packages: Sequence[str] = ()) -> dict[str, Any]:
-    """What a result was made with: package versions, git revision, machine, and the sha256 of its inputs.
+    """What a result was made with: package versions, git revision, machine, GPU, and the sha256 of its inputs.
 
     Args:
         packages: further packages whose versions matter.
@@ -82,6 +83,7 @@ def provenance(inputs: Mapping[str, str], packages: Sequence[str] = ()) -> dict[
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu(),
+        **card.used(),
         "revision": _git_revision(),
         "inputs": dict(inputs),
     }

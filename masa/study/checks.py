@@ -9,7 +9,7 @@ from masa.evaluation.metrics import METRIC_NAMES
 from masa.runs.files import PROJECT
 from masa.sharing.spec import SharingSpec
 from masa.study import claims, compressions, experiments, kinds
-from masa.study.cost import devices
+from masa.study.cost import devices, shares
 from masa.study.experiments import Config
 from masa.study.sections.artefacts import Table
 
@@ -47,6 +47,7 @@ def check(config: Config) -> None:
     claims.check(config)
     if (name := config.get("plan", {}).get("device")) and name not in devices.DEVICES:
         raise unknown("plan.device: device", name, devices.DEVICES)
+    shares.check(config)
 
 
 def _check_sources(config: Config) -> None:

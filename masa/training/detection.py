@@ -16,10 +16,13 @@ from masa.models import detector, yolos
 from masa.runs import run
 from masa.runs.fingerprint import fingerprint
 from masa.training import trainer
+from masa.training.peak import Peak
 from masa.training.watch import Trainer
 
 
-def pretrain(spec: Mapping[str, Any], boxes: Path, out: Path, wait: bool = False) -> dict[str, Any]:
+def pretrain(
+    spec: Mapping[str, Any], boxes: Path, out: Path, wait: bool = False, peak: Peak | None = None
+) -> dict[str, Any]:
     """Train one detector from scratch, or go on with a run that was interrupted.
 
     Args:
@@ -27,6 +30,7 @@ def pretrain(spec: Mapping[str, Any], boxes: Path, out: Path, wait: bool = False
         boxes: box directory (:func:`masa.data.boxes.prepare`).
         out: run directory.
         wait: for another process that trains in the same directory.
+        peak: what the progress lines say that speed is a share of.
 
     Returns:
         The manifest.
@@ -65,6 +69,7 @@ def pretrain(spec: Mapping[str, Any], boxes: Path, out: Path, wait: bool = False
         collate=collate,
         packages=detector.PACKAGES,
         casts_once=False,
+        peak=peak,
     )
     return trainer.train(spec, task, out, wait)
 

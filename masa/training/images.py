@@ -17,10 +17,13 @@ from masa.models import timm_vit, vit
 from masa.runs import run
 from masa.runs.fingerprint import fingerprint
 from masa.training import trainer
+from masa.training.peak import Peak
 from masa.training.watch import Trainer
 
 
-def pretrain(spec: Mapping[str, Any], images: Path, out: Path, wait: bool = False) -> dict[str, Any]:
+def pretrain(
+    spec: Mapping[str, Any], images: Path, out: Path, wait: bool = False, peak: Peak | None = None
+) -> dict[str, Any]:
     """Train one Vision Transformer, or go on with a run that was interrupted.
 
     Args:
@@ -28,6 +31,7 @@ def pretrain(spec: Mapping[str, Any], images: Path, out: Path, wait: bool = Fals
         images: image directory (:func:`masa.data.images.prepare`).
         out: run directory.
         wait: for another process that trains in the same directory.
+        peak: what the progress lines say that speed is a share of.
 
     Returns:
         The manifest.
@@ -69,6 +73,7 @@ def pretrain(spec: Mapping[str, Any], images: Path, out: Path, wait: bool = Fals
         packages=timm_vit.PACKAGES,
         callbacks=[average] if average is not None else [],
         final=final,
+        peak=peak,
     )
     return trainer.train(spec, task, out, wait)
 

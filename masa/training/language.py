@@ -16,9 +16,12 @@ from masa.runs import run
 from masa.runs.fingerprint import fingerprint
 from masa.training import trainer
 from masa.training.attention import without_mask
+from masa.training.peak import Peak
 
 
-def pretrain(spec: Mapping[str, Any], tokens: Path, out: Path, wait: bool = False) -> dict[str, Any]:
+def pretrain(
+    spec: Mapping[str, Any], tokens: Path, out: Path, wait: bool = False, peak: Peak | None = None
+) -> dict[str, Any]:
     """Train one language model, or go on with a run that was interrupted.
 
     Args:
@@ -26,6 +29,7 @@ def pretrain(spec: Mapping[str, Any], tokens: Path, out: Path, wait: bool = Fals
         tokens: token directory (:func:`masa.data.tokenize.tokenize`).
         out: run directory.
         wait: for another process that trains in the same directory.
+        peak: what the progress lines say that speed is a share of.
 
     Returns:
         The manifest.
@@ -54,5 +58,6 @@ def pretrain(spec: Mapping[str, Any], tokens: Path, out: Path, wait: bool = Fals
         units_per_step=recipe["batch_size"] * recipe["context"],
         inputs={"tokens": run.digest(manifest["train"]), "tokenizer": manifest["tokenizer"]},
         identity=run.digest([spec, manifest["train"], manifest["tokenizer"], fingerprint("masa.training.language")]),
+        peak=peak,
     )
     return trainer.train(spec, task, out, wait)

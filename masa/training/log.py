@@ -132,7 +132,13 @@ class RunLog(TrainerCallback):
         )
         done = (step - self.first_step) * self.task.units_per_step
         speed = done / max(time.monotonic() - self.resumed_at, 1e-9)
-        self.progress.update(step, f"loss {loss:.3f}  {speed:,.0f} {self.task.unit}/s")
+        self.progress.update(step, f"loss {loss:.3f}  {speed:,.0f} {self.task.unit}/s{self._share(speed)}")
+
+    def _share(self, speed: float) -> str:
+        """What a speed is of all cards' peak, where that is known."""
+        peak = self.task.peak
+        said = peak.share(speed, self.dtype, PartialState().num_processes) if peak else ""
+        return f", {said}" if said else ""
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         PartialState().wait_for_everyone()  # each process writes its own random state

@@ -16,9 +16,7 @@ from torch import Tensor, nn
 
 from masa.errors import MasaError
 from masa.sharing.bank import SharedProjections
-
-COMPILED_FROM = 1000
-"""Optimiser steps from which ``training.compile: auto`` compiles on a GPU: compiling takes about a minute."""
+from masa.training.compiling import is_compiled
 
 
 def uses_bfloat16(recipe: Mapping[str, Any]) -> bool:
@@ -28,17 +26,14 @@ def uses_bfloat16(recipe: Mapping[str, Any]) -> bool:
 
 
 def compiles(recipe: Mapping[str, Any]) -> bool:
-    """Whether the model is compiled: on request, or by "auto" on a GPU where the training is long enough.
+    """Whether the model is compiled (:func:`masa.training.compiling.is_compiled`), on this machine.
 
     Raises:
         MasaError: asked for together with FSDP, which takes the compiled layers apart.
     """
-    choice, parts = recipe.get("compile", "auto"), recipe.get("parallel", "ddp") == "fsdp"
-    if choice is True and parts:
+    if recipe.get("compile") is True and recipe.get("parallel", "ddp") == "fsdp":
         raise MasaError("training.compile: true needs training.parallel: ddp.")
-    return choice is True or (
-        choice == "auto" and torch.cuda.is_available() and not parts and recipe["steps"] >= COMPILED_FROM
-    )
+    return is_compiled(recipe, torch.cuda.is_available())
 
 
 class _Cast(torch.autograd.Function):

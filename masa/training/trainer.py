@@ -36,6 +36,7 @@ from masa.sharing.share import ParameterCount, count_parameters
 from masa.training import launch, parallel, resuming
 from masa.training.fused import FusedKernels, fits
 from masa.training.log import RunLog
+from masa.training.peak import Peak
 from masa.training.precision import CastOnce, compiles, uses_bfloat16
 from masa.training.watch import Trainer, Watch
 
@@ -57,6 +58,7 @@ class Task:
         callbacks: called before the run's log at every event.
         final: which model is kept in the end.
         casts_once: whether its loss can be had of a model whose weights are bfloat16; else there is autocast.
+        peak: what the progress lines say that speed is a share of; None where it is not known.
     """
 
     build: Callable[[], nn.Module]
@@ -72,6 +74,7 @@ class Task:
     callbacks: Sequence[TrainerCallback] = ()
     final: Callable[[nn.Module], nn.Module] = lambda model: model
     casts_once: bool = True
+    peak: Peak | None = None
 
 
 def set_up(spec: Mapping[str, Any]) -> None:

@@ -23,6 +23,7 @@ from masa.study import config as settings
 from masa.study import cost
 from masa.study import experiments
 from masa.study import inputs
+from masa.study.cost import shares
 from masa.training import launch
 
 try:
@@ -87,6 +88,17 @@ def kind_of(run):
     return experiments.kind_of(config, run.split("/")[0])
 
 
+# what a share of a GPU means here, said once and by the call that starts the jobs
+if not workflow.remote_exec and (
+    said := shares.note(
+        config,
+        set(workflow.global_resources),
+        cluster=workflow.resource_settings.nodes is not None,
+    )
+):
+    print(said, file=sys.stderr)
+
+
 RESOURCES = ("mem_mb", "runtime")
 ACROSS_NODES = ("nodes", "tasks", "tasks_per_gpu", "mpi")
 ON_GPU = (
@@ -108,6 +120,7 @@ def recipes():
 def asks_for(kind):
     """Resources of a rule's jobs: what the cost model says of each, and GPUs where the configuration plans with them.
 
+    ``gpu`` is whole GPUs, which clusters give out; ``gpu_percent`` is what a job leases on one machine, 100 a GPU.
     Snakemake asks each function here for each job, so there are none of what no job of the rule needs.
     """
 
@@ -121,7 +134,14 @@ def asks_for(kind):
         keys.append("gpu")
     if kind == "pretrain" and any(recipe.get("nodes", 1) > 1 for recipe in recipes()):
         keys += ACROSS_NODES
-    return {"gpu": 0} | {key: one(key) for key in keys}
+    leased = {"gpu_percent": 100} if kind in ON_GPU else {}
+    if leased and (
+        config["plan"].get("gpus")
+        or kind == "pretrain"
+        and any(recipe.get("processes_per_node", 1) > 1 for recipe in recipes())
+    ):
+        keys.append("gpu_percent")
+    return {"gpu": 0} | leased | {key: one(key) for key in keys}
 
 
 @functools.cache
@@ -133,7 +153,8 @@ def job_resources(kind, name, attempt):
     if nodes > 1:
         # no srun around the job: it starts one itself, with a task on each node
         found |= {"nodes": nodes, "tasks": nodes, "tasks_per_gpu": 0, "mpi": "srun"}
-    return found | {"gpu": nodes * processes}
+    hundredths = shares.hundredths(config, kind, name, processes)
+    return found | {"gpu": nodes * processes, "gpu_percent": hundredths}
 
 
 def threads_of(run):

@@ -70,7 +70,7 @@ rule calibrate:
         "Calibration {wildcards.name} of {wildcards.model}"
     shell:
         "masa calibrate {params.model:q} --text {input.text:q} {params.size:q} --threads {params.threads:q} --out {params.out:q}"
-        " --log {log:q} > /dev/null"
+        " --gpus {resources.gpu_percent}% --log {log:q} > /dev/null"
 
 
 rule compress:
@@ -109,4 +109,5 @@ rule compress:
         "Compressing {wildcards.model} by {wildcards.name}"
     shell:
         "masa sweep {wildcards.model:q}/{wildcards.name:q} --spec {params.spec:q} --model {params.model:q}"
-        " {params.calibration:q} --texts {input.texts:q} --benchmarks {params.benchmarks:q} --out {params.out:q} --log {log:q}"
+        " {params.calibration:q} --texts {input.texts:q} --benchmarks {params.benchmarks:q} --out {params.out:q}"
+        " --gpus {resources.gpu_percent}% --log {log:q}"

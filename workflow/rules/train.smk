@@ -21,4 +21,5 @@ rule pretrain:
     message:
         "Training {wildcards.run}"
     shell:
-        "masa {params.verb:q} --spec {params.spec:q} --{params.kind:q} {params.data:q} --out {params.out:q} --log {log:q}"
+        "masa {params.verb:q} --spec {params.spec:q} --{params.kind:q} {params.data:q} --out {params.out:q}"
+        " --gpus {resources.gpu_percent}% --log {log:q}"

@@ -72,4 +72,5 @@ rule evaluate_vision:
     message:
         "Evaluating {wildcards.vision_run}"
     shell:
-        "masa evaluate {params.run:q} --spec {params.spec:q} --{params.kind:q} {params.data:q} --out {params.out:q} --log {log:q}"
+        "masa evaluate {params.run:q} --spec {params.spec:q} --{params.kind:q} {params.data:q} --out {params.out:q}"
+        " --gpus {resources.gpu_percent}% --log {log:q}"

@@ -5,11 +5,13 @@ imported, so that the workflow can ask while it is parsed. Only :mod:`masa.study
 machine, needs torch.
 
 * ``devices``: what a device does in a second and how much it holds
+* ``readings``: what was measured on a card, where a file says it
 * ``sizes``: the numbers of a model, and its parameters, exactly
 * ``transformer``: work and memory of one pass over a batch
 * ``training``, ``evaluation``, ``compression``, ``data``: seconds, memory and disk of the jobs of each kind
 * ``preparation``: the jobs beside: data, counting, timing, tables and figures
 * ``jobs``, ``workflow``, ``limits``: one job; all jobs of a configuration; what a cluster is asked for
+* ``shares``: several small runs on one card
 * ``schedule``, ``report``, ``logs``: the whole on so many cores; the printed plan; what a finished workflow took
 """
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from masa.study import compressions, experiments, kinds
-from masa.study.cost import data, preparation
+from masa.study.cost import data, preparation, readings
 from masa.study.cost import sizes as sizes_of
 from masa.study.cost.compression import calibrate, compress
 from masa.study.cost.devices import GIB, Device, device
 from masa.study.cost.evaluation import available, describe_flops, harness, held_out_work
-from masa.study.cost.training import Training, train
+from masa.study.cost.training import Training, mode_of, train
 from masa.study.cost.transformer import Work, forward, inference_bytes
 from masa.study.sections.evaluation import Plan as PlanSection
 
@@ -43,6 +44,7 @@ class Job:
         cores: that it takes; 0 for all of the machine. devices: GPUs.
         parameters, amount, unit: of a training: trained numbers, and tokens or images that it reads.
         known: False where the sizes of a pretrained model are not in the configuration.
+        measured: of a training whose speed on one device was measured, in which mode; "" of all that is estimated.
         needs: jobs that must be done before.
     """
 
@@ -60,6 +62,7 @@ class Job:
     amount: float = 0.0
     unit: str = ""
     known: bool = True
+    measured: str = ""
     needs: tuple[Name, ...] = ()
 
 
@@ -78,6 +81,7 @@ class Plan:
         on = on or self.settings["device"]
         self.device = device(on) if isinstance(on, str) else on
         self.mirrored = bool(config["data"]["mirror"]) if mirrored is None else mirrored
+        self.paces = readings.paces(self.device, config)
         self._cache: dict[Any, Any] = {}
 
     def _once(self, key: Any, make: Any) -> Any:
@@ -104,6 +108,9 @@ class Plan:
         section, entry = self.data_of(run)
         if entry is None:
             held_out = self.config["data"]["corpus"]["validation_tokens"] / sizes.tokens
+            if self.paces:
+                pace = partial(self.paces.reached, experiments.parse_run(run)[1], mode_of(spec["training"]))
+                return train(spec, sizes, self.device, None, held_out, pace)
             return train(spec, sizes, self.device, None, held_out)
         images, _ = data.images_of(section, entry)
         return train(spec, sizes, self.device, images, data.validation_images(section, entry))
@@ -178,6 +185,7 @@ class Plan:
             parameters=sizes.parameters,
             amount=found.amount,
             unit=found.unit,
+            measured=found.measured,
         )
 
     def _evaluate(self, run: str) -> Job:

@@ -8,7 +8,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from masa.study.cost.devices import GIB
+from masa.study.cost import shares
+from masa.study.cost.devices import DEVICES, GIB
 from masa.study.cost.jobs import Job, Plan
 from masa.study.cost.schedule import on_cores, on_gpus
 from masa.study.cost.workflow import jobs as all_jobs
@@ -21,15 +22,21 @@ GPUS = (8, 64)
 
 
 def as_json(plan: Plan, cores: int) -> str:
-    """All numbers: ``device``, ``jobs`` (seconds, bytes, FLOPs), ``rules``, ``total`` and ``too_large``."""
+    """All numbers: ``device``, ``reading``, ``jobs`` (seconds, bytes, FLOPs), ``rules``, ``total`` and others.
+
+    ``reading`` is None, or the ``file``, ``card`` and ``date`` of what was measured. ``at_once``: how
+    many trainings of a scale one GPU holds. ``too_large``: sentences.
+    """
     jobs = all_jobs(plan)
     device = dataclasses.asdict(plan.device) | {"matmul_flops": dict(plan.device.matmul_flops)}
     data = {
         "device": device,
+        "reading": _reading(plan),
         "jobs": [{k: v for k, v in dataclasses.asdict(job).items() if k != "needs"} for job in jobs],
         "rules": {rule: _sums(found) for rule, found in by_rule(jobs).items()},
         "total": totals(plan, jobs, cores),
-        "too_large": too_large(plan, jobs),
+        "at_once": shares.at_once(plan, jobs),
+        "too_large": [*too_large(plan, jobs), *shares.too_small(plan, jobs)],
     }
     return json.dumps(data, indent=1)
 
@@ -37,8 +44,9 @@ def as_json(plan: Plan, cores: int) -> str:
 def text(plan: Plan, cores: int) -> str:
     """For people."""
     jobs = all_jobs(plan)
-    parts = [_runs(plan, jobs), _rules(jobs), _total(plan, jobs, cores)]
-    return "\n\n".join(part for part in [*parts, "\n".join(too_large(plan, jobs))] if part)
+    parts = [_runs(plan, jobs), _rules(jobs), _total(plan, jobs, cores), _speeds(plan), shares.line(plan, jobs)]
+    wrong = [*too_large(plan, jobs), *shares.too_small(plan, jobs)]
+    return "\n\n".join(part for part in [*parts, "\n".join(wrong)] if part)
 
 
 def by_rule(jobs: Sequence[Job]) -> dict[str, list[Job]]:
@@ -100,11 +108,11 @@ def _runs(plan: Plan, jobs: Sequence[Job]) -> str:
     for job in jobs:
         if job.rule in RUNS:
             groups.setdefault((job.rule, job.name.rsplit("/seed", 1)[0]), []).append(job)
-    rows = [["run", "seeds", "parameters", "data", "FLOPs", "each", "memory", "disk"]]
+    rows = [["run", "seeds", "parameters", "data", "FLOPs", "each", "speed", "memory", "disk"]]
     for (rule, name), found in groups.items():
         job = found[0]
         if not job.known:
-            rows.append([name, "", "unknown", "", "", "", "", ""])
+            rows.append([name, "", "unknown", "", "", "", "", "", ""])
             continue
         data = f"{job.amount:,.0f} {job.unit}" if job.unit else "compression"
         rows.append(
@@ -115,11 +123,55 @@ def _runs(plan: Plan, jobs: Sequence[Job]) -> str:
                 data,
                 f"{job.flops:.2e}",
                 duration(job.seconds) + (f" on {job.devices}" if job.devices > 1 else ""),
+                _speed(plan, job),
                 size(job.memory_bytes),
                 size(job.disk_bytes),
             ]
         )
     return aligned(rows)
+
+
+def _speed(plan: Plan, job: Job) -> str:
+    """What a run's time is taken from."""
+    if not plan.device.gpu:
+        return "guess" if plan.device is DEVICES["cpu"] else "this machine's"
+    return f"measured{' on one' if job.devices > 1 else ''}, {job.measured}" if job.measured else "guess"
+
+
+def _reading(plan: Plan) -> dict[str, str] | None:
+    if not plan.paces:
+        return None
+    data = plan.paces.reading.data
+    return {"file": plan.paces.reading.name, "card": data["card"], "date": data["date"]}
+
+
+def _speeds(plan: Plan) -> str:
+    """What the column "speed" says: which numbers were measured, where and when, and what all others are."""
+    if not plan.device.gpu:
+        return {
+            "guess": "speed: a typical core's, a guess; without --typical this machine is measured",
+            "this machine's": "speed: this machine's, measured now; disk, network and memory are guesses",
+        }[_speed(plan, Job("", "", 0.0))]
+    sheet = "from the data sheet, with the utilisation in masa/study/cost/devices.py"
+    if not (paces := plan.paces):
+        return f"speed: {plan.device.name} was not measured; every time is a guess {sheet}"
+    found, whole = paces.reading.data, paces.reading.flops
+    said = "; ".join(
+        f"{mode}: {', '.join(f'{scale} {100 * rate / whole:.0f} %' for scale, rate in shares.items())}"
+        for mode, shares in paces.vanilla.items()
+    )
+    matrices = f"{whole / 1e12:,.0f} TFLOP/s of large matrix products"
+    lines = [
+        f"measured: steps of these sizes and this method on one {found['card']}, {found['date']} "
+        f"({paces.reading.name}); vanilla reaches of the {matrices} {said or 'nothing that is known'}",
+        f"guess: {'language models as vanilla at the nearest sizes measured, all else ' if said else ''}{sheet}",
+    ]
+    if "compiled" not in paces.vanilla:
+        lines.append("no compiled step was measured: eager ones stand for them, and are slower")
+    if paces.others:
+        other = ", ".join(dict.fromkeys(paces.others))
+        lines.append(f"not used: {other} of {paces.reading.name}, here another model of that name")
+    return "\n".join(lines)
 
 
 def _sums(jobs: Sequence[Job]) -> dict[str, float]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from masa.study.cost.devices import Device
 from masa.study.cost.sizes import Sizes
 from masa.study.cost.transformer import Work, forward, optimiser_step, training_bytes, training_pass
+from masa.training.compiling import is_compiled
 
 PARALLEL = 0.9
 """Efficiency of several processes on one node (DDP overlaps the sum of gradients with backward), and, squared, of
@@ -42,6 +43,8 @@ class Training:
         world: devices that it runs on.
         memory: bytes on each device, without what a process needs by itself.
         checkpoint: bytes of one checkpoint; model: of what is kept in the end.
+        measured: "eager" or "compiled" where the speed of one device was measured so with a model of these sizes and
+            this method, else "".
     """
 
     steps: int
@@ -53,6 +56,32 @@ class Training:
     memory: float
     checkpoint: float
     model: float
+    measured: str = ""
+
+
+class Reach(NamedTuple):
+    """What steps reach on one device.
+
+    Attributes:
+        flops: a second.
+        measured: in which mode, "" where it is taken from other sizes or another method.
+        at_most: of a model smaller than all that were measured, which may be bound by something else.
+    """
+
+    flops: float
+    measured: str
+    at_most: bool = False
+
+
+Pace = Callable[[float], Reach | None]
+"""FLOPs a token -> what is known (:meth:`masa.study.cost.readings.Paces.reached`)."""
+
+MODES = ("eager", "compiled")
+
+
+def mode_of(recipe: Mapping[str, Any]) -> str:
+    """How a language model's steps run on a GPU, one of :data:`MODES`."""
+    return MODES[is_compiled(recipe, gpu=True)]
 
 
 def world_size(recipe: Mapping[str, Any]) -> int:
@@ -65,24 +94,48 @@ def steps_of(recipe: Mapping[str, Any], images: int | None) -> int:
     return recipe.get("steps") or max(1, math.ceil((images or 0) * recipe["epochs"] / recipe["batch_size"]))
 
 
-def train(spec: Mapping[str, Any], sizes: Sizes, device: Device, images: int | None, held_out: float) -> Training:
+def step_work(recipe: Mapping[str, Any], sizes: Sizes) -> Work:
+    """One optimiser step on one of a run's devices."""
+    world, micro = world_size(recipe), recipe["micro_batch_size"]
+    passes = max(1, recipe["batch_size"] // (micro * world))
+    return training_pass(sizes, micro) * passes + optimiser_step(sizes, world)
+
+
+def flops_a_unit(recipe: Mapping[str, Any], sizes: Sizes) -> float:
+    """FLOPs that training spends on one token, or on one image: forward, backward and making the shared matrices."""
+    units = recipe["batch_size"] * (1 if sizes.patch else sizes.tokens)
+    return step_work(recipe, sizes).flops * world_size(recipe) / units
+
+
+def train(
+    spec: Mapping[str, Any],
+    sizes: Sizes,
+    device: Device,
+    images: int | None,
+    held_out: float,
+    pace: Pace = lambda flops: None,
+) -> Training:
     """Estimate one run.
 
     Args:
         spec: resolved.
         images: training images of its data set (vision).
         held_out: sequences or images of one held-out score.
+        pace: what is known of language models' steps in bfloat16 on the device.
     """
     recipe = spec["training"]
     world, dtype = world_size(recipe), device.dtype(recipe["dtype"])
-    steps, batch, micro = steps_of(recipe, images), recipe["batch_size"], recipe["micro_batch_size"]
-    passes = max(1, batch // (micro * world))
-    step = training_pass(sizes, micro) * passes + optimiser_step(sizes, world)
+    steps, batch = steps_of(recipe, images), recipe["batch_size"]
+    step = step_work(recipe, sizes)
+    known = pace(flops_a_unit(recipe, sizes)) if dtype == "bfloat16" and not sizes.patch else None
+    a_step = step.seconds(device, dtype, recipe["threads"])
+    if known:
+        a_step = max(step.flops / known.flops, a_step if known.at_most else 0.0)
     scoring = forward(sizes, 1) * held_out * min(recipe["evaluations"], steps)
     scoring = Work(scoring.flops, scoring.elements, scoring.scores, scoring.launches / 16)  # in batches
     threads = recipe["threads"]
     efficiency = 1.0 if world == 1 else PARALLEL if (recipe.get("nodes") or 1) == 1 else PARALLEL**2
-    seconds = steps * step.seconds(device, dtype, threads) / efficiency
+    seconds = steps * a_step / efficiency
     seconds += scoring.seconds(device, "float32" if not device.gpu else dtype, threads)
     seconds += steps * batch / world * _reading(spec, device)
     unit = "images" if sizes.patch else "tokens"
@@ -97,9 +150,10 @@ def train(spec: Mapping[str, Any], sizes: Sizes, device: Device, images: int | N
         flops=steps * step.flops * world + scoring.flops,
         seconds=seconds,
         world=world,
-        memory=training_bytes(sizes, micro, dtype),
+        memory=training_bytes(sizes, recipe["micro_batch_size"], dtype),
         checkpoint=checkpoint,
         model=4.0 * sizes.stored,
+        measured=known.measured if known else "",
     )
 
 

@@ -62,6 +62,11 @@ class Plan(Section):
     device: str = key(
         "What runs are planned for: cpu, h100, a100, rtx4090 or another of masa.study.cost.DEVICES.", "cpu"
     )
+    gpus: dict[Name, Annotated[float, Field(gt=0, le=1)]] = key(
+        "Scale or pretrained model -> share of a GPU that each of its jobs takes on one machine, e.g. {nano: 0.1}; "
+        "jobs whose shares together are at most 1 run on the same GPU. A cluster gives each a whole one.",
+        {},
+    )
     margin: float = key(
         "Time and disk that a job asks for, as a multiple of its estimate; memory at most 1.5.", 2.0, ge=1
     )
