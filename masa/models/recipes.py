@@ -8,10 +8,10 @@ from typing import Any, Literal
 Optimizer = Literal["adamw", "muon"]
 """Names of :data:`masa.training.optimizers.OPTIMIZERS`."""
 
-LATER: dict[str, Any] = {"optimizer": "adamw"}
-"""Keys that came after runs had been made -> the value that is what these runs did."""
+LATER: dict[str, Any] = {"optimizer": "adamw", "compile": "auto"}
+"""Keys that came after runs had been made -> their default, with which a recipe says no more than it did before."""
 
 
 def without_later(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """A resolved recipe without keys of :data:`LATER` that change nothing, so that earlier runs keep their identity."""
+    """A resolved recipe without keys of :data:`LATER` at their default, so that earlier runs keep their identity."""
     return {name: value for name, value in recipe.items() if name not in LATER or value != LATER[name]}
