@@ -608,6 +608,7 @@ ABSURD_RUNS = [
         ("training", "steps"): ["4", -1, 0, 2.5, KeyError],
         ("training", "learning_rate"): ["fast", None, KeyError, -1, float("nan"), float("inf")],
         ("training", "adam_betas"): [[0.9], "x", None],
+        ("training", "optimizer"): ["moun", None, ["muon"], 3],
         ("training", "threads"): [0, "all", KeyError],
     }.items()
     for value in some

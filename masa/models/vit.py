@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from masa.errors import MasaError
+from masa.models.recipes import Optimizer, without_later
 from masa.settings import Amount, Positive, Section, Share, key
 from masa.sharing.spec import METHODS, ModelShape, SharingSpec
 
@@ -92,6 +93,7 @@ class Recipe(Section):
     min_learning_rate_ratio: Rate = key("Final learning rate as a fraction of the peak.", 0.0)
     warmup_fraction: Rate = key("Linear warmup over this fraction of the steps, then cosine (detectors: 0).", 0.1)
     weight_decay: Amount = key("AdamW weight decay of matrices (DeiT's; detectors: YOLOS', 1e-4).", 0.05)
+    optimizer: Optimizer = key("As training.optimizer.", "adamw")
     adam_betas: list[float] = key("AdamW betas.", [0.9, 0.999], min_length=2, max_length=2)
     max_grad_norm: float = key("Gradients are clipped to this norm (detectors: 0.1).", 1.0, gt=0)
     coefficients_learning_rate_ratio: float = key(
@@ -134,7 +136,7 @@ def recipe(given: Mapping[str, Any], section: type[Section] = Recipe) -> dict[st
         )
     if full.get("mixup") is not None and full["micro_batch_size"] % 2:
         raise MasaError(f"training.mixup pairs images: micro_batch_size = {full['micro_batch_size']} must be even.")
-    return full
+    return without_later(full)
 
 
 def resolve_run(spec: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from masa.sharing.projections import SharedProjections, decoder
+from masa.sharing.projections import SharedProjections, bank_of, blocks, decoder, family_of, is_plain
 
 
 def parameter_groups(model: nn.Module, recipe: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -22,13 +22,7 @@ def parameter_groups(model: nn.Module, recipe: Mapping[str, Any]) -> list[dict[s
     """
     exempting = getattr(decoder(model), "no_weight_decay", set)()
     exempt = {id(p) for name, p in decoder(model).named_parameters() if name in exempting}
-    coefficients = [
-        p
-        for module in model.modules()
-        if isinstance(module, SharedProjections)
-        for source in module.values()
-        for p in source.coefficient_parameters()
-    ]
+    coefficients = coefficient_parameters(model)
     special = {id(p) for p in coefficients}
     plain = [p for p in model.parameters() if p.requires_grad and id(p) not in special]
     rate = recipe["learning_rate"]
@@ -42,3 +36,29 @@ def parameter_groups(model: nn.Module, recipe: Mapping[str, Any]) -> list[dict[s
         {"params": coefficients, "weight_decay": 0.0, "lr": rate * recipe["coefficients_learning_rate_ratio"]},
     ]
     return [group for group in groups if group["params"]]
+
+
+def coefficient_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """MASA's coefficients, with the block embeddings and MLPs that make them."""
+    return [
+        p
+        for module in model.modules()
+        if isinstance(module, SharedProjections)
+        for source in module.values()
+        for p in source.coefficient_parameters()
+    ]
+
+
+def hidden_matrices(model: nn.Module) -> dict[nn.Parameter, int]:
+    """The matrices of the blocks, those that the model shares included: neither embeddings, heads nor coefficients.
+
+    Returns:
+        Parameter (out, in), or a stack (n, out, in) of some -> how many matrices stand below each other in its rows: 1,
+        or 3 where one layer is Q, K and V.
+    """
+    bank, fused = bank_of(model), family_of(model).fused
+    layers = [(block.get_submodule(path), letters) for block in blocks(model) for path, letters in fused.items()]
+    rows = {layer.weight: len(letters) for layer, letters in layers if is_plain(layer)}
+    coefficients = set(coefficient_parameters(model))
+    inside = [*blocks(model).parameters(), *(bank.parameters() if bank is not None else ())]
+    return {p: rows.get(p, 1) for p in inside if p.ndim in (2, 3) and p not in coefficients}

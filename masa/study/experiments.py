@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from masa.errors import MasaError, did_you_mean, unknown
+from masa.models.recipes import without_later
 from masa.sharing.spec import METHODS, ModelShape, SharingSpec
 from masa.study import compressions, kinds
 
@@ -160,7 +161,7 @@ def _language_model(config: Config, size: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _recipe(where: str, given: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
-    recipe = dict(given)
+    recipe = without_later(given)
     per_parameter = recipe.pop("tokens_per_parameter")
     tokens = recipe.pop("tokens") or int(per_parameter * vanilla_parameters(model, model["vocab_size"]))
     recipe["micro_batch_size"] = recipe["micro_batch_size"] or recipe["batch_size"]

@@ -35,7 +35,7 @@ _SIZES = dict.fromkeys(
 _COUNTS = ("batch_size", "micro_batch_size", "context", "threads", "evaluations", "steps")
 _AMOUNTS = ("learning_rate", "min_learning_rate_ratio", "warmup_fraction", "weight_decay", "max_grad_norm")
 _AMOUNTS += ("checkpoint_minutes", "coefficients_learning_rate_ratio")
-_OTHERS = ("dtype", "adam_betas", "nodes", "processes_per_node", "parallel", "compile")
+_OTHERS = ("dtype", "optimizer", "adam_betas", "nodes", "processes_per_node", "parallel", "compile")
 _RECIPE = dict.fromkeys(_COUNTS, Positive) | dict.fromkeys(_AMOUNTS, Amount)
 _RECIPE |= {
     name: (field.annotation, field) for name, field in training.Training.model_fields.items() if name in _OTHERS

@@ -16,6 +16,7 @@ from transformers import Trainer
 
 from masa.errors import MasaError
 from masa.sharing.projections import blocks
+from masa.training import optimizers
 
 
 def is_sharded(spec: Mapping[str, Any]) -> bool:
@@ -30,12 +31,15 @@ def arguments(spec: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
     gathered through the step.
 
     Raises:
-        MasaError: an average of the weights, which is not kept in parts.
+        MasaError: an average of the weights, which is not kept in parts, or an optimiser that needs whole matrices.
     """
     if not is_sharded(spec):
         return {"ddp_find_unused_parameters": False}  # none is
     if spec["training"].get("ema_decay"):
         raise MasaError(f"{spec['run']}: training.ema_decay needs training.parallel: ddp.")
+    name, optimizer = optimizers.of(spec["training"])
+    if not optimizer.sharded:
+        raise MasaError(f"{spec['run']}: training.optimizer: {name} needs whole matrices; set training.parallel: ddp.")
     block = type(blocks(model)[0]).__name__
     return {
         "fsdp": True,

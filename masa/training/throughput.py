@@ -16,7 +16,7 @@ from masa.models import language
 from masa.runs import memory, run
 from masa.runs.progress import Progress
 from masa.sharing.fold import fold
-from masa.sharing.parameters import parameter_groups
+from masa.training import optimizers
 from masa.training.precision import uses_bfloat16
 
 
@@ -46,7 +46,7 @@ def measure(runs: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], thre
     for name, spec in specs.items():
         torch.manual_seed(0)
         model = language.build(spec["model"], spec["sharing"], settings["context"]).to(device).train()
-        trained[name] = (model, torch.optim.AdamW(parameter_groups(model, spec["training"]), fused=True))
+        trained[name] = (model, optimizers.build(model, spec["training"]))
         folded[name] = fold(model)
     vocabulary = runs[0]["model"]["vocab_size"]
     ids = torch.randint(0, vocabulary, shape, generator=torch.Generator().manual_seed(0)).to(device)

@@ -31,9 +31,8 @@ from masa.errors import Interrupted, MasaError
 from masa.runs import faults, memory, run
 from masa.runs.files import sha256_of
 from masa.sharing import checkpoint
-from masa.sharing.parameters import parameter_groups
 from masa.sharing.share import ParameterCount, count_parameters
-from masa.training import launch, parallel, resuming
+from masa.training import launch, optimizers, parallel, resuming
 from masa.training.fused import FusedKernels, fits
 from masa.training.log import RunLog
 from masa.training.peak import Peak
@@ -282,7 +281,7 @@ def _trainer(
     parallel.prepare(
         trainer,
         spec,
-        lambda m: torch.optim.AdamW(parameter_groups(m, recipe), betas=tuple(recipe["adam_betas"]), fused=fused),
+        lambda m: optimizers.build(m, recipe, fused),
         lambda optimizer: get_cosine_with_min_lr_schedule_with_warmup(
             optimizer,
             num_warmup_steps=math.ceil(recipe["warmup_fraction"] * recipe["steps"]),

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from masa.models import vit, yolos
+from masa.models.recipes import Optimizer
 from masa.settings import Amount, Positive, Section, key
 
 
@@ -24,6 +25,11 @@ class Training(Section):
     weight_decay: Amount = key(
         "AdamW weight decay of matrices and token embeddings; norms, biases, coefficients and block embeddings take "
         "none."
+    )
+    optimizer: Optimizer = key(
+        "adamw; or muon, which orthogonalises the updates of the matrices inside the blocks (each atom, factor and set "
+        "for itself), with AdamW for all else and the same learning rate and weight decay.",
+        "adamw",
     )
     adam_betas: list[float] = key("AdamW betas.", min_length=2, max_length=2)
     max_grad_norm: float = key("Gradients are clipped to this norm.", gt=0)
