@@ -84,11 +84,14 @@ def main() -> int:
     made = parser(__doc__)
     made.add_argument("--model", help="folder, GGUF file or hub id instead of SmolLM2-135M's shape")
     made.add_argument("--whole", action="store_true", help="the whole model's graph beside it, on the CPU")
+    made.add_argument("--gpu-only", action="store_true", help="nothing on the CPU")
     made.add_argument("--rounds", type=int, default=1, help="how often on the CPU")
     made.add_argument("--threads", type=int, default=1, help="of the CPU")
     given = made.parse_args()
     torch.set_num_threads(given.threads)
-    rows = on_cpu(QUICK if given.quick else SMALL, given)  # first: a process that has used a GPU cannot fork
+    rows = (
+        [] if given.gpu_only else on_cpu(QUICK if given.quick else SMALL, given)
+    )  # first: a process that has used a GPU cannot fork
     if given.quick:
         rows += with_compression(QUICK)
     elif torch.cuda.is_available():
