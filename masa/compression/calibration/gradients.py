@@ -22,6 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from masa.compression.calibration.statistics import Calibration
 from masa.compression.calibration.stream import BlockStream, add_moment, not_finite
 from masa.errors import MasaError
+from masa.runs import memory
 from masa.sharing.projections import decoder, family_of
 
 LOGITS = 2**25
@@ -85,6 +86,7 @@ def add_gradients(
     paths, layers = dict(family_of(model).paths), len(stream.blocks)
     tokens = inputs.samples * stream.hidden[0].shape[1]
     generator = torch.Generator(device=stream.hidden[0].device).manual_seed(seed)
+    memory.give_back()  # of the way forward
     with _frozen(model):
         gradients = [loss_gradient(model, hidden, generator) for hidden in stream.first(inputs.samples)]
         for layer in reversed(range(layers)):
