@@ -1,8 +1,11 @@
 """AdamW and Muon: who moves what, matrix by matrix as torch's own does, and resumed to the same bits."""
 
 import copy
+import itertools
 from typing import get_args
 
+import numpy as np
+import pandas as pd
 import pytest
 import test_detection
 import test_image_training
@@ -227,3 +230,91 @@ def test_runs_with_adamw_keep_their_spec():
         assert {k: v for k, v in now["training"].items() if k not in ("steps", "epochs")} == known, spec["run"]
     evidence["training"]["optimizer"] = "muon"
     assert experiments.run_spec(evidence, "d48", "vanilla", 0)["training"]["optimizer"] == "muon"
+
+
+# ------------------------------------------------------------------------------------------------------- the ablation
+
+REFERENCE = ROOT / "results" / "reference" / "optimizers"
+SCALES = {"adamw": "nano", "muon": "nano-muon-48e-3"}
+
+
+def quoted(first):
+    """Rows of the table on docs/results.md whose first heading is ``first``, as heading -> cell without emphasis."""
+    lines = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"| {first} |"))
+    table = list(itertools.takewhile(lambda line: line.startswith("|"), lines[start:]))
+    cells = [[cell.strip().replace("*", "").replace("−", "-") for cell in line.strip("|").split("|")] for line in table]
+    return [dict(zip(cells[0], row, strict=True)) for row in cells[2:]]
+
+
+def held_out(scale, method):
+    """Final held-out losses of the seeds that were run."""
+    found = sorted((REFERENCE / "runs" / scale / method).glob("seed*/manifest.json"))
+    return np.array([run.read_json(file)["training"]["validation_loss"] for file in found])
+
+
+def scale_of(optimizer, rate):
+    """The scale of the ablation with an optimiser and peak rate."""
+    ablation = config.load([ROOT / "config" / "optimizers.yaml"])
+    (found,) = (
+        scale
+        for scale in ablation["grids"]["optimizer_rates"]["scales"]
+        if (recipe := experiments.run_spec(ablation, scale, "vanilla", 0)["training"])["learning_rate"] == float(rate)
+        and recipe.get("optimizer", "adamw") == optimizer.lower()
+    )
+    return found
+
+
+def test_the_ablation_is_the_default_run_with_another_optimiser():
+    free = ("optimizer", "learning_rate")
+    default, ablation = config.load(), config.load([ROOT / "config" / "optimizers.yaml"])
+    for method in ("vanilla", "masa-qkvo"):
+        wanted = experiments.run_spec(default, "nano", method, 0)
+        assert experiments.run_spec(ablation, "nano", method, 0) == wanted
+        for scale in ablation["grids"]["optimizer_rates"]["scales"]:
+            found = experiments.run_spec(ablation, scale, method, 0)
+            recipes_ = [{k: v for k, v in s["training"].items() if k not in free} for s in (found, wanted)]
+            assert recipes_[0] == recipes_[1]
+            assert (found["model"], found["sharing"]) == (wanted["model"], wanted["sharing"])
+
+
+def test_rates_are_quoted_as_they_were_run():
+    rows = quoted("peak rate, vanilla, seed 0")
+    assert [row["peak rate, vanilla, seed 0"] for row in rows] == ["AdamW", "Muon"]
+    for row in rows:
+        for rate in list(row)[1:]:
+            scale = scale_of(row["peak rate, vanilla, seed 0"], rate)
+            assert row[rate] == f"{held_out(scale, 'vanilla')[0]:.3f}"
+
+
+def test_gaps_are_quoted_as_they_were_run():
+    """Means and sample standard deviations over seeds; of the gap, of the differences at the same seed."""
+    rows = quoted("optimiser")
+    assert {row["optimiser"] for row in rows} == {"AdamW", "Muon"}
+    for row in rows:
+        vanilla, ours = (held_out(scale_of(row["optimiser"], row["peak rate"]), m) for m in ("vanilla", "masa-qkvo"))
+        assert len(vanilla) == len(ours) == 3
+        for heading, losses_ in (("Vanilla", vanilla), ("MASA-QKVO", ours)):
+            assert row[heading] == f"{losses_.mean():.3f} ± {losses_.std(ddof=1):.3f}"
+        gap = ours - vanilla
+        assert row["gap, paired"] == f"{gap.mean():+.3f} ± {gap.std(ddof=1):.3f}"
+    table = pd.read_csv(REFERENCE / "tables" / "optimizers.csv").set_index(["scale", "method"])["validation_loss"]
+    for (scale, method), loss in table.items():
+        assert loss == pytest.approx(held_out(scale, method).mean())
+
+
+def test_what_the_page_says_of_the_gaps():
+    """The change of the gap, and what is better by how much, by the same losses."""
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").replace("−", "-")
+    runs = {rate: {m: held_out(scale, m) for m in ("vanilla", "masa-qkvo")} for rate, scale in SCALES.items()}
+    gaps = {rate: found["masa-qkvo"] - found["vanilla"] for rate, found in runs.items()}
+    change = gaps["muon"] - gaps["adamw"]
+    assert f"moves by {change.mean():+.3f} ± {change.std(ddof=1):.3f}, seed by seed" in page
+    assert (gaps["muon"] < 0).all()
+    better = [(runs["adamw"][method] - runs["muon"][method]).mean() for method in ("vanilla", "masa-qkvo")]
+    assert f"{min(better):.2f} nats lower" in page
+    row = pd.read_csv(REFERENCE / "tables" / "claims.csv").set_index("scale").loc[SCALES["muon"]]
+    assert f"a gain of {row['low']:.3f} to {row['high']:.3f}, p {row['p_holm']:.3f} by Holm" in page
+    assert (row["verdict"], row["gain"]) == ("holds", pytest.approx(-gaps["muon"].mean(), abs=1e-6))
+    unreliable = [f"{loss:.2f}" for loss in held_out("nano-rate-12e-3", "masa-qkvo")]
+    assert f"ends at {', '.join(unreliable[:2])} and {unreliable[2]}" in page
