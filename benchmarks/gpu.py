@@ -1,6 +1,6 @@
 """All that is to be measured on a GPU, in one go: training steps, serving, calibration, a run killed and resumed.
 
-    python benchmarks/gpu.py [--minutes 8] [--parts steps serving] [--quick] [--out results/benchmarks/gpu.json]
+    python benchmarks/gpu.py [--minutes 8] [--parts steps serving] [--tokens FOLDER] [--out results/benchmarks/gpu.json]
 
 Needs Python 3.12, torch 2.11, transformers 5, accelerate, safetensors, numpy and pydantic. Every part is a process of
 its own with a share of the time; the JSON is written after each, and a part that fails is named there and does not keep
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -78,16 +79,25 @@ PARTS = (
 )
 
 
+def evidence(tokens: Path) -> Part:
+    """What is left of the time, for the runs of the evidence."""
+    arguments = ("gpu_evidence.py", "--tokens", str(tokens), "--out", "OUT/evidence.json")
+    quick = (*arguments, "--quick", "--seeds", "1", "--methods", "vanilla", "--at-once", "1")
+    return Part("evidence", (*arguments, "--minutes", "MINUTES"), quick, 3600)
+
+
 def main() -> int:
     made = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     made.add_argument("--minutes", type=float, default=8.0, help="after which no part begins or goes on")
     made.add_argument("--parts", nargs="+", help="only those whose names begin so, in this order")
+    made.add_argument("--tokens", type=Path, help="packed tokens: then the evidence's runs, in what time is left")
     made.add_argument("--quick", action="store_true", help="only show that it runs")
     made.add_argument("--out", type=Path, default=Path("results/benchmarks/gpu.json"))
     given = made.parse_args()
-    chosen = [part for word in given.parts or [""] for part in PARTS if part.name.startswith(word)]
+    parts = [*PARTS, evidence(given.tokens.resolve())] if given.tokens else PARTS
+    chosen = [part for word in given.parts or [""] for part in parts if part.name.startswith(word)]
     if not chosen:
-        raise SystemExit(f"--parts: none begins so. There are: {', '.join(part.name for part in PARTS)}.")
+        raise SystemExit(f"--parts: none begins so. There are: {', '.join(part.name for part in parts)}.")
     result = about()
     end = time.monotonic() + 60 * given.minutes
     given.out.parent.mkdir(parents=True, exist_ok=True)
@@ -133,7 +143,9 @@ def driver() -> str | None:
 def outcome(part: Part, quick: bool, seconds: float) -> dict[str, Any]:
     """What a part wrote, and how it ended."""
     with tempfile.TemporaryDirectory() as folder:
-        script, *arguments = [word.replace("OUT", folder) for word in (part.quick if quick else part.command)]
+        places = {"OUT": folder, "MINUTES": f"{max(0.1, seconds / 60 - 0.3):.2f}"}
+        words = part.quick if quick else part.command
+        script, *arguments = [re.sub("OUT|MINUTES", lambda found: places[found[0]], word) for word in words]
         started = time.monotonic()
         command = [sys.executable, str(HERE / script), *arguments]
         try:

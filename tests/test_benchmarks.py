@@ -17,7 +17,7 @@ QUICK = ["calibration_speed", "compression_growth", "growth", "inference", "mixi
 QUICK += ["calibration_memory", "training_loop", "training_step"]
 SLOW = ["default_run", "workflow"]
 """They run whole workflows, as tests/test_workflow.py does."""
-GPU = ["gpu_step", "gpu_resume"]
+GPU = ["gpu_step", "gpu_resume", "gpu_evidence"]
 """Parts of gpu.py."""
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -43,17 +43,19 @@ def test_quick(name: str, tmp_path: Path) -> None:
     assert (done.returncode == 1) == any(row["met"] == "no" for row in rows)
 
 
-def test_gpu_quick(tmp_path: Path) -> None:
+def test_gpu_quick(tokens: Path, tmp_path: Path) -> None:
     """Every kind of part that has no test of its own; what a part says of itself is kept, and so are failures."""
     out = tmp_path / "gpu.json"
     command = [sys.executable, "benchmarks/gpu.py", "--quick", "--out", str(out)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command += ["--parts", "steps, S eager", "killed"]
+    command += ["--parts", "steps, S eager", "killed", "evidence", "--tokens", str(tokens)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
     assert {part["ended"] for part in found["parts"].values()} == {"done"}, found["parts"]
     assert found["parts"]["killed and resumed"]["the same bits"] == {"eager": True}
+    [(run, result)] = found["parts"]["evidence"]["evidence"]["runs"].items()
+    assert run == "d48/vanilla/seed0" and result["validation_loss"] > 0 and result["device"] == "CPU"
     steps = {(one["method"], one["mode"]): one for one in found["steps"]}
     assert ("minimal GPT", "eager") in steps and ("masa-qkvo", "eager") in steps
     assert all(one["tokens_per_second"] > 0 and one["share"] > 0 for one in steps.values())

@@ -225,6 +225,8 @@ def test_the_readings_of_the_repository_are_used():
     found = readings.of_card(device("h100").cards)
     assert found.data["card"] == "NVIDIA H100 80GB HBM3"
     plan = Plan(merged("paper.yaml"))
-    measured = {job.name for job in jobs(plan) if job.measured}
-    assert {"S/vanilla/seed0", "L/masa-qkvo/seed0"} <= measured
+    measured = {job.name: job.measured for job in jobs(plan) if job.measured}
+    for name in ("S/vanilla/seed0", "S/masa-qkvo/seed0", "L/vanilla/seed0"):
+        assert measured[name] == "compiled", name
+    assert "L/masa-qkvo/seed0" not in measured, "timed eager alone, trained compiled"
     assert not plan.paces.others
