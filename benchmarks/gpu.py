@@ -2,9 +2,9 @@
 
     python benchmarks/gpu.py [--minutes 8] [--parts steps serving] [--tokens FOLDER] [--out results/benchmarks/gpu.json]
 
-Needs Python 3.12, torch 2.11, transformers 5, accelerate, safetensors, numpy and pydantic. Every part is a process of
-its own with a share of the time; the JSON is written after each, and a part that fails is named there and does not keep
-the next from running. --quick goes through all of it on small models, and on a CPU.
+Needs Python 3.12, torch 2.11, transformers 5, accelerate, safetensors and numpy, and nothing of the study. Every part
+is a process of its own with a share of the time; the JSON is written after each, and a part that fails is named there
+and does not keep the next from running. --quick goes through all of it on small models, and on a CPU.
 """
 
 from __future__ import annotations
@@ -71,11 +71,11 @@ PARTS = (
         ("calibration_memory.py", "--quick", "--out", "OUT"),
         90,
     ),
-    Part("killed and resumed", ("gpu_resume.py",), ("gpu_resume.py", "--quick"), 90),
-    step("steps, L eager", 60, "--scales", "L", "--modes", "eager", "--steps", "6"),
+    Part("killed and resumed", ("gpu_resume.py",), ("gpu_resume.py", "--quick"), 150),
+    step("steps, L eager", 90, "--scales", "L", "--modes", "eager", "--steps", "6"),
     step("steps, L compiled", 240, "--scales", "L", "--modes", "compiled", "--steps", "6"),
-    step("steps, M eager", 60, "--scales", "M", "--modes", "eager", "--steps", "6"),
-    step("steps, the other methods", 60, "--scales", "S", "--modes", "eager", "--methods", *REST),
+    step("steps, M eager", 90, "--scales", "M", "--modes", "eager", "--steps", "6"),
+    step("steps, the other methods", 90, "--scales", "S", "--modes", "eager", "--methods", *REST),
 )
 
 
@@ -90,7 +90,11 @@ def main() -> int:
     made = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     made.add_argument("--minutes", type=float, default=8.0, help="after which no part begins or goes on")
     made.add_argument("--parts", nargs="+", help="only those whose names begin so, in this order")
-    made.add_argument("--tokens", type=Path, help="packed tokens: then the evidence's runs, in what time is left")
+    made.add_argument(
+        "--tokens",
+        type=Path,
+        help="what gpu_evidence.py --prepare was given: then the evidence's runs, in what time is left",
+    )
     made.add_argument("--quick", action="store_true", help="only show that it runs")
     made.add_argument("--out", type=Path, default=Path("results/benchmarks/gpu.json"))
     given = made.parse_args()

@@ -1,11 +1,13 @@
 """The evidence's runs on one GPU, as many as fit at once, until the time is up.
 
+    python benchmarks/gpu_evidence.py --tokens FOLDER --prepare           # here: writes FOLDER/specs.json
     python benchmarks/gpu_evidence.py --tokens FOLDER --minutes 3 --out OUT.json [--at-once 10] [--methods vanilla ...]
 
 Trains what config/evidence.yaml says at its scale d48 (`masa pretrain` would make the same), all methods of one seed
 before the next seed, so that what is there when time is up can be compared in pairs. FOLDER is what `masa tokenize`
-wrote, with the size of its vocabulary. A run that is not done is not written.
-CPU and GPU runs are not to be mixed in one comparison: device and dtype stand in the file.
+wrote, and --prepare puts the study's specs beside the tokens, since making them needs more packages than training does.
+A run that is not done when time is up is not written. CPU and GPU runs are not to be mixed in one comparison: device
+and dtype stand in the file.
 """
 
 from __future__ import annotations
@@ -24,12 +26,11 @@ from typing import Any
 
 import torch
 
-from masa.errors import MasaError
+from masa.errors import MasaError, unknown
 from masa.runs.run import provenance, read_json, write_json
-from masa.study import config, experiments
 
 METHODS = ("vanilla", "masa-qkvo", "masa-qkv", "repeat-all-over", "sequential", "low-rank", "gqa")
-SCALE = "d48"
+SCALE, SPECS = "d48", "specs.json"
 
 
 def main() -> int:
@@ -40,8 +41,14 @@ def main() -> int:
     made.add_argument("--seeds", type=int, help="at most; else as many as time allows")
     made.add_argument("--minutes", type=float, default=3.0)
     made.add_argument("--quick", action="store_true", help="a few steps of a small model")
-    made.add_argument("--out", type=Path, required=True, help="a JSON file, rewritten after every run")
+    made.add_argument("--prepare", action="store_true", help=f"only write {SPECS}")
+    made.add_argument("--out", type=Path, help="a JSON file, rewritten after every run")
     given = made.parse_args()
+    if given.prepare:
+        prepare(given.tokens)
+        return 0
+    if not given.out:
+        made.error("--out is needed: a JSON file for what comes out")
     end = time.monotonic() + 60 * given.minutes
     specs = (spec_of(method, seed, given) for seed, method in in_order(given))
     result: dict[str, Any] = {"scale": SCALE, "provenance": provenance({}), "runs": {}}
@@ -70,12 +77,23 @@ def in_order(given: argparse.Namespace) -> Iterator[tuple[int, str]]:
     return ((seed, method) for seed in seeds for method in given.methods)
 
 
+def prepare(tokens: Path) -> None:
+    """Write the runs that the study would make of these tokens."""
+    from masa.study import config, experiments
+
+    settings = config.load([Path("config/evidence.yaml")])
+    specs = {method: experiments.run_spec(settings, SCALE, method, 0) for method in METHODS}
+    for spec in specs.values():
+        spec["model"]["vocab_size"] = read_json(tokens / "manifest.json", "masa tokenize")["vocab_size"]
+    write_json(tokens / SPECS, specs)
+
+
 def spec_of(method: str, seed: int, given: argparse.Namespace) -> dict[str, Any]:
-    """The run that the study would make."""
-    files = [Path("config/evidence.yaml")]
-    spec = experiments.run_spec(config.load(files), SCALE, method, seed)
-    vocabulary = read_json(given.tokens / "manifest.json", "masa tokenize")["vocab_size"]
-    spec["model"]["vocab_size"] = vocabulary
+    """One run of another seed."""
+    specs = read_json(given.tokens / SPECS, "benchmarks/gpu_evidence.py --prepare")
+    if method not in specs:
+        raise unknown("--methods: method", method, specs)
+    spec = specs[method] | {"run": f"{SCALE}/{method}/seed{seed}", "seed": seed}
     if given.quick:
         spec["training"] |= {"steps": 2, "evaluations": 1, "batch_size": 2, "micro_batch_size": 2}
     return spec

@@ -50,7 +50,6 @@ from transformers.utils import logging
 
 import masa
 from masa.compression import calibrate, compress
-from masa.models import pretrained
 from masa.runs.run import read_json
 from masa.sharing.bank import SharedProjections
 from masa.sharing.compressed_sources import Factored
@@ -59,12 +58,13 @@ from masa.sharing.projections import family_of, model_shape
 from masa.sharing.saving import bank_of
 from masa.sharing.share import Sharing, install
 from masa.sharing.spec import ATTENTION, ModelShape
-from masa.study import config
 
 REAL, DRAWN = "SmolLM2-135M", "Llama-3.2-1B"
 METHODS = ("svd-llm", "svd-fisher", "matrix-pca")
 TINY = {"num_layers": 10, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
 TINY |= {"intermediate_size": 128, "vocab_size": 256}
+LARGE = {"num_layers": 16, "hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 8}
+LARGE |= {"intermediate_size": 8192, "vocab_size": 128256}
 PREFILL, PROMPT, DECODED, BATCHES = 512, 16, 16, (1, 8)
 SAMPLES, LENGTH = 16, 128
 GRAPH = "decoding as a CUDA graph"
@@ -322,6 +322,9 @@ def real(given: argparse.Namespace) -> tuple[nn.Module, Variants, Tensor]:
     if given.quick:
         model, tokens = random_llama(TINY), torch.randint(1, TINY["vocab_size"], (4, 32))
     else:
+        from masa.models import pretrained  # which need more than a machine with a GPU may have
+        from masa.study import config
+
         c = config.load()
         with tempfile.TemporaryDirectory() as folder:
             pretrained.fetch(REAL, c["pretrained"][REAL], Path(c["cache"]), config.mirror(c), Path(folder))
@@ -345,7 +348,7 @@ def real(given: argparse.Namespace) -> tuple[nn.Module, Variants, Tensor]:
 
 def drawn(given: argparse.Namespace) -> tuple[nn.Module, Variants, Tensor]:
     """A random model of the shape, sources made directly, and random tokens."""
-    sizes = TINY if given.quick else config.load()["pretrained"][DRAWN]["sizes"]
+    sizes = TINY if given.quick else LARGE
     model = random_llama(sizes | ({"num_layers": given.layers} if given.layers else {}))
     ids = torch.randint(1, model.config.vocab_size, (1, PROMPT + 1))
     return model, {method: partial(made_directly, method) for method in METHODS} | {"masa": shared}, ids

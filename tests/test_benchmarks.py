@@ -46,6 +46,8 @@ def test_quick(name: str, tmp_path: Path) -> None:
 def test_gpu_quick(tokens: Path, tmp_path: Path) -> None:
     """Every kind of part that has no test of its own; what a part says of itself is kept, and so are failures."""
     out = tmp_path / "gpu.json"
+    prepare = [sys.executable, "benchmarks/gpu_evidence.py", "--tokens", str(tokens), "--prepare"]
+    subprocess.run(prepare, cwd=ROOT, check=True, capture_output=True)
     command = [sys.executable, "benchmarks/gpu.py", "--quick", "--out", str(out)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command += ["--parts", "steps, S eager", "killed", "evidence", "--tokens", str(tokens)]
@@ -60,6 +62,14 @@ def test_gpu_quick(tokens: Path, tmp_path: Path) -> None:
     assert ("minimal GPT", "eager") in steps and ("masa-qkvo", "eager") in steps
     assert all(one["tokens_per_second"] > 0 and one["share"] > 0 for one in steps.values())
     assert found["matrix_tflops"] > 0 and found["card"]
+
+
+@pytest.mark.parametrize("name", [*GPU, "gpu", "serving", "calibration_memory"])
+def test_a_machine_with_a_gpu_needs_none_of_the_studys_packages(name: str) -> None:
+    missing = ["pydantic", "datasets", "lm_eval", "snakemake", "matplotlib", "pyarrow", "timm"]
+    code = f"import sys; sys.path.insert(0, 'benchmarks'); sys.modules |= dict.fromkeys({missing}); import {name}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-1000:]
 
 
 @pytest.mark.parametrize("name", SLOW)
