@@ -100,6 +100,26 @@ def test_checkpointing_recomputes_with_the_same_weights():
     assert torch.equal(gradients(model, CastOnce(model))[1], expected)
 
 
+def test_one_by_one_gives_the_same_gradients_in_ddp_as_well(tmp_path):
+    """Where several processes exchange gradients as they come."""
+    model = made("masa")
+    _, expected = gradients(model, CastOnce(model))
+    cast = CastOnce(model, together=False)
+    assert torch.equal(gradients(model, cast)[1], expected)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        parallel, asked = torch.nn.parallel.DistributedDataParallel(model), []
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(lambda p: asked.append(p.grad.dtype))
+        with cast():
+            parallel(input_ids=TEXTS, labels=TEXTS, use_cache=False).loss.backward()
+        found = torch.cat([p.grad.flatten() for p in model.parameters()])
+    finally:
+        torch.distributed.destroy_process_group()
+    assert asked and set(asked) == {torch.float32}
+    assert float((found / 2 - expected).norm() / expected.norm()) < 1e-6, "added to those of before"
+
+
 def test_a_pass_that_fails_gives_the_weights_back():
     model = made("masa")
     before = list(model.parameters())

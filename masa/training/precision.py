@@ -69,10 +69,12 @@ class CastOnce:
     Args:
         model: whose parameters are float32; while :meth:`__call__` is open they are not to be asked for.
         dtype: of the arithmetic.
+        together: cast all in a few kernels, which gives all gradients at the end of the backward pass; else one by one,
+            so that several processes exchange the first while the next are computed.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> None:
-        self.dtype = dtype
+    def __init__(self, model: nn.Module, dtype: torch.dtype = torch.bfloat16, together: bool = True) -> None:
+        self.dtype, self.together = dtype, together
         self.banks = [module for module in model.modules() if isinstance(module, SharedProjections)]
         shared = {id(parameter) for bank in self.banks for parameter in bank.parameters()}
         self.slots: dict[nn.Parameter, list[tuple[dict, str]]] = {}
@@ -87,7 +89,7 @@ class CastOnce:
         masters = list(self.slots)
         made = [bank.make() for bank in self.banks]
         rows = {id(row): row for weights in made for layers in weights.values() for row in layers}
-        cast = _Cast.apply(self.dtype, *masters, *rows.values()) if masters or rows else ()
+        cast = self._cast([*masters, *rows.values()])
         lower = dict(zip(rows, cast[len(masters) :], strict=True))
         try:
             for bank, weights in zip(self.banks, made, strict=True):
@@ -98,6 +100,11 @@ class CastOnce:
             self._put({master: master for master in masters})
             for bank in self.banks:
                 bank.hold(None)
+
+    def _cast(self, tensors: list[Tensor]) -> Sequence[Tensor]:
+        if self.together and tensors:
+            return _Cast.apply(self.dtype, *tensors)
+        return [tensor.to(self.dtype) for tensor in tensors]
 
     def _put(self, values: dict[nn.Parameter, Tensor]) -> None:
         for master, value in values.items():

@@ -17,7 +17,8 @@ from masa.runs import memory, run
 from masa.runs.progress import Progress
 from masa.sharing.fold import fold
 from masa.training import optimizers
-from masa.training.precision import uses_bfloat16
+from masa.training.attention import without_mask
+from masa.training.precision import CastOnce, uses_bfloat16
 
 
 def measure(runs: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], threads: int, out: Path) -> dict:
@@ -46,8 +47,9 @@ def measure(runs: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], thre
     for name, spec in specs.items():
         torch.manual_seed(0)
         model = language.build(spec["model"], spec["sharing"], settings["context"]).to(device).train()
-        trained[name] = (model, optimizers.build(model, spec["training"]))
         folded[name] = fold(model)
+        around = CastOnce(model) if bf16 and device.type == "cuda" else precision  # as masa.training.trainer
+        trained[name] = (without_mask(model), optimizers.build(model, spec["training"]), around)
     vocabulary = runs[0]["model"]["vocab_size"]
     ids = torch.randint(0, vocabulary, shape, generator=torch.Generator().manual_seed(0)).to(device)
     seconds: dict[str, dict[str, list[float]]] = {"training": {}, "inference": {}}
@@ -55,7 +57,7 @@ def measure(runs: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], thre
     for round_ in range(settings["repeats"] + 1):
         for name in specs:
             took = {
-                "training": _time(_step, *trained[name], ids, precision),
+                "training": _time(_step, *trained[name], ids),
                 "inference": _time(_forward, folded[name], ids, precision),
             }
             if round_:  # the first warms up
@@ -92,8 +94,8 @@ def _time(work: Any, *arguments: Any) -> float:
     return time.perf_counter() - start
 
 
-def _step(model: nn.Module, optimizer: torch.optim.Optimizer, ids: torch.Tensor, precision: Any) -> None:
-    with precision():
+def _step(model: nn.Module, optimizer: torch.optim.Optimizer, around: Any, ids: torch.Tensor) -> None:
+    with around():
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss  # as the Trainer does
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)

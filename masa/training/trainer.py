@@ -266,7 +266,7 @@ def _trainer(
     )
     trainer.watch = watch
     if at_once:
-        cast = CastOnce(model)
+        cast = CastOnce(model, together=PartialState().num_processes == 1)
         trainer.around, trainer.inputs = [cast], cast.inputs
         log.scoring = partial(torch.autocast, "cuda", torch.bfloat16)
     if compiles(recipe):
