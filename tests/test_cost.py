@@ -198,7 +198,9 @@ def test_resources_have_margins_and_caps():
     assert second["runtime"] == first["runtime"] == limits.LEAST_MINUTES
     assert resources(c, "table", "table1")["runtime"] == limits.LEAST_MINUTES
     paper = merged("paper.yaml")
-    assert resources(paper, "pretrain", "M/vanilla/seed0")["runtime"] == 24 * 60
+    capped = copy.deepcopy(paper)
+    capped["plan"]["max_hours"] = 2
+    assert resources(capped, "pretrain", "M/vanilla/seed0")["runtime"] == 2 * 60
     hours = resources(paper, "pretrain", "S/vanilla/seed0")["runtime"] / 60
     assert hours == pytest.approx(2 * Plan(paper).job("pretrain", "S/vanilla/seed0").seconds / 3600, abs=0.02)
     assert resources(paper, "pretrain", "S/vanilla/seed0")["mem_mb"] < 16_000  # of the host, not of the GPU
