@@ -102,7 +102,7 @@ def edit(path, old, new):
         ("config/smoke.yaml", "examples: 4", "examples: 5", {"evaluate_vision": 4}),
         ("config/smoke.yaml", "limit: 2", "limit: 3", {"evaluate": 6}),
         ("masa/compression/methods/matrix_pca.py", "EPS * values[0]]", "2 * EPS * values[0]]", {"compress": 2}),
-        ("masa/compression/calibration/calibrate.py", "x.T @ x", "(x.T @ x)", {}),
+        ("masa/compression/calibration/stream.py", "x.T @ x", "(x.T @ x)", {}),
         ("config/compression.yaml", "label: SVD-LLM,", "label: SVDLLM,", {"table": 2, "figure": 2}),
         ("config/smoke.yaml", "samples: 4", "samples: 5", {"calibrate": 1}),
         ("config/smoke.yaml", "vocab_size: 512", "vocab_size: 500", {"tokenizer": 1}),

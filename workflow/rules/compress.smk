@@ -70,7 +70,7 @@ rule calibrate:
         "Calibration {wildcards.name} of {wildcards.model}"
     shell:
         "masa calibrate {params.model:q} --text {input.text:q} {params.size:q} --threads {params.threads:q} --out {params.out:q}"
-        " --gpus {resources.gpu_percent}% --log {log:q} > /dev/null"
+        " --gpus {resources.gpu_percent:q}% --log {log:q} > /dev/null"
 
 
 rule compress:
@@ -110,4 +110,4 @@ rule compress:
     shell:
         "masa sweep {wildcards.model:q}/{wildcards.name:q} --spec {params.spec:q} --model {params.model:q}"
         " {params.calibration:q} --texts {input.texts:q} --benchmarks {params.benchmarks:q} --out {params.out:q}"
-        " --gpus {resources.gpu_percent}% --log {log:q}"
+        " --gpus {resources.gpu_percent:q}% --log {log:q}"

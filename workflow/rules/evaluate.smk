@@ -27,7 +27,7 @@ rule evaluate:
         "Evaluating {wildcards.language_run}"
     shell:
         "masa evaluate {params.run:q} --spec {params.spec:q} --tokens {params.tokens:q} --tokenizer {params.tokenizer:q}"
-        " --benchmarks {params.benchmarks:q} --out {params.out:q} --gpus {resources.gpu_percent}% --log {log:q}"
+        " --benchmarks {params.benchmarks:q} --out {params.out:q} --gpus {resources.gpu_percent:q}% --log {log:q}"
 
 
 rule time_methods:

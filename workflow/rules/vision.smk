@@ -73,4 +73,4 @@ rule evaluate_vision:
         "Evaluating {wildcards.vision_run}"
     shell:
         "masa evaluate {params.run:q} --spec {params.spec:q} --{params.kind:q} {params.data:q} --out {params.out:q}"
-        " --gpus {resources.gpu_percent}% --log {log:q}"
+        " --gpus {resources.gpu_percent:q}% --log {log:q}"
