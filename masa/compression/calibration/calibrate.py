@@ -153,6 +153,12 @@ def _check_tokens(tokens: Tensor | Sequence[Sequence[int]], model: nn.Module) ->
         raise MasaError(f"Calibration tokens must be N sequences of one length T: {error}") from error
     if tokens.ndim != 2 or not tokens.numel() or tokens.is_floating_point():
         raise MasaError(f"Calibration tokens must be integers (N, T), got {tokens.dtype} {tuple(tokens.shape)}.")
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest and tokens.shape[1] > longest:
+        raise MasaError(
+            f"Calibration tokens are sequences of {tokens.shape[1]:,}, but this model knows {longest:,} positions "
+            "(max_position_embeddings). Give shorter ones, --length."
+        )
     vocabulary = model.get_input_embeddings().num_embeddings
     if int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:
         raise MasaError(
