@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import masa
-from masa import MasaError
+from masa import MasaError, cli
 from masa.models.pretrained import convert_gguf, load_pretrained, save_plain
 
 WEIGHTS = "model.safetensors"
@@ -156,3 +156,33 @@ def test_scaled_rope_is_refused_by_name(tmp_path):
     path = written(tmp_path / "scaled.gguf", {"llama.rope.scaling.type": "yarn"})
     with pytest.raises(MasaError, match=r"rope\.scaling\.type = yarn.*original folder"):
         convert_gguf(path, tmp_path / "out")
+
+
+def shared(folder, out):
+    model = masa.share(load_pretrained(folder)[0], {"method": "masa", "projections": "qkvo", "atoms": 2})
+    model.save_pretrained(out)
+    return out
+
+
+def test_numbers_that_float16_cannot_hold_are_named(folder, tmp_path, capsys):
+    def grow(found):
+        found["model.norm.weight"] = found["model.norm.weight"] * 1e6
+        return found
+
+    change(folder, grow)
+    where = shared(folder, tmp_path / "shared")
+    assert cli.main(["export", str(where), "--dtype", "float16", "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "model.norm.weight has numbers that float16 cannot hold" in error and "bfloat16" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_how_a_model_generates_goes_along(folder, tmp_path):
+    own = {"eos_token_id": [0, 1], "do_sample": True, "temperature": 0.6, "top_p": 0.9}
+    (folder / "generation_config.json").write_text(json.dumps(own))
+    save_plain(load_pretrained(folder)[0], tmp_path / "plain")
+    where = shared(folder, tmp_path / "shared")
+    assert cli.main(["export", str(where), "--out", str(tmp_path / "out")]) == 0
+    for made in ("plain", "shared", "out"):
+        found = json.loads((tmp_path / made / "generation_config.json").read_text())
+        assert {name: found.get(name) for name in own} == own, made

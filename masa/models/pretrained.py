@@ -140,7 +140,8 @@ def save_plain(model: nn.Module, directory: str | Path, tokenizer: Any = None) -
     return Path(directory)
 
 
-PATTERNS = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt"]
+PATTERNS = ["*.json", "model*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja"]
+"""What is fetched of a hub model; some have a second copy of their weights under another name."""
 
 
 def fetch(name: str, spec: Mapping[str, Any], cache: Path, mirror: str | None, out: Path) -> dict[str, Any]:
