@@ -114,7 +114,7 @@ def test_a_factored_folder_is_named_as_one(tmp_path):
 
 def test_calibration_beyond_the_models_positions_is_refused_before_the_work(folder):
     configure(folder, max_position_embeddings=8)
-    with pytest.raises(MasaError, match=r"knows 8 positions.*--length"):
+    with pytest.raises(MasaError, match=r"knows 8 positions.*length"):
         masa.calibrate(load_pretrained(folder)[0], tokens())
 
 
