@@ -39,7 +39,7 @@ def read_folder(folder: Path, files: list[Path], dtype: torch.dtype | None) -> n
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a strange value may fail anywhere in the model's class
         raise _no_model(folder, error) from error
-    stored = heads(files)
+    stored = heads(files, "fetch it again")
     _refuse_quantised(folder, config)
     prefix = next((p for p in PREFIXES if stored and all(name.startswith(p) for name in stored)), None)
     mapping = {f"^{prefix.replace('.', chr(92) + '.')}": ""} if prefix else None
