@@ -25,7 +25,7 @@ def add(verbs: Verbs) -> None:
     v.add_argument("model", metavar="MODEL", help="folder, GGUF file, or ORG/NAME on the hub with --revision")
     v.add_argument("--text", required=True, metavar="FILE", help="plain text, or JSON lines with text, content or page")
     v.add_argument("--samples", type=int, default=64, help="sequences (default 64; the paper's size is 256)")
-    v.add_argument("--length", type=int, default=512, help="tokens a sequence (default 512; the paper's size is 2048)")
+    v.add_argument("--length", type=int, help="tokens a sequence (default 512, at most all positions; paper: 2048)")
     v.add_argument("--gradient-samples", type=int, default=0, help="sequences for the *-fisher methods (default 0)")
     v.add_argument("--projections", default="qkvo", help="letters to measure (default qkvo; all linears: qkvogud)")
     v.add_argument("--batch-size", type=int, default=4, help="sequences at once (default 4)")

@@ -10,7 +10,7 @@ from torch import nn
 
 from masa.compression import api
 from masa.compression.base import make_compressor
-from masa.compression.calibration.calibrate import Progress, calibrate
+from masa.compression.calibration.calibrate import Progress, calibrate, check_length
 from masa.compression.calibration.statistics import Calibration
 from masa.compression.calibration.texts import tokens_of
 from masa.compression.names import GRADIENT_SAMPLES, METHODS, needs_gradients
@@ -33,7 +33,7 @@ def compress(
     tokenizer: Any = None,
     column: str | None = None,
     samples: int = 64,
-    length: int = 512,
+    length: int | None = None,
     seed: int = 0,
     projections: str = ATTENTION,
     batch_size: int = 4,
@@ -54,7 +54,8 @@ def compress(
         method: a key of :data:`masa.compression.COMPRESSORS`.
         tokenizer: for texts; by default the one that lies where the model came from.
         column: of a data set that has its texts neither in "text" nor in "content".
-        samples, length: sequences and their tokens, at most; the paper takes 256 x 2048.
+        samples, length: sequences and their tokens, at most, by default 512 or what the model has positions for; the
+            paper takes 256 x 2048.
         seed: of the choice of sequences.
         projections: letters that are compressed.
         batch_size: samples at once, where the model runs.
@@ -91,7 +92,7 @@ def compress(
             raise MasaError(
                 f"{method!r} needs data to calibrate on: texts, a Dataset, a DataLoader or token ids (N, T)."
             )
-        tokens = tokens_of(data, model, tokenizer, column, samples, length, seed)
+        tokens = tokens_of(data, model, tokenizer, column, samples, check_length(model, length), seed)
         if tokens.numel() < 2 * model.config.hidden_size:
             _log.warning(
                 "masa: %d tokens are few to calibrate a width of %d on; %d or more would be better.",

@@ -91,6 +91,7 @@ def perplexity(
         ids = tokenizer(document, add_special_tokens=False)["input_ids"]
         windows += _windows([prefix, *ids], window, stride)
         owner += [index] * (len(windows) - len(owner))
+    _check_ids(windows, model)
     device, nll, counts = model.get_input_embeddings().weight.device, [0.0] * len(documents), [0] * len(documents)
     order = sorted(range(len(windows)), key=lambda i: -len(windows[i][0]))  # equal lengths together
     for start in range(0, len(order), batch_size):
@@ -122,6 +123,15 @@ def perplexity(
         nll_by_document=[round(x, 4) for x in nll],
         tokens_by_document=counts,
     )
+
+
+def _check_ids(windows: Sequence[tuple[Tensor, Tensor]], model: nn.Module) -> None:
+    largest = max(int(torch.cat(window).max()) for window in windows)
+    known = model.get_input_embeddings().num_embeddings
+    if largest >= known:
+        raise MasaError(
+            f"The tokenizer gives id {largest}, but the vocabulary has {known}. Use the tokenizer of this model."
+        )
 
 
 def _exp(x: float) -> float:

@@ -27,11 +27,9 @@ def write(model: nn.Module, folder: Path, source: Source) -> dict[str, Any] | No
     Raises:
         MasaError: a tokenizer with more tokens than the model has embeddings.
     """
-    from transformers import GenerationConfig
-
     config = model.config
     config.use_cache = True  # training switches it off, and generation would be slow without
-    model.generation_config = GenerationConfig.from_model_config(config)
+    model.generation_config.use_cache = True
     model.save_pretrained(folder)
     if source.tokenizer is None:
         return None

@@ -18,6 +18,7 @@ from torch import nn
 
 from masa.data import sources
 from masa.errors import MasaError, unknown
+from masa.models.reading import check_finite, check_gguf, read_folder
 from masa.runs import files
 from masa.runs.run import read_json, write_json
 from masa.sharing.projections import family_of
@@ -105,14 +106,18 @@ def convert_gguf(file: str | Path, folder: str | Path) -> Path:
         raise MasaError(f"GGUF file {file} does not exist.")
     if find_spec("gguf") is None:
         raise MasaError(f"{file} is read with the package gguf, which is not installed: pip install 'masa[gguf]'.")
+    check_gguf(file)
     if folder.exists():
         raise MasaError(f"{folder} exists already; the converted model needs a folder of its own.")
     where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name, "trust_remote_code": False}
     try:
-        read = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+        read, found = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(**where)
     except Exception as error:  # a broken file may fail anywhere in the reader
         raise MasaError(f"{file} cannot be read as a GGUF model: {error}") from error
+    if missing := sorted(found["missing_keys"]):
+        raise MasaError(f"{file} lacks weights of its model: {missing[:3]} ({len(missing)} in all).")
+    check_finite(read, file)
     config = read.config
     if hasattr(config, "quantization_config"):  # it is float32 now, and save_pretrained would refuse
         del config.quantization_config
@@ -135,7 +140,8 @@ def save_plain(model: nn.Module, directory: str | Path, tokenizer: Any = None) -
     return Path(directory)
 
 
-PATTERNS = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt"]
+PATTERNS = ["*.json", "model*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja"]
+"""What is fetched of a hub model; some have a second copy of their weights under another name."""
 
 
 def fetch(name: str, spec: Mapping[str, Any], cache: Path, mirror: str | None, out: Path) -> dict[str, Any]:
@@ -215,37 +221,11 @@ def _download(name: str, revision: str | None) -> Path:
 
 
 def _load_folder(folder: Path, dtype: torch.dtype | None) -> nn.Module:
-    from accelerate import init_empty_weights
-    from safetensors import SafetensorError, safe_open
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     if not (folder / "config.json").is_file():
         raise MasaError(f"{folder} has no config.json: a model folder has config.json and safetensors weights.")
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:  # a strange value may fail anywhere in the model's class
-        raise MasaError(f"{folder / 'config.json'} does not describe a causal LM of transformers: {error}") from error
+    model = read_folder(folder, weight_files(folder, "masa pretrained"), dtype)
     family_of(model)
-    tensors: dict[str, torch.Tensor] = {}
-    for file in weight_files(folder, "masa pretrained"):
-        try:
-            with safe_open(file, framework="pt") as opened:
-                tensors |= {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (not a mapping)
-        except (SafetensorError, OSError) as error:
-            raise MasaError(f"{file} is corrupt or truncated ({error}); fetch it again.") from error
-    wanted = model.state_dict()
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    if missing := sorted(set(wanted) - set(tensors) - tied):
-        raise MasaError(f"{folder} lacks weights that its config.json needs: {missing[:3]} ({len(missing)} in all).")
-    for key in set(tensors) & set(wanted):
-        if tensors[key].shape != wanted[key].shape:
-            found, expected = tuple(tensors[key].shape), tuple(wanted[key].shape)
-            raise MasaError(f"{folder}: {key} has shape {found}, but config.json says {expected}.")
-    model.load_state_dict({k: v for k, v in tensors.items() if k in wanted}, strict=False, assign=True)
-    model.tie_weights()
-    return (model.to(dtype) if dtype else model).eval()
+    return model
 
 
 def _load_tokenizer(folder: Path) -> Any:

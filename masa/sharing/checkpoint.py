@@ -46,7 +46,7 @@ def save(model: nn.Module, directory: str | Path, **options: Any) -> Path:
         )
     refuse_adapters(model)
     directory = Path(directory)
-    with whole_files(directory, directory / WEIGHTS) as folder, _quiet():
+    with whole_files(directory, directory / WEIGHTS) as folder, quietly():
         model.save_pretrained(folder, **options)
         new = {file.name for file in folder.iterdir()}
     for old in directory.glob("model*.safetensors*"):
@@ -90,7 +90,7 @@ def load(
     if earlier:
         vars(config).pop("transformers_weights", None)
         options["key_mapping"] = _earlier_names(stored)
-    with _quiet():
+    with quietly():
         try:
             model, found = _class_of(config).from_pretrained(
                 directory, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **options
@@ -154,7 +154,7 @@ def _check(found: Mapping[str, Any], where: Path) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """No progress bar, and no report of what is an error here."""
     from transformers.utils import logging
 

@@ -41,23 +41,28 @@ def weight_files(folder: Path, made_by: str | None = None) -> list[Path]:
     return [folder / name for name in names]
 
 
-def heads(files: Iterable[Path]) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
+def heads(
+    files: Iterable[Path], mend: str = "fetch or train it again"
+) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
     """Name -> shape, and dtype where it is a floating one; no tensor is read.
+
+    Args:
+        mend: what to do about a broken file, for messages.
 
     Raises:
         MasaError: a file is corrupt or truncated.
     """
     found: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {}
     for file in files:
-        with _opened(file) as opened:
+        with _opened(file, mend) as opened:
             for name in opened.keys():  # noqa: SIM118 (not a mapping)
                 part = opened.get_slice(name)
                 found[name] = tuple(part.get_shape()), _DTYPES.get(part.get_dtype())
     return found
 
 
-def _opened(file: Path) -> Any:
+def _opened(file: Path, mend: str = "fetch or train it again") -> Any:
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise MasaError(f"{file} is corrupt or truncated ({error}); fetch or train it again.") from error
+        raise MasaError(f"{file} is corrupt or truncated ({error}); {mend}.") from error

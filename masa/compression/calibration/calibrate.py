@@ -21,6 +21,9 @@ from masa.errors import MasaError
 from masa.sharing.projections import Family, decoder, model_shape, separate
 from masa.sharing.spec import ATTENTION
 
+USUAL_LENGTH = 512
+"""Tokens of a calibration sequence."""
+
 Progress = Callable[[str, int, int], None]
 """Called with (what, done, of)."""
 
@@ -146,6 +149,23 @@ def check_weights(block: nn.Module, paths: dict[str, str], layer: int) -> None:
         raise MasaError(f"NaN or infinity in the weight of projection {letter!r} ({paths[letter]}) of layer {layer}.")
 
 
+def check_length(model: nn.Module, length: int | None = None) -> int:
+    """Tokens a calibration sequence: what is asked for, else 512 or as many as the model has positions.
+
+    Raises:
+        MasaError: the model has fewer positions.
+    """
+    known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if length is None:
+        return min(USUAL_LENGTH, known or USUAL_LENGTH)
+    if known and length > known:
+        raise MasaError(
+            f"Calibration sequences are to have {length:,} tokens, but this model knows {known:,} positions "
+            "(max_position_embeddings). Give shorter ones (length)."
+        )
+    return length
+
+
 def _check_tokens(tokens: Tensor | Sequence[Sequence[int]], model: nn.Module) -> Tensor:
     try:
         tokens = torch.as_tensor(tokens)
@@ -153,6 +173,7 @@ def _check_tokens(tokens: Tensor | Sequence[Sequence[int]], model: nn.Module) ->
         raise MasaError(f"Calibration tokens must be N sequences of one length T: {error}") from error
     if tokens.ndim != 2 or not tokens.numel() or tokens.is_floating_point():
         raise MasaError(f"Calibration tokens must be integers (N, T), got {tokens.dtype} {tuple(tokens.shape)}.")
+    check_length(model, tokens.shape[1])
     vocabulary = model.get_input_embeddings().num_embeddings
     if int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:
         raise MasaError(

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from masa.compression.calibration.calibrate import calibrate
+from masa.compression.calibration.calibrate import calibrate, check_length
 from masa.compression.calibration.texts import draw_tokens, read_documents, save_tokens
 from masa.compression.report import peak_rss, reset_peak_rss
 from masa.compression.terminal import terminal
@@ -26,7 +26,7 @@ def run_calibrate(
     text: str | Path | Sequence[str],
     *,
     samples: int = 64,
-    length: int = 512,
+    length: int | None = None,
     seed: int = 0,
     revision: str | None = None,
     projections: str = ATTENTION,
@@ -43,7 +43,7 @@ def run_calibrate(
         model: folder, GGUF file or hub id (see :func:`masa.models.pretrained.load_pretrained`).
         output: directory for the statistics and ``tokens.safetensors``.
         text: a text file, a JSON-lines file with "text", "content" or "page", or a list of documents.
-        samples, length: N and T; the paper's size is 256 x 2048.
+        samples, length: N and T, by default 64 x 512, or what the model has positions for; the paper's is 256 x 2048.
         seed: of the windows drawn.
         revision: of a hub id.
         projections: letters to calibrate.
@@ -67,6 +67,7 @@ def run_calibrate(
     loaded, tokenizer = load_pretrained(model, revision=revision, device=device)
     if tokenizer is None:
         raise MasaError(f"{model} holds no tokenizer, which calibration on text needs.")
+    length = check_length(loaded, length)
     tokens = draw_tokens(tokenizer, read_documents(text), samples, length, seed)
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,188 @@
+"""Pretrained folders and GGUF files that used to be read wrong, or not at all, without a word."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from compression_models import tiny_llama, tokens
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import masa
+from masa import MasaError, cli
+from masa.models.pretrained import convert_gguf, load_pretrained, save_plain
+
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def change(folder, edit):
+    """The folder's tensors, changed."""
+    tensors = load_file(folder / WEIGHTS)
+    tensors = edit(dict(tensors)) or tensors
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
+
+
+def configure(folder, **values):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(tokens()).logits
+
+
+def test_a_head_that_differs_from_the_embeddings_is_kept_though_the_config_says_tied(folder, tmp_path):
+    change(folder, lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"].flip(0)})
+    model, _ = load_pretrained(folder)
+    expected = logits(AutoModelForCausalLM.from_pretrained(folder).eval())
+    assert torch.equal(logits(model), expected)
+    assert not model.config.tie_word_embeddings
+    tied = tiny_llama()
+    assert float((expected - logits(tied)).abs().max()) > 0.1, "or it would not matter"
+    save_plain(model, tmp_path / "again")
+    assert torch.equal(logits(load_pretrained(tmp_path / "again")[0]), expected)
+
+
+def test_a_tied_file_that_keeps_the_head_alone(folder):
+    expected = logits(load_pretrained(folder)[0])
+    change(folder, lambda t: {n.replace("model.embed_tokens", "lm_head"): x for n, x in t.items()})
+    model, _ = load_pretrained(folder)
+    assert torch.equal(logits(model), expected)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module."])
+def test_names_of_compiled_and_parallel_models(folder, prefix):
+    expected = logits(load_pretrained(folder)[0])
+    change(folder, lambda t: {prefix + name: tensor for name, tensor in t.items()})
+    assert torch.equal(logits(load_pretrained(folder)[0]), expected)
+
+
+def test_weights_that_the_config_has_no_place_for_are_named(folder):
+    layers = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
+    configure(folder, num_hidden_layers=layers - 1)
+    with pytest.raises(MasaError, match=rf"no place for: \['model\.layers\.{layers - 1}\."):
+        load_pretrained(folder)
+
+
+def test_mixed_dtypes_become_one_that_holds_them_all(folder):
+    def mix(found):
+        norm = "model.norm.weight"
+        return {n: x if n == norm else x.to(torch.bfloat16) for n, x in found.items()}
+
+    change(folder, mix)
+    model, _ = load_pretrained(folder)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    calibration = masa.calibrate(model, tokens(), projections="qkvo")
+    assert masa.compression.compress(model, "svd-llm", calibration, 0.2)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.embed_tokens.weight"])
+def test_what_is_not_finite_is_named_with_its_file(folder, name, value):
+    def spoil(found):
+        found[name] = found[name].clone()
+        found[name].view(-1)[3] = value
+        return found
+
+    change(folder, spoil)
+    with pytest.raises(MasaError, match=rf"{WEIGHTS}: {name} holds NaN or infinity"):
+        load_pretrained(folder)
+
+
+def test_quantised_folders_are_refused_with_the_way_out(folder):
+    configure(folder, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
+    with pytest.raises(MasaError, match=r"is quantised \(fp8\).*dequantize"):
+        load_pretrained(folder)
+
+
+def test_a_factored_folder_is_named_as_one(tmp_path):
+    model = masa.share(tiny_llama(), {"method": "masa", "projections": "qkvo", "atoms": 2})
+    model.save_pretrained(tmp_path)
+    with pytest.raises(MasaError, match=r"factored folder of masa.*masa export .* --out"):
+        load_pretrained(tmp_path)
+
+
+def test_calibration_beyond_the_models_positions_is_refused_before_the_work(folder):
+    configure(folder, max_position_embeddings=8)
+    with pytest.raises(MasaError, match=r"knows 8 positions.*length"):
+        masa.calibrate(load_pretrained(folder)[0], tokens())
+
+
+def test_ids_beyond_the_embeddings_are_refused_before_scoring(folder):
+    from masa.compression import perplexity
+
+    class Tokenizer:
+        bos_token_id = eos_token_id = 1
+
+        def __call__(self, text, **_):
+            return {"input_ids": [5, 10_000]}
+
+    with pytest.raises(MasaError, match=r"id 10000.*vocabulary has \d+"):
+        perplexity(load_pretrained(folder)[0], Tokenizer(), ["a text"], window=16)
+
+
+def written(path, values):
+    """A GGUF file of a few tensors and values."""
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(path, "llama")
+    for name, value in values.items():
+        (writer.add_string if isinstance(value, str) else writer.add_uint16)(name, value)
+    writer.add_tensor("token_embd.weight", torch.zeros(4, 8).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_one_part_of_a_split_file_is_no_model(tmp_path):
+    path = written(tmp_path / "model-00001-of-00002.gguf", {"split.no": 0, "split.count": 2})
+    with pytest.raises(MasaError, match=r"is part 1 of 2.*llama-gguf-split --merge"):
+        convert_gguf(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_scaled_rope_is_refused_by_name(tmp_path):
+    path = written(tmp_path / "scaled.gguf", {"llama.rope.scaling.type": "yarn"})
+    with pytest.raises(MasaError, match=r"rope\.scaling\.type = yarn.*original folder"):
+        convert_gguf(path, tmp_path / "out")
+
+
+def shared(folder, out):
+    model = masa.share(load_pretrained(folder)[0], {"method": "masa", "projections": "qkvo", "atoms": 2})
+    model.save_pretrained(out)
+    return out
+
+
+def test_numbers_that_float16_cannot_hold_are_named(folder, tmp_path, capsys):
+    def grow(found):
+        found["model.norm.weight"] = found["model.norm.weight"] * 1e6
+        return found
+
+    change(folder, grow)
+    where = shared(folder, tmp_path / "shared")
+    assert cli.main(["export", str(where), "--dtype", "float16", "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "model.norm.weight has numbers that float16 cannot hold" in error and "bfloat16" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_how_a_model_generates_goes_along(folder, tmp_path):
+    own = {"eos_token_id": [0, 1], "do_sample": True, "temperature": 0.6, "top_p": 0.9}
+    (folder / "generation_config.json").write_text(json.dumps(own))
+    save_plain(load_pretrained(folder)[0], tmp_path / "plain")
+    where = shared(folder, tmp_path / "shared")
+    assert cli.main(["export", str(where), "--out", str(tmp_path / "out")]) == 0
+    for made in ("plain", "shared", "out"):
+        found = json.loads((tmp_path / made / "generation_config.json").read_text())
+        assert {name: found.get(name) for name in own} == own, made
