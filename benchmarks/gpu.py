@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from masa.errors import MasaError
-from masa.runs import run
+from masa.runs import card, run
 
 HERE = Path(__file__).parent
 
@@ -124,24 +124,16 @@ def main() -> int:
 
 def about() -> dict[str, Any]:
     """The card and what runs on it."""
-    cuda = torch.cuda.is_available()
+    used = card.used()
     return {
-        "card": torch.cuda.get_device_name() if cuda else "CPU",
+        "card": used["gpu"] or "CPU",
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "driver": driver() if cuda else None,
+        "driver": used["driver"],
         "date": time.strftime("%Y-%m-%d"),
         "parts": {},
         "steps": [],
     }
-
-
-def driver() -> str | None:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        return None
 
 
 def outcome(part: Part, quick: bool, seconds: float) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import threading
 from pathlib import Path
 
 import torch
-from gpu_step import Tokens
+from gpu_step import CONTEXT, RECIPE, Tokens
 from torch import nn
 from transformers import TrainerCallback
 
@@ -46,16 +46,13 @@ class Stop(TrainerCallback):
 def train(out: Path, steps: int, compiled: bool, stop: int) -> None:
     """One process."""
     spec = {"run": "tiny/masa-qkvo/seed0", "seed": 0}
-    spec["training"] = {"steps": steps, "learning_rate": 1e-3, "min_learning_rate_ratio": 0.1, "warmup_fraction": 0.1}
-    spec["training"] |= {"weight_decay": 0.1, "adam_betas": [0.9, 0.95], "max_grad_norm": 1.0, "threads": 1}
-    spec["training"] |= {"coefficients_learning_rate_ratio": 1.0, "context": 1024, "batch_size": 8}
-    spec["training"] |= {"micro_batch_size": 4, "dtype": "auto", "evaluations": 1, "checkpoint_minutes": 60}
-    spec["training"] |= {"compile": compiled}
+    own = {"steps": steps, "learning_rate": 1e-3, "warmup_fraction": 0.1, "threads": 1, "compile": compiled}
+    spec["training"] = RECIPE | own | {"batch_size": 8, "micro_batch_size": 4}
     trainer.set_up(spec)
 
     def build() -> nn.Module:
         sharing = {"method": "masa", "projections": "qkvo", "atoms": 2}
-        return without_mask(language.build(MODEL, sharing, 1024))
+        return without_mask(language.build(MODEL, sharing, CONTEXT))
 
     torch.manual_seed(1)
     task = trainer.Task(
@@ -63,7 +60,7 @@ def train(out: Path, steps: int, compiled: bool, stop: int) -> None:
         data=Tokens(8 * steps, MODEL["vocab_size"]),
         score=lambda model: {"validation_loss": 0.0},
         unit="tokens",
-        units_per_step=8 * 1024,
+        units_per_step=8 * CONTEXT,
         inputs={},
         identity="resume",
         callbacks=[Stop(stop)] if stop else [],

@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from minimal_gpt import MinimalGPT
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import TrainerCallback
 from transformers.utils import logging
 
@@ -42,6 +42,22 @@ SCALES = {  # layers, width, heads, sequences a step: config/config.yaml
     "tiny": (2, 64, 2, 1),
 }
 VOCABULARY, CONTEXT = 32000, 1024
+RECIPE = {
+    "steps": 10**4,
+    "learning_rate": 6e-4,
+    "min_learning_rate_ratio": 0.1,
+    "warmup_fraction": 0.05,
+    "weight_decay": 0.1,
+    "adam_betas": [0.9, 0.95],
+    "max_grad_norm": 1.0,
+    "coefficients_learning_rate_ratio": 1.0,
+    "context": CONTEXT,
+    "dtype": "auto",
+    "evaluations": 1,
+    "checkpoint_minutes": 60,
+    "threads": 8,
+}
+"""``training`` of a run spec, less batch_size, micro_batch_size and compile."""
 
 
 def sharing(method: str, layers: int, width: int, heads: int) -> dict[str, Any]:
@@ -121,24 +137,7 @@ def ours(scale: str, method: str, compiled: bool, steps: int, profile: bool = Fa
     model["num_attention_heads"] = heads
     clock = Clock(5 if compiled else 3, steps, profile)
     spec = {"run": f"{scale}/{method}/seed0", "seed": 0}
-    spec["training"] = {
-        "steps": 10**4,
-        "learning_rate": 6e-4,
-        "min_learning_rate_ratio": 0.1,
-        "warmup_fraction": 0.05,
-        "weight_decay": 0.1,
-        "adam_betas": [0.9, 0.95],
-        "max_grad_norm": 1.0,
-        "coefficients_learning_rate_ratio": 1.0,
-        "context": CONTEXT,
-        "batch_size": batch,
-        "micro_batch_size": batch,
-        "dtype": "auto",
-        "evaluations": 1,
-        "checkpoint_minutes": 60,
-        "threads": 8,
-        "compile": compiled,
-    }
+    spec["training"] = RECIPE | {"batch_size": batch, "micro_batch_size": batch, "compile": compiled}
     trainer.set_up(spec)
 
     def build() -> nn.Module:
@@ -180,48 +179,13 @@ class Tokens(torch.utils.data.Dataset):
         return {"input_ids": ids, "labels": ids}
 
 
-class Block(nn.Module):
-    """Pre-LN: one matrix for q, k, v; GELU."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        B, T, d = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(mixed.transpose(1, 2).reshape(B, T, d))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
-
-
-class MinimalGPT(nn.Module):
-    """A language model with tied embeddings that returns its loss, and nothing else."""
-
-    def __init__(self, layers: int, width: int, heads: int) -> None:
-        super().__init__()
-        self.tokens, self.positions = nn.Embedding(VOCABULARY, width), nn.Embedding(CONTEXT, width)
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
-        self.norm = nn.LayerNorm(width)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.tokens(ids) + self.positions.weight[: ids.shape[1]]
-        for block in self.blocks:
-            x = block(x)
-        logits = F.linear(self.norm(x), self.tokens.weight)
-        return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-
-
 def minimal(scale: str, compiled: bool, steps: int, profile: bool = False, deterministic: bool = False) -> dict:
     """The minimal GPT in the plainest loop."""
     layers, width, heads, batch = SCALES[scale]
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     torch.manual_seed(0)
     with reset():
-        model = MinimalGPT(layers, width, heads).to(device())
+        model = MinimalGPT(layers, width, heads, VOCABULARY, CONTEXT).to(device())
         nn.init.normal_(model.tokens.weight, std=0.02)
         optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, weight_decay=0.1, fused=True)
         called = torch.compile(model, dynamic=False) if compiled else model

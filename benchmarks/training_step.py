@@ -8,7 +8,7 @@ step is the faster one. Variants: float32, bfloat16 (autocast), gradient accumul
 ``torch.compile``; the peak memory of a step; and which part of a step goes into making the weights, which is the most
 that making them once an optimiser step, and not once a pass, could save where gradients are accumulated.
 
-The minimal GPT is written here: learned positions instead of RoPE and one matrix for q, k and v, as in nanoGPT.
+The minimal GPT is `minimal_gpt.py`: learned positions instead of RoPE and one matrix for q, k and v, as in nanoGPT.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 from harness import Row, in_turn, parser, peak_bytes, save
+from minimal_gpt import MinimalGPT
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from masa.models import language
 from masa.runs import memory
@@ -31,41 +31,6 @@ from masa.sharing.projections import decoder
 LAYERS, ATOMS, CONTEXT, BATCH, VOCABULARY, HEAD = 12, 4, 256, 16, 2048, 32
 RECIPE = {"learning_rate": 3e-3, "weight_decay": 0.1, "coefficients_learning_rate_ratio": 1.0}
 METHODS = {"vanilla": {"method": "vanilla"}, "masa": {"method": "masa", "projections": "qkvo", "atoms": ATOMS}}
-
-
-class Block(nn.Module):
-    """Pre-LN: one matrix for q, k, v; GELU."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        B, T, d = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(mixed.transpose(1, 2).reshape(B, T, d))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
-
-
-class MinimalGPT(nn.Module):
-    """A language model with tied embeddings that returns its loss, and nothing else."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.tokens, self.positions = nn.Embedding(VOCABULARY, width), nn.Embedding(CONTEXT, width)
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(LAYERS))
-        self.norm = nn.LayerNorm(width)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.tokens(ids) + self.positions.weight[: ids.shape[1]]
-        for block in self.blocks:
-            x = block(x)
-        logits = F.linear(self.norm(x), self.tokens.weight)
-        return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
 
 
 def build(method: str, width: int, device: torch.device) -> nn.Module:
@@ -153,7 +118,7 @@ def memory_of(width: int, ids: Tensor, variant: str) -> Row:
 
 def model_class(width: int, ids: Tensor, rounds: int) -> Row:
     """transformers' Starcoder2 against the minimal GPT: tokens a second, in float32."""
-    gpt = MinimalGPT(width, width // HEAD).to(ids.device).train()
+    gpt = MinimalGPT(LAYERS, width, width // HEAD, VOCABULARY, CONTEXT).to(ids.device).train()
     ways = {
         "minimal GPT": stepper(gpt, ids, loss=gpt),
         "Starcoder2": stepper(build("vanilla", width, ids.device), ids),

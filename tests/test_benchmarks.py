@@ -26,7 +26,7 @@ import harness  # noqa: E402
 
 def test_every_benchmark_is_known() -> None:
     scripts = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
-    assert scripts == {*QUICK, *SLOW, *GPU, "gpu", "harness", "table"}
+    assert scripts == {*QUICK, *SLOW, *GPU, "gpu", "harness", "minimal_gpt", "table"}
 
 
 @pytest.mark.parametrize("name", QUICK)

@@ -141,6 +141,7 @@ def _plain(source: Source, kind: Any, folder: Path, options: Options) -> dict[st
     """Fold, convert to the dtype, and let the kind write its folder."""
     import torch
 
+    from masa.compression.calibration.stream import not_finite
     from masa.sharing.fold import fold
     from masa.sharing.share import count_parameters
 
@@ -151,8 +152,10 @@ def _plain(source: Source, kind: Any, folder: Path, options: Options) -> dict[st
     stored = _dtype(model)
     for parameter in model.parameters() if options.dtype else ():  # model.to(dtype) would round RoPE's buffers too
         parameter.data = parameter.data.to(getattr(torch, options.dtype))
-    if options.dtype:
-        _check_range(model, options.dtype)
+    if options.dtype and (beyond := not_finite(dict(model.named_parameters()))):
+        raise MasaError(
+            f"{beyond[0]} has numbers that {options.dtype} cannot hold. Export as bfloat16 or float32 (--dtype)."
+        )
     dtype = _dtype(model)
     _say(f"export: folded, {counts['total']:,} -> {sum(p.numel() for p in model.parameters()):,} parameters, {dtype}")
     tokenizer = kind.write(model, folder, source)
@@ -167,12 +170,6 @@ def _plain(source: Source, kind: Any, folder: Path, options: Options) -> dict[st
         "evaluated": source.metrics is not None,
         "provenance": runs.provenance({"run": source.identity} if source.identity else {}),
     }
-
-
-def _check_range(model: Any, dtype: str) -> None:
-    for name, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
-            raise MasaError(f"{name} has numbers that {dtype} cannot hold. Export as bfloat16 or float32 (--dtype).")
 
 
 def _dtype(model: Any) -> str:

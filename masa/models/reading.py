@@ -6,6 +6,8 @@ infinity is named with its file. Nothing is drawn in its place.
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,12 +44,12 @@ def read_folder(folder: Path, files: list[Path], dtype: torch.dtype | None) -> n
     stored = heads(files, "fetch it again")
     _refuse_quantised(folder, config)
     prefix = next((p for p in PREFIXES if stored and all(name.startswith(p) for name in stored)), None)
-    mapping = {f"^{prefix.replace('.', chr(92) + '.')}": ""} if prefix else None
+    mapping = {f"^{re.escape(prefix)}": ""} if prefix else None
     with quietly():
         try:
             model, found = AutoModelForCausalLM.from_pretrained(
                 folder,
-                dtype=dtype or _dtype(stored, config),
+                dtype=dtype or _dtype(stored),
                 use_safetensors=True,
                 trust_remote_code=False,
                 ignore_mismatched_sizes=True,  # they are named below
@@ -58,22 +60,17 @@ def read_folder(folder: Path, files: list[Path], dtype: torch.dtype | None) -> n
             raise _no_model(folder, error) from error
     _check_complete(folder, model, found)
     check_finite(model, folder)
-    return untied_as_stored(model).eval()
+    return _untied_as_stored(model).eval()
 
 
 def _no_model(folder: Path, error: Exception) -> MasaError:
     return MasaError(f"{folder / 'config.json'} does not describe a causal LM of transformers: {error}")
 
 
-def _dtype(stored: Mapping[str, tuple[tuple[int, ...], torch.dtype | None]], config: Any) -> torch.dtype | str:
+def _dtype(stored: Mapping[str, tuple[tuple[int, ...], torch.dtype | None]]) -> torch.dtype | str:
     """The one dtype of all weights; of a file that mixes them, the one that holds all of their numbers."""
     found = {dtype for _, dtype in stored.values() if dtype is not None}
-    if not found:
-        return "auto"
-    first, *others = found
-    for other in others:
-        first = torch.promote_types(first, other)
-    return first
+    return functools.reduce(torch.promote_types, found) if found else "auto"
 
 
 def _refuse_quantised(folder: Path, config: Any) -> None:
@@ -123,7 +120,7 @@ def check_finite(model: nn.Module, where: Path) -> None:
             raise MasaError(f"{holder}: {name} holds NaN or infinity; fetch the model again, or save it without.")
 
 
-def untied_as_stored(model: nn.Module) -> nn.Module:
+def _untied_as_stored(model: nn.Module) -> nn.Module:
     """A head that is stored and differs from the embeddings stays, and the configuration says so from now on."""
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     tied = getattr(model.config, "tie_word_embeddings", False)
