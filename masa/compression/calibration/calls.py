@@ -51,7 +51,7 @@ class Call:
         return _hidden_of(block, output)
 
     def keeping(self, known: Callable[[Tensor], Tensor]) -> Call:
-        """The same with tensors replaced by equal ones that are kept already; what can change stays the object it is."""
+        """The same with equal tensors that are kept already; what can change stays the object that it is."""
 
         def kept(value: Any) -> Any:
             if isinstance(value, Tensor):
@@ -163,7 +163,7 @@ class Calls:
         generator = torch.Generator().manual_seed(0)
         found: list[Tensor] = []
         for whole in (True, False):
-            with torch.set_grad_enabled(gradients):
+            with frozen(self.model), torch.set_grad_enabled(gradients):
                 start, end = self._whole() if whole else self._one_by_one()
                 found.append(end.detach().float())
                 if gradients:
@@ -203,6 +203,19 @@ class Calls:
         for block, call in zip(self.blocks, calls, strict=True):
             hidden = call.run(block, hidden)
         return start, self.leave(hidden)
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter wants a gradient: they flow through activations alone."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for p in parameters:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in parameters:
+            p.requires_grad_(True)
 
 
 class _LastBlockReached(Exception):

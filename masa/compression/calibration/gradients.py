@@ -11,14 +11,13 @@ computed again from it, with gradients, and passes the gradient of its input on 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from masa.compression.calibration.calls import Calls
+from masa.compression.calibration.calls import Calls, frozen
 from masa.compression.calibration.statistics import Calibration
 from masa.compression.calibration.stream import BlockStream, add_moment, not_finite
 from masa.errors import MasaError
@@ -87,7 +86,7 @@ def add_gradients(
     tokens = inputs.samples * stream.hidden[0].shape[1]
     generator = torch.Generator(device=stream.hidden[0].device).manual_seed(seed)
     memory.give_back()  # of the way forward
-    with _frozen(model):
+    with frozen(model):
         gradients = [loss_gradient(model, stream.calls, hidden, generator) for hidden in stream.first(inputs.samples)]
         for layer in reversed(range(layers)):
             progress("gradients", layers - 1 - layer, layers)
@@ -131,17 +130,3 @@ def _watch(moments: dict[str, Tensor], letter: str) -> Callable[..., None]:
         output.register_hook(lambda gradient: add_moment(moments, letter, gradient))
 
     return forward
-
-
-@contextlib.contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter wants a gradient: they flow through activations alone."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    for p in parameters:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in parameters:
-            p.requires_grad_(True)
-

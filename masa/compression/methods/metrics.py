@@ -6,14 +6,14 @@ Each metric is ``tr(G dW H dW^T)`` with its own G (out, out) and H (in, in), sol
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from masa.compression.base import Problem
-from masa.compression.methods.algebra import Truncation, cholesky, truncation
+from masa.compression.methods.algebra import Truncation, cholesky, nothing, truncation
 from masa.errors import MasaError, unknown
 
 
@@ -28,13 +28,20 @@ class WeightMetric:
         """What makes R, lower triangular, with G = R R^T, or None for the identity."""
         return None
 
+    def idle(self, problem: Problem, letter: str, layer: int) -> bool:
+        """Whether one projection does nothing as far as this metric sees, so that it may be left out."""
+        return not bool(problem.weight(letter, layer).any())
+
     def truncate(self, problem: Problem, letter: str, layer: int, matrix: Tensor | None = None) -> Truncation:
         """The best approximations of one weight at every rank.
 
         Args:
             matrix: what is left of the weight, if not all of it; errors still count relative to the whole weight.
         """
-        weight, gram = problem.weight(letter, layer), self.gram(problem, letter, layer)
+        weight = problem.weight(letter, layer)
+        if matrix is None and self.idle(problem, letter, layer):
+            return nothing(weight)
+        gram = self.gram(problem, letter, layer)
         make_root = self.root(problem, letter, layer)
         found = truncation(weight if matrix is None else matrix, gram, make_root)
         if matrix is not None:
@@ -52,6 +59,10 @@ class DataMetric(WeightMetric):
     def gram(self, problem: Problem, letter: str, layer: int) -> Tensor:
         return problem.gram(letter, layer)
 
+    def idle(self, problem: Problem, letter: str, layer: int) -> bool:
+        """Its weights are zero, or its inputs are."""
+        return super().idle(problem, letter, layer) or not bool(self.gram(problem, letter, layer).any())
+
 
 class FisherMetric(DataMetric):
     """G = E[g g^T], H = X^T X: the loss's second-order increase (:mod:`masa.compression.calibration.gradients`); ours.
@@ -66,6 +77,23 @@ class FisherMetric(DataMetric):
         if not damping >= 0:
             raise MasaError(f"damping must not be negative, got {damping}.")
         self.damping = damping
+
+    def idle(self, problem: Problem, letter: str, layer: int) -> bool:
+        """Its weights, its inputs or the gradients at its outputs are zero.
+
+        Raises:
+            MasaError: gradients are zero since the calibration's sequences are of one token.
+        """
+        assert problem.calibration is not None
+        if super().idle(problem, letter, layer):
+            return True
+        silent = not bool(problem.calibration.gradient_gram(letter, layer).any())
+        if silent and problem.calibration.length < 2:
+            raise MasaError(
+                f"The gradients of {letter} of layer {layer} are zero, since in sequences of one token nothing is "
+                "attended to. Calibrate on longer ones (length)."
+            )
+        return silent
 
     def root(self, problem: Problem, letter: str, layer: int) -> Callable[[], Tensor]:
         assert problem.calibration is not None
@@ -87,6 +115,23 @@ class FisherMetric(DataMetric):
 
 
 METRICS: dict[str, Any] = {"weights": WeightMetric, "data": DataMetric, "fisher": FisherMetric}
+
+
+def check_not_all_idle(problem: Problem, idle: Collection[Any]) -> None:
+    """Refuse statistics in which no matrix does anything though its weights are not zero.
+
+    Args:
+        idle: keys of the matrices that do nothing.
+
+    Raises:
+        MasaError: all of them.
+    """
+    everything = len(problem.projections) * len(problem.layers)
+    if len(idle) == everything and any(problem.weight(p, n).any() for p in problem.projections for n in problem.layers):
+        raise MasaError(
+            f"On the calibration's tokens no matrix of {problem.projections} does anything: all of their inputs or "
+            "gradients are zero. Calibrate on other text, longer sequences and more of them."
+        )
 
 
 def make_metric(rule: str | Mapping[str, Any]) -> WeightMetric:
