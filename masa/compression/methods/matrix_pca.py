@@ -17,7 +17,7 @@ from masa.compression.allocation.ranks import Key, RankAllocator, make_ranks
 from masa.compression.base import Compressor, Problem, register, unreachable
 from masa.compression.methods.algebra import EPS, Truncation, nothing
 from masa.compression.methods.low_rank import AtomGroup, factored_sources, factorise, ranks_by_projection
-from masa.compression.methods.metrics import WeightMetric, check_not_all_idle, make_metric
+from masa.compression.methods.metrics import WeightMetric, check_some_gradient, make_metric
 from masa.compression.methods.svd_llm import relative_error
 from masa.errors import MasaError
 from masa.sharing.weight_sources import WeightSource
@@ -111,7 +111,7 @@ class MatrixPCA(Compressor):
         groups = make_groups(self.grouping, problem.calibration.drift)
         metric, truncations = make_metric(self.residual), dict[Key, Truncation]()
         idle: set[Key] = {(p, (n,)) for p in problem.projections for n in problem.layers if metric.idle(problem, p, n)}
-        check_not_all_idle(problem, idle)
+        check_some_gradient(problem, idle)
         dictionaries = {p: self._dictionaries(problem, p, groups, idle) for p in problem.projections}
         for letter, found in dictionaries.items():
             for group in groups:
@@ -130,6 +130,8 @@ class MatrixPCA(Compressor):
         self.groups_ = [list(group) for group in prepared.groups]
         dictionaries = {letter: list(found) for letter, found in prepared.dictionaries.items()}
         truncations, metric, allocator = dict(prepared.truncations), prepared.metric, prepared.allocator
+        if sum(problem.numbers(p) for p, _ in truncations.keys() - prepared.idle) <= problem.budget:
+            return self._dense(problem, prepared)
         used = sum(group.numbers() for found in dictionaries.values() for group in found)
         if used >= problem.budget:
             groups = len(prepared.groups)
@@ -151,12 +153,26 @@ class MatrixPCA(Compressor):
         )
         return factored_sources(problem, factors, ranks, dictionaries)
 
+    def _dense(self, problem: Problem, prepared: Prepared) -> list[WeightSource]:
+        """Matrices that do nothing leave room for all others as they are."""
+        ranks: dict[Key, int | None] = {key: 0 if key in prepared.idle else None for key in prepared.truncations}
+        self.ranks_, self.error_ = ranks_by_projection(ranks), 0.0
+        return factored_sources(problem, {}, ranks)
+
     def _dictionaries(
         self, problem: Problem, letter: str, groups: Sequence[list[int]], idle: Collection[Key]
     ) -> list[AtomGroup]:
-        """One for each group of layers that do something."""
-        live = [[layer for layer in group if (letter, (layer,)) not in idle] for group in groups]
-        return [self._atoms(problem, letter, layers) for layers in live if layers]
+        """One for each group; none for a layer that is left alone, whose only atom would be its matrix.
+
+        That is since the others of its group do nothing, or since there are no others; a rule that cuts groups of one
+        layer gets its atoms.
+        """
+        found = []
+        for group in groups:
+            live = [layer for layer in group if (letter, (layer,)) not in idle]
+            if len(live) > 1 or (live == group and len(problem.layers) > 1):
+                found.append(self._atoms(problem, letter, live))
+        return found
 
     def _atoms(self, problem: Problem, letter: str, layers: list[int]) -> AtomGroup:
         weights = [problem.weight(letter, layer) for layer in layers]

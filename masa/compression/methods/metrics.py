@@ -7,6 +7,7 @@ Each metric is ``tr(G dW H dW^T)`` with its own G (out, out) and H (in, in), sol
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from itertools import product
 from typing import Any
 
 import torch
@@ -82,18 +83,17 @@ class FisherMetric(DataMetric):
         """Its weights, its inputs or the gradients at its outputs are zero.
 
         Raises:
-            MasaError: gradients are zero since the calibration's sequences are of one token.
+            MasaError: the calibration's sequences are of one token, in which q and k never do anything.
         """
         assert problem.calibration is not None
+        if letter in "qk" and problem.calibration.length < 2:
+            raise MasaError(
+                f"The calibration's sequences have one token, in which {letter} does nothing in any model, so that its "
+                "gradients say nothing. Calibrate on longer ones (length)."
+            )
         if super().idle(problem, letter, layer):
             return True
-        silent = not bool(problem.calibration.gradient_gram(letter, layer).any())
-        if silent and problem.calibration.length < 2:
-            raise MasaError(
-                f"The gradients of {letter} of layer {layer} are zero, since in sequences of one token nothing is "
-                "attended to. Calibrate on longer ones (length)."
-            )
-        return silent
+        return not bool(problem.calibration.gradient_gram(letter, layer).any())
 
     def root(self, problem: Problem, letter: str, layer: int) -> Callable[[], Tensor]:
         assert problem.calibration is not None
@@ -117,20 +117,20 @@ class FisherMetric(DataMetric):
 METRICS: dict[str, Any] = {"weights": WeightMetric, "data": DataMetric, "fisher": FisherMetric}
 
 
-def check_not_all_idle(problem: Problem, idle: Collection[Any]) -> None:
-    """Refuse statistics in which no matrix does anything though its weights are not zero.
+def check_some_gradient(problem: Problem, idle: Collection[Any]) -> None:
+    """Refuse gradients that are all zero though neither weights nor inputs are: those of no model.
 
     Args:
-        idle: keys of the matrices that do nothing.
+        idle: keys of the matrices that do nothing in the metric asked for.
 
     Raises:
-        MasaError: all of them.
+        MasaError: such statistics.
     """
-    everything = len(problem.projections) * len(problem.layers)
-    if len(idle) == everything and any(problem.weight(p, n).any() for p in problem.projections for n in problem.layers):
+    everything = list(product(problem.projections, problem.layers))
+    if len(idle) == len(everything) and not any(DataMetric().idle(problem, p, layer) for p, layer in everything):
         raise MasaError(
-            f"On the calibration's tokens no matrix of {problem.projections} does anything: all of their inputs or "
-            "gradients are zero. Calibrate on other text, longer sequences and more of them."
+            f"The gradients of all matrices of {problem.projections} are zero on the calibration's tokens, though "
+            "weights and inputs are not. Calibrate anew: on other text, longer sequences and more of them, in float32."
         )
 
 
