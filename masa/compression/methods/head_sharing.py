@@ -155,7 +155,9 @@ class DirectShare(Compressor):
             [heads_of(problem.weight(letter, layer), letter, units)[head] for layer, head in kept]
         ).contiguous()
         index = [kept[root.get(unit, unit)] for unit in everything]
-        source.index = nn.Buffer(torch.tensor(index, dtype=torch.int32).view(len(layers), units).to(source.heads.device))
+        source.index = nn.Buffer(
+            torch.tensor(index, dtype=torch.int32).view(len(layers), units).to(source.heads.device)
+        )
         return source
 
 
