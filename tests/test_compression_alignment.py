@@ -178,7 +178,8 @@ def normalised():
 def partly_turned():
     from transformers import StableLmConfig, StableLmForCausalLM
 
-    return StableLmForCausalLM(StableLmConfig(**SIZES)).eval()
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    return StableLmForCausalLM(StableLmConfig(**SIZES, rope_parameters=rope)).eval()
 
 
 def turned_in_other_pairs():

@@ -175,15 +175,15 @@ def _changes(problem: Problem, transform: Transform) -> float:
     calls = Calls(problem.model, torch.arange(PROBE, device=device)[None])
     hidden, given = calls.enter(calls.probe)
     layer = problem.layers_of("q")[0]
-    exact = copy.deepcopy(calls.blocks[layer]).double()
+    exact = copy.deepcopy(calls.blocks[layer]).float()
     other, generator = copy.deepcopy(exact), torch.Generator().manual_seed(0)
     for letter in ATTENTION:
         out, inp = problem.shape.shapes[letter]
         weight = (torch.randn(out, inp, dtype=torch.float64, generator=generator) / inp**0.5).to(device)
         problem.family.write(exact, layer, letter, weight)
         problem.family.write(other, layer, letter, transform.apply(letter, weight))
-    found = [given[layer].run(block, hidden.double(), torch.float64) for block in (exact, other)]
-    before = found[0] - hidden.double()
+    found = [given[layer].run(block, hidden.float(), torch.float32) for block in (exact, other)]
+    before = found[0] - hidden.float()
     apart = float((found[1] - found[0]).norm() / before.norm().clamp_min(1e-300))
     return apart if apart > 1e-4 else 0.0
 
