@@ -8,7 +8,7 @@ import logging
 import pytest
 import torch
 import transformers
-from family_compression import of_the_whole_model, same, statistics, tokens
+from family_compression import near, of_the_whole_model, same, statistics, tokens
 from family_models import CASES, GROUPED, VOCABULARY, calibrate, close, compress, letters_of, outputs
 
 import masa
@@ -40,7 +40,8 @@ MIXED = {
     "GptOssForCausalLM": {"layer_types": [WINDOW, FULL, WINDOW], "num_local_experts": 4},
     "MistralForCausalLM": {},
     "SmolLM3ForCausalLM": {"no_rope_layers": [1, 0, 1]},
-    "GPTNeoForCausalLM": {"num_layers": 4, "num_hidden_layers": 4, "attention_types": [[["global", "local"], 2]], "window_size": 4},
+    "GPTNeoForCausalLM": {"num_hidden_layers": 4, "num_layers": 4, "window_size": 4}
+    | {"attention_types": [[["global", "local"], 2]]},
 }
 """Models of which some blocks see 4 tokens back and others everything, or have RoPE or not."""
 
@@ -114,8 +115,13 @@ def test_a_projection_that_is_never_called_is_named():
 
 # ------------------------------------------------------------------------------------------ every method, some families
 
-SPECIAL = ("Phi-3", "GPT-2", "GPT-NeoX", "Falcon, new decoder", "LFM2", "Mixtral", "OLMo", "Gemma 2")
+SPECIAL = ("Phi-3", "Qwen3-Next", "GPT-2", "GPT-NeoX", "Falcon, new decoder", "LFM2", "Mixtral", "OLMo", "Gemma 2")
 """Unequal parts, transposed layers, heads in turn, attention in some blocks, experts, norms without weights."""
+
+
+REFUSED = {"GPT-2": "bias", "GPT-NeoX": "bias", "LFM2": "turned", "Qwen3-Next": "not made of 4 heads"}
+REFUSED |= {"Falcon, new decoder": "turned"}
+"""What keeps heads from being aligned; elsewhere they are."""
 
 
 @pytest.mark.parametrize("title", SPECIAL)
@@ -127,12 +133,12 @@ def test_every_method(method, title):
     try:
         model, report = compressed(model, method, found, 0.3, tokens=tokens(), projections="qkvo", **options)
     except MasaError as error:  # what the method needs, said before anything is changed
-        assert method == "matrix-pca-aligned" and title in ("GPT-2", "GPT-NeoX", "LFM2", "Falcon, new decoder"), error
-        assert "bias" in str(error) or "turned" in str(error)
+        assert method == "matrix-pca-aligned"
+        assert REFUSED[title] in str(error)
         return
     expected = outputs(model, case)
     assert torch.isfinite(expected).all() and report.reduction_achieved >= 0.3
-    close(outputs(masa.fold(model), case), expected, "folded")
+    near(case, outputs(masa.fold(model), case), expected, "folded")
     assert all(len(m.weight) for n, m in model.named_modules() if n.endswith("q_proj"))
 
 

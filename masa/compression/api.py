@@ -87,6 +87,7 @@ def compress(
     problem = Problem(model, shape, projections, 0, calibration, tokens, batch_size, progress, family=family)
     problem.budget = int((1 - reduction) * problem.dense)
     before = count_parameters(model)
+    model.eval()
 
     reset_peak_rss()
     started = time.perf_counter()
@@ -97,7 +98,6 @@ def compress(
 
     spec = CompressionSpec(compressor.name, float(reduction), projections, compressor.get_params())
     model.sharing = Sharing(spec, before.attention_dense)
-    model.eval()
     stored = sum(source.stored_numbers() for source in sources)
     return model, _report(model, compressor, problem, before, stored, seconds, peak)
 

@@ -141,8 +141,15 @@ def check_alignable(problem: Problem) -> None:
                     f"Projection {letter!r} of layer {layer} has a bias, and biases stay as they are while the heads "
                     "are turned. Use matrix-pca, which aligns nothing."
                 )
-    shape = problem.shape
-    if apart := _changes(problem, _any_transform(*_sizes(shape))):
+    heads, groups, size = _sizes(problem.shape)
+    rows = {p: problem.shape.shapes[p][p == "o"] for p in ATTENTION}
+    wanted = {p: (heads if p in "qo" else groups) * size for p in ATTENTION}
+    if rows != wanted or size % 2 or heads % groups:
+        raise MasaError(
+            f"The attention of this model is not made of {heads} heads of {size} rows for {groups} heads of keys and "
+            f"values ({', '.join(f'{p}: {n}' for p, n in rows.items())}). Use matrix-pca, which aligns nothing."
+        )
+    if apart := _changes(problem, _any_transform(heads, groups, size)):
         raise MasaError(
             f"The attention of this model does not stay what it is when its heads are turned (off by {apart:.1g}): "
             "normalised queries and keys, RoPE on a part of every head and ALiBi do not commute with turning them. Use "
@@ -171,8 +178,9 @@ def _changes(problem: Problem, transform: Transform) -> float:
 
     Its matrices are drawn at random, so that attention is neither flat nor a single token's, whatever the model's are.
     """
-    device = problem.model.get_input_embeddings().weight.device
-    calls = Calls(problem.model, torch.arange(PROBE, device=device)[None])
+    embeddings = problem.model.get_input_embeddings()
+    device = embeddings.weight.device
+    calls = Calls(problem.model, torch.arange(PROBE, device=device)[None] % embeddings.num_embeddings)
     hidden, given = calls.enter(calls.probe)
     layer = problem.layers_of("q")[0]
     exact = copy.deepcopy(calls.blocks[layer]).float()
