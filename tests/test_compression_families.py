@@ -105,7 +105,7 @@ def test_gradients_that_go_past_a_block_are_refused():
     torch.manual_seed(0)
     model = cls(config).eval()
     letters = "".join(p for p in family_of(model).paths if len(family_of(model).shapes(p)) == 1)
-    with pytest.raises(MasaError, match=r"gradients of blocks .* A calibration without gradients may do"):
+    with pytest.raises(MasaError, match=r"gradients of blocks .*A calibration without gradients may do"):
         calibrated(model, tokens(), projections=letters, gradient_samples=3)
     found = calibrated(model, tokens(), projections=letters, batch_size=2)
     for (letter, layer), (gram, _) in of_the_whole_model(model, tokens(), letters, torch.float32).items():

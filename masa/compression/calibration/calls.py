@@ -196,8 +196,8 @@ class Calls:
             if apart > tolerance:  # a NaN is not: broken weights are named where they are met
                 mend = " A calibration without gradients may do, for other methods." if what else ""
                 raise MasaError(
-                    f"{type(self.model).__name__} passes more from block to block than hidden states ({what}blocks that are "
-                    f"run one by one are off by {apart:.1g}), so that they cannot be calibrated one at a time.{mend}"
+                    f"{type(self.model).__name__} passes more from block to block than hidden states: {what}blocks run "
+                    f"one by one are off by {apart:.1g}, so that they cannot be calibrated one at a time.{mend}"
                 )
 
     def _whole(self, gradients: bool) -> list[Tensor]:
