@@ -346,6 +346,20 @@ def fold(case):
     return "yes"
 
 
+def calibrate(case):
+    """The statistics of every projection are those of the whole model (:mod:`family_compression`)."""
+    from family_compression import calibrated
+
+    return calibrated(case)
+
+
+def compress(case):
+    """By several methods, folded, saved and loaded (:mod:`family_compression`)."""
+    from family_compression import compressed
+
+    return compressed(case)
+
+
 def gguf(case):
     """Whether llama.cpp's converter knows the class (its pinned release, see masa.export.gguf)."""
     return "yes" if case.kind in known_to_llama_cpp() else "no"
@@ -372,6 +386,8 @@ COLUMNS = {
     "train": train,
     "save, load": save_load,
     "fold": fold,
+    "calibrate": calibrate,
+    "compress": compress,
     "GGUF": gguf,
 }
 """Name of a column -> what it says of a case; it raises where the product fails, and MasaError is a "no"."""

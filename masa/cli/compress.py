@@ -38,7 +38,7 @@ def add(verbs: Verbs) -> None:
     v = verbs.add(
         "compress",
         _compress,
-        "compress a pretrained Llama-like model without training",
+        "compress a pretrained language model without training",
         "masa compress MODEL --method svd-global --reduction 0.2 --text documents.jsonl --output smaller",
         gpu=True,
     )

@@ -10,13 +10,13 @@ from torch import nn
 
 from masa.compression import api
 from masa.compression.base import make_compressor
-from masa.compression.calibration.calibrate import Progress, calibrate, check_length
+from masa.compression.calibration.calibrate import Progress, calibrate, check_length, compressible
 from masa.compression.calibration.statistics import Calibration
 from masa.compression.calibration.texts import tokens_of
 from masa.compression.names import GRADIENT_SAMPLES, METHODS, needs_gradients
 from masa.compression.terminal import terminal
 from masa.errors import MasaError
-from masa.sharing.projections import model_shape, separate
+from masa.sharing.projections import model_shape
 from masa.sharing.spec import ATTENTION
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -45,7 +45,7 @@ def compress(
     Both steps by themselves are :func:`masa.calibrate` and :func:`masa.compression.compress`.
 
     Args:
-        model: a dense Llama- or Starcoder2-like model of transformers, with any head or none.
+        model: a dense language model of transformers, with any head or none.
         data: texts (a list or a generator of strings, or a file of them), a ``datasets.Dataset`` with a column of texts
             or of ``input_ids``, a ``DataLoader`` whose batches hold ``input_ids``, token ids (N, T), or what
             :func:`masa.calibrate` returned. None for methods that look at the weights alone.
@@ -82,9 +82,9 @@ def compress(
     if (reduction is None) == (size is None):
         raise MasaError("Say how small: either reduction=0.2 (of the compressed projections) or size='900MB' (of all).")
     compressor = make_compressor(method, **options)
-    separate(model)
+    shape = model_shape(model, compressible(model, projections))
     if size is not None:
-        reduction = _reduction(model, size, projections)
+        reduction = _reduction(model, size, shape.numbers(projections), projections)
     api.check_reduction(reduction)  # before the data are gone through
     statistics, tokens = (data, None) if isinstance(data, Calibration) else (None, None)
     if (compressor.needs_calibration or compressor.needs_tokens) and statistics is None:
@@ -93,10 +93,10 @@ def compress(
                 f"{method!r} needs data to calibrate on: texts, a Dataset, a DataLoader or token ids (N, T)."
             )
         tokens = tokens_of(data, model, tokenizer, column, samples, check_length(model, length), seed)
-        if tokens.numel() < 2 * model.config.hidden_size:
+        if tokens.numel() < 2 * shape.hidden_size:
             _log.warning(
                 "masa: %d tokens are few to calibrate a width of %d on; %d or more would be better.",
-                *(tokens.numel(), model.config.hidden_size, 16 * model.config.hidden_size),
+                *(tokens.numel(), shape.hidden_size, 16 * shape.hidden_size),
             )
     with terminal(progress is not None) as shown:
         told: dict[str, Any] = {"projections": projections, "batch_size": batch_size, "progress": progress or shown}
@@ -108,13 +108,11 @@ def compress(
     return model
 
 
-def _reduction(model: nn.Module, size: int | str, projections: str) -> float:
-    """The fraction of ``projections`` to be saved so that the model has ``size`` bytes."""
+def _reduction(model: nn.Module, size: int | str, dense: int, projections: str) -> float:
+    """The fraction of ``projections``, of ``dense`` numbers, to be saved so that the model has ``size`` bytes."""
     wanted = _bytes(size)
-    shape = model_shape(model, separate(model))
     whole = sum(p.numel() * p.element_size() for p in model.parameters())
     width = next(model.parameters()).element_size()
-    dense = sum(out * inp for letter, (out, inp) in shape.shapes.items() if letter in projections) * shape.num_layers
     reduction = (whole - wanted) / (dense * width)
     if not 0 < reduction < 1:
         least = whole - dense * width

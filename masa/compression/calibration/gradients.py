@@ -12,18 +12,19 @@ computed again from it, with gradients, and passes the gradient of its input on 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from masa.compression.calibration.calls import Calls, frozen
 from masa.compression.calibration.statistics import Calibration
 from masa.compression.calibration.stream import BlockStream, add_moment, not_finite
 from masa.errors import MasaError
 from masa.runs import memory
-from masa.sharing.projections import decoder, family_of
+from masa.sharing.projections import Family, family_of
 
 LOGITS = 2**25
 """Logits that exist at once, 128 MiB in float32: those of all tokens could be larger than the model."""
@@ -83,86 +84,69 @@ def add_gradients(
     Raises:
         MasaError: a gradient is not finite; the message names layer and projection.
     """
-    paths, layers = dict(family_of(model).paths), len(stream.blocks)
-    tokens = inputs.samples * stream.hidden[0].shape[1]
+    family, layers = family_of(model), len(stream.blocks)
+    tokens = inputs.samples * stream.batches[0].shape[1]
     generator = torch.Generator(device=stream.hidden[0].device).manual_seed(seed)
     memory.give_back()  # of the way forward
-    with _frozen(model):
-        gradients = [loss_gradient(model, hidden, generator) for hidden in stream.first(inputs.samples)]
+    with frozen(model):
+        gradients = [loss_gradient(model, stream.calls, hidden, generator) for hidden in stream.first(inputs.samples)]
         for layer in reversed(range(layers)):
             progress("gradients", layers - 1 - layer, layers)
             block, moments = stream.block(layer), dict[str, Tensor]()
-            handles = [block.get_submodule(paths[p]).register_forward_hook(_watch(moments, p)) for p in projections]
-            try:
+            letters = [p for p in projections if layer in family.layers(p)]
+            with _watched(family, layer, block, letters, moments):
                 for i, hidden in enumerate(inputs.pop()):
                     hidden = hidden.detach().requires_grad_()
-                    stream.through(block, hidden).backward(gradients[i])
+                    stream.through(layer, block, i, hidden).backward(gradients[i])
                     gradients[i] = hidden.grad
-            finally:
-                for handle in handles:
-                    handle.remove()
+            if absent := [p for p in letters if p not in moments]:
+                raise MasaError(
+                    f"No gradient comes to {', '.join(absent)} of layer {layer}: leave it out of projections."
+                )
             for p in not_finite(moments):
                 raise MasaError(f"NaN or infinity in the gradients at the output of {p!r} of layer {layer}.")
-            calibration.add(layer, {f"gradient.{p}": moments[p] / tokens for p in projections})
+            calibration.add(layer, {f"gradient.{p}": moments[p] / tokens for p in letters})
     progress("gradients", layers, layers)
     calibration.gradient_samples = inputs.samples
 
 
-def loss_gradient(model: nn.Module, hidden: Tensor, generator: torch.Generator) -> Tensor:
+def loss_gradient(model: nn.Module, calls: Calls, hidden: Tensor, generator: torch.Generator) -> Tensor:
     """Gradient, at the last block's output (n, T, d), of the summed loss of labels that the model itself predicts."""
     rows, vocabulary = hidden.flatten(0, 1), model.get_output_embeddings().weight.shape[0]
-    with _only_the_head(model):
-        chunks = rows.chunk(-(-len(rows) * vocabulary // LOGITS))
-        found = torch.cat([_of_tokens(model, chunk, generator) for chunk in chunks])
+    chunks = rows.chunk(-(-len(rows) * vocabulary // LOGITS))
+    found = torch.cat([_of_tokens(calls, chunk, generator) for chunk in chunks])
     return found.view_as(hidden).to(hidden.dtype)
 
 
-def _of_tokens(model: nn.Module, rows: Tensor, generator: torch.Generator) -> Tensor:
+def _of_tokens(calls: Calls, rows: Tensor, generator: torch.Generator) -> Tensor:
     """The same of tokens (n, d) whose logits may exist all at once."""
-    x = rows.detach().to(decoder(model).norm.weight.dtype, copy=True).requires_grad_()
-    logits = model(inputs_embeds=x[None], use_cache=False).logits.flatten(0, 1).float()
+    x = rows.detach().to(calls.hidden_dtype, copy=True).requires_grad_()
+    logits = calls.logits(x).float()
     # on a CPU one number a probability, in order: the labels do not depend on how tokens are cut into chunks
     labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
     nn.functional.cross_entropy(logits, labels.flatten(), reduction="sum").backward()
     return x.grad
 
 
-def _watch(moments: dict[str, Tensor], letter: str) -> Callable[..., None]:
-    def forward(module: nn.Module, args: Any, output: Tensor) -> None:
-        output.register_hook(lambda gradient: add_moment(moments, letter, gradient))
-
-    return forward
-
-
 @contextlib.contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter wants a gradient: they flow through activations alone."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    for p in parameters:
-        p.requires_grad_(False)
+def _watched(
+    family: Family, layer: int, block: nn.Module, letters: Sequence[str], moments: dict[str, Tensor]
+) -> Iterator[None]:
+    """Meanwhile gradients at the outputs of a block's projections are added up, those of a fused layer by its parts."""
+
+    def watch(letter: str, module: nn.Module, args: Any, output: Tensor) -> None:
+        layout = family.place(layer, letter).layout
+
+        def add(gradient: Tensor) -> None:
+            if layout is not None:
+                gradient = layout.take(gradient.flatten(0, -2).T, letter).T
+            add_moment(moments, letter, gradient)
+
+        output.register_hook(add)
+
+    handles = [family.layer(block, layer, p).register_forward_hook(partial(watch, p)) for p in letters]
     try:
         yield
     finally:
-        for p in parameters:
-            p.requires_grad_(True)
-
-
-@contextlib.contextmanager
-def _only_the_head(model: nn.Module) -> Iterator[None]:
-    """The model takes what it is given as embeddings for its last block's output.
-
-    What a model does after its norm is its own affair: some scale their logits.
-    """
-    base = decoder(model)
-    before = vars(base).get("forward")  # of whoever wrapped it, as accelerate does
-
-    def forward(inputs_embeds: Tensor, **others: Any) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=base.norm(inputs_embeds))
-
-    base.forward = forward
-    try:
-        yield
-    finally:
-        del base.forward
-        if before is not None:
-            base.forward = before
+        for handle in handles:
+            handle.remove()
