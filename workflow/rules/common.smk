@@ -16,6 +16,7 @@ from masa.data import sources
 from masa.errors import MasaError
 from masa.report.page import assets
 from masa.runs.fingerprint import fingerprint
+from masa.start import client as start
 from masa.study import artefacts
 from masa.study import claims
 from masa.study import compressions
