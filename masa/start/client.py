@@ -12,11 +12,13 @@ Only standard modules are imported here: this is what a job waits for.
 from __future__ import annotations
 
 import array
+import atexit
 import fcntl
 import hashlib
 import json
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -55,14 +57,15 @@ def open_for(owner: int) -> Callable[[], None]:
     """
     if not possible() or VARIABLE in os.environ:
         return lambda: None
-    folder = tempfile.TemporaryDirectory(prefix="masa-warm-", ignore_cleanup_errors=True)
-    Path(folder.name, "owner").write_text(str(owner))
-    os.environ[VARIABLE] = folder.name
+    folder = tempfile.mkdtemp(prefix="masa-")
+    Path(folder, "owner").write_text(str(owner))
+    os.environ[VARIABLE] = folder
 
     def close() -> None:
         os.environ.pop(VARIABLE, None)
-        folder.cleanup()  # servers end with their socket's file
+        shutil.rmtree(folder, ignore_errors=True)  # servers end with their socket's file
 
+    atexit.register(close)
     return close
 
 

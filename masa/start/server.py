@@ -165,6 +165,8 @@ def _become(request: dict[str, Any], streams: list[int], learned: int) -> None:
         for descriptor, target in zip(streams, (0, 1, 2), strict=True):
             os.dup2(descriptor, target)
             os.close(descriptor)
+        for name, descriptor in (("stdin", 0), ("stdout", 1), ("stderr", 2)):
+            setattr(sys, name, _stream(getattr(sys, name), descriptor))
         _inherit(request)
         known = set(sys.modules)
         status = _run(request)
@@ -177,6 +179,18 @@ def _become(request: dict[str, Any], streams: list[int], learned: int) -> None:
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(status)
+
+
+def _stream(before: Any, descriptor: int) -> Any:
+    """A text stream as Python makes it at its start; those of the server were made of other files."""
+    return open(
+        descriptor,
+        "r" if descriptor == 0 else "w",
+        buffering=1 if descriptor == 2 or os.isatty(descriptor) else -1,
+        encoding=before.encoding,
+        errors=before.errors,
+        closefd=False,
+    )
 
 
 def _inherit(request: dict[str, Any]) -> None:
