@@ -60,8 +60,11 @@ def open_for(owner: int) -> Callable[[], None]:
     folder = tempfile.mkdtemp(prefix="masa-")
     Path(folder, "owner").write_text(str(owner))
     os.environ[VARIABLE] = folder
+    maker = os.getpid()
 
     def close() -> None:
+        if os.getpid() != maker:  # forked from it
+            return
         os.environ.pop(VARIABLE, None)
         shutil.rmtree(folder, ignore_errors=True)  # servers end with their socket's file
 
