@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import masa
 from masa.models import language
-from masa.study import accounting, config, experiments
+from masa.study import accounting, config, experiments, order
 from masa.study.cost import (
     DEVICES,
     Job,
@@ -216,10 +216,27 @@ def test_scheduling():
         return Job("table", name, seconds, cores=cores, needs=tuple(("table", need) for need in needs))
 
     chain = [job("a", 3), job("b", 2, needs=["a"]), job("c", 4)]
-    assert schedule.makespan(chain, 1, lambda j: j.cores, overhead=0) == 9
-    assert schedule.makespan(chain, 2, lambda j: j.cores, overhead=0) == 5
+    assert schedule.makespan(chain, 1, lambda j: j.cores, {}, overhead=0) == 9
+    assert schedule.makespan(chain, 2, lambda j: j.cores, {}, overhead=0) == 5
     whole = [*chain, job("d", 1, cores=0)]
-    assert schedule.makespan(whole, 2, lambda j: j.cores or 2, overhead=0) == 6
+    assert schedule.makespan(whole, 2, lambda j: j.cores or 2, {}, overhead=0) == 6
+    late = [job("a", 3), job("b", 2), job("c", 4)]  # the longest first is shorter
+    assert schedule.makespan(late, 2, lambda j: j.cores, {("table", "c"): 1}, overhead=0) == 5
+    assert schedule.makespan(late, 2, lambda j: j.cores, {}, overhead=0) == 6
+
+
+def test_the_artefacts_that_go_first():
+    config = merged()
+    config["first"] = ["table1", "table3"]
+    found = order.priorities(config)
+    assert found["table", "table1"] == max(found.values()) - 10  # its trainings stand above it
+    runs = set(experiments.artefact_runs(config, config["tables"]["table1"]))
+    first = {found["pretrain", run] for run in runs}
+    others = {value for (rule, run), value in found.items() if rule == "pretrain" and run not in runs}
+    assert first == {210} and others == {10}
+    assert found["calibrate", "SmolLM2-135M/attention"] == 120 and found["tokenizer", ""] == 200
+    del config["first"]
+    assert set(order.priorities(config).values()) == {0, 5, 10, 20}
 
 
 # ---------------------------------------------------------------------------------------------------------- devices

@@ -44,12 +44,15 @@ def _parameters(given: argparse.Namespace) -> None:
 
 def _tables(given: argparse.Namespace) -> None:
     from masa.report import own_tables, tables
+    from masa.report.headline import headline
 
-    def make(name: str, spec: Any, results: Path, out: Path) -> None:
+    def make(name: str, spec: Any, results: Path, out: Path) -> str:
         if name in OWN_TABLES:
             own_tables.write(name, spec, results, out)
-        else:
-            tables.write(tables.build(spec, results), spec, out, tables.note_for(spec, results))
+            return f"{out / name}.csv"
+        frame = tables.build(spec, results)
+        tables.write(frame, spec, out, tables.note_for(spec, results))
+        return f"{out / name}.md  {headline(frame, spec)}".rstrip()
 
     _each(given, table_names, table_spec, make)
 
@@ -57,8 +60,9 @@ def _tables(given: argparse.Namespace) -> None:
 def _figures(given: argparse.Namespace) -> None:
     from masa.report import figures
 
-    def make(name: str, spec: Any, results: Path, out: Path) -> None:
+    def make(name: str, spec: Any, results: Path, out: Path) -> str:
         figures.write(spec, results, out)
+        return f"{out / name}.png  {spec['title']}"
 
     _each(given, lambda c: experiments.active(c, "figures"), lambda c, n: artefact_spec(c, "figures", n), make)
 
@@ -67,9 +71,9 @@ def _each(
     given: argparse.Namespace,
     names: Callable[[config.Config], Iterable[str]],
     spec: Callable[[config.Config, str], Any],
-    make: Callable[[str, Any, Path, Path], None],
+    make: Callable[[str, Any, Path, Path], str],
 ) -> None:
-    """Make the named artefacts, or all; what is wrong with one of them is found before any is made."""
+    """Make the named artefacts, or all, and say what of each; what is wrong with one is found before any is made."""
     if given.spec is not None and len(given.names) != 1:
         raise MasaError("--spec is of one artefact: give its name, and no other.")
     needed = given.spec is None or given.results is None
@@ -80,5 +84,4 @@ def _each(
     }
     results = Path(given.results or c["results"])
     for name, found in specs.items():
-        make(name, found, results, Path(given.out))
-        print(f"{name}: written to {given.out}", file=sys.stderr)
+        print(f"{name}: {make(name, found, results, Path(given.out))}", file=sys.stderr)

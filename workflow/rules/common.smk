@@ -16,6 +16,7 @@ from masa.data import sources
 from masa.errors import MasaError
 from masa.report.page import assets
 from masa.runs.fingerprint import fingerprint
+from masa.start import client as start
 from masa.study import artefacts
 from masa.study import claims
 from masa.study import compressions
@@ -23,6 +24,8 @@ from masa.study import config as settings
 from masa.study import cost
 from masa.study import experiments
 from masa.study import inputs
+from masa.study import order
+from masa.study.cost import progress
 from masa.study.cost import shares
 from masa.training import launch
 
@@ -142,6 +145,24 @@ def asks_for(kind):
     ):
         keys.append("gpu_percent")
     return {"gpu": 0} | leased | {key: one(key) for key in keys}
+
+
+PRIORITIES = order.priorities(config)
+
+
+def place_of(kind):
+    """The priority of a rule's jobs."""
+    return lambda wildcards: PRIORITIES.get((kind, "/".join(wildcards)), 0)
+
+
+def progress_of(workflow):
+    """Lines on how far the jobs of this call are."""
+    jobs = [
+        (job.rule.name, "/".join(job.wildcards)) for job in workflow.dag.needrun_jobs()
+    ]
+    jobs = [name for name in jobs if name in PRIORITIES]
+    capacity = workflow.resource_settings.nodes or CORES or 1
+    return progress.Progress(cost.Plan(config), jobs, Path(LOGS), capacity, PRIORITIES)
 
 
 @functools.cache

@@ -8,6 +8,7 @@ rule text:
         f"{DATA}/texts/{{name}}.json",
     log:
         f"{LOGS}/texts/{{name}}.log",
+    priority: place_of("text")
     conda:
         ENVIRONMENT
     resources:
@@ -28,6 +29,7 @@ rule pretrained:
         f"{RESULTS}/pretrained/{{model}}/manifest.json",
     log:
         f"{LOGS}/pretrained/{{model}}.log",
+    priority: place_of("pretrained")
     conda:
         ENVIRONMENT
     resources:
@@ -50,7 +52,7 @@ rule calibrate:
         f"{RESULTS}/compression/{{model}}/calibrations/{{name}}/calibration.json",
     log:
         f"{LOGS}/calibrate/{{model}}/{{name}}.log",
-    priority: 20  # every compression waits for it
+    priority: place_of("calibrate")
     conda:
         ENVIRONMENT
     threads: config["compression"]["threads"]
@@ -86,7 +88,7 @@ rule compress:
         f"{RESULTS}/compression/{{model}}/{{name}}/manifest.json",
     log:
         f"{LOGS}/compress/{{model}}/{{name}}.log",
-    priority: 5
+    priority: place_of("compress")
     conda:
         ENVIRONMENT
     threads: config["compression"]["threads"]

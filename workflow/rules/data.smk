@@ -3,6 +3,7 @@ rule benchmarks:
         f"{DATA}/benchmarks/manifest.json",
     log:
         f"{LOGS}/benchmarks.log",
+    priority: place_of("benchmarks")
     conda:
         ENVIRONMENT
     resources:
@@ -24,6 +25,7 @@ rule tokenizer:
         f"{DATA}/tokenizer/manifest.json",
     log:
         f"{LOGS}/tokenizer.log",
+    priority: place_of("tokenizer")
     conda:
         ENVIRONMENT
     resources:
@@ -46,6 +48,7 @@ rule tokenize:
         f"{DATA}/tokens/{{scale}}/manifest.json",
     log:
         f"{LOGS}/tokenize/{{scale}}.log",
+    priority: place_of("tokenize")
     conda:
         ENVIRONMENT
     resources:

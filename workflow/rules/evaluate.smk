@@ -10,6 +10,7 @@ rule evaluate:
         f"{RESULTS}/evaluations/{{language_run}}/weights.json",
     log:
         f"{LOGS}/evaluate/{{language_run}}.log",
+    priority: place_of("evaluate")
     conda:
         ENVIRONMENT
     threads: lambda wildcards: threads_of(wildcards.language_run)
@@ -35,6 +36,7 @@ rule time_methods:
         f"{RESULTS}/throughput/{{scale}}.json",
     log:
         f"{LOGS}/throughput/{{scale}}.log",
+    priority: place_of("time_methods")
     conda:
         ENVIRONMENT
     threads: MACHINE  # to itself: what it measures is time
@@ -54,6 +56,7 @@ rule count_parameters:
         f"{RESULTS}/parameters.json",
     log:
         f"{LOGS}/parameters.log",
+    priority: place_of("count_parameters")
     conda:
         ENVIRONMENT
     resources:

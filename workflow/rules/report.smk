@@ -9,6 +9,7 @@ rule table:
         f"{PARTS}/tables/{{name}}.csv",
     log:
         f"{LOGS}/tables/{{name}}.log",
+    priority: place_of("table")
     conda:
         ENVIRONMENT
     resources:
@@ -36,6 +37,7 @@ rule figure:
         f"{PARTS}/figures/{{name}}.pdf",
     log:
         f"{LOGS}/figures/{{name}}.log",
+    priority: place_of("figure")
     conda:
         ENVIRONMENT
     resources:

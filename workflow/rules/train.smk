@@ -5,7 +5,7 @@ rule pretrain:
         f"{RESULTS}/runs/{{run}}/manifest.json",
     log:
         f"{LOGS}/pretrain/{{run}}.log",
-    priority: 10  # the longest jobs first
+    priority: place_of("pretrain")
     conda:
         ENVIRONMENT
     threads: lambda wildcards: threads_of(wildcards.run)

@@ -8,6 +8,7 @@ rule images:
         f"{DATA}/images/{{name}}/manifest.json",
     log:
         f"{LOGS}/images/{{name}}.log",
+    priority: place_of("images")
     conda:
         ENVIRONMENT
     resources:
@@ -31,6 +32,7 @@ rule boxes:
         f"{DATA}/boxes/{{name}}/manifest.json",
     log:
         f"{LOGS}/boxes/{{name}}.log",
+    priority: place_of("boxes")
     conda:
         ENVIRONMENT
     resources:
@@ -57,6 +59,7 @@ rule evaluate_vision:
         f"{RESULTS}/evaluations/{{vision_run}}/examples.png",
     log:
         f"{LOGS}/evaluate/{{vision_run}}.log",
+    priority: place_of("evaluate_vision")
     conda:
         ENVIRONMENT
     threads: lambda wildcards: threads_of(wildcards.vision_run)

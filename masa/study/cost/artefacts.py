@@ -13,6 +13,7 @@ from masa.study.cost.logs import log_of, read
 from masa.study.cost.report import aligned, duration
 from masa.study.cost.schedule import on_cores
 from masa.study.cost.workflow import jobs as all_jobs
+from masa.study.order import priorities
 
 RULES = ("table", "figure")
 
@@ -31,7 +32,7 @@ def costs(plan: Plan, cores: int, logs: Path) -> dict[str, dict[str, Any]]:
     """
     jobs = all_jobs(plan)
     known = {(job.rule, job.name): job for job in jobs}
-    found = {}
+    order, found = priorities(plan.config), {}
     for job in (job for job in jobs if job.rule in RULES):
         behind = _behind(job, known)
         took = [_measured(one, logs) for one in behind]
@@ -41,9 +42,9 @@ def costs(plan: Plan, cores: int, logs: Path) -> dict[str, dict[str, Any]]:
             **(
                 {"gpu_hours": sum(one.seconds * one.devices for one in behind) / 3600}
                 if plan.device.gpu
-                else {"seconds": on_cores(behind, cores)}
+                else {"seconds": on_cores(behind, cores, order)}
             ),
-            "measured_seconds": on_cores([one for one in took if one], cores) if all(took) else None,
+            "measured_seconds": on_cores([one for one in took if one], cores, order) if all(took) else None,
         }
     return found
 

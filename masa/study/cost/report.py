@@ -13,6 +13,7 @@ from masa.study.cost.devices import DEVICES, GIB
 from masa.study.cost.jobs import Job, Plan
 from masa.study.cost.schedule import on_cores, on_gpus
 from masa.study.cost.workflow import jobs as all_jobs
+from masa.study.order import priorities
 
 RUNS = ("pretrain", "compress")
 """Rules whose jobs are printed one by one."""
@@ -70,11 +71,12 @@ def totals(plan: Plan, jobs: Sequence[Job], cores: int) -> dict[str, Any]:
         "disk_bytes": sum(job.kept_bytes for job in jobs) + max(job.disk_bytes - job.kept_bytes for job in jobs),
         "unknown": [f"{job.rule} {job.name}" for job in jobs if not job.known],
     }
+    order = priorities(plan.config)
     if plan.device.gpu:
         found["gpu_hours"] = sum(job.seconds * job.devices for job in jobs) / 3600
-        found["days_on_gpus"] = {n: on_gpus(jobs, n) / 86400 for n in GPUS}
+        found["days_on_gpus"] = {n: on_gpus(jobs, n, order) / 86400 for n in GPUS}
     else:
-        found |= {"cores": cores, "seconds": on_cores(jobs, cores)}
+        found |= {"cores": cores, "seconds": on_cores(jobs, cores, order)}
     return found
 
 

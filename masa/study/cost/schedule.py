@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from masa.study.cost.jobs import Job, Name
-
-PRIORITY = {"calibrate": 20, "pretrain": 10, "compress": 5}
-"""Of the workflow's rules; 0 for all others."""
 
 OVERHEAD = 0.8
 """Seconds between the end of one job and the start of the next."""
@@ -17,13 +14,20 @@ START = 6.0
 """Seconds until the first job: reading the workflow, making the graph of its jobs."""
 
 
-def makespan(jobs: Sequence[Job], capacity: int, units: Callable[[Job], int], overhead: float = OVERHEAD) -> float:
+def makespan(
+    jobs: Sequence[Job],
+    capacity: int,
+    units: Callable[[Job], int],
+    priority: Mapping[Name, int],
+    overhead: float = OVERHEAD,
+) -> float:
     """Seconds until the last of some jobs is done.
 
     Args:
         jobs: each after those that it needs; needs that are not among them count as done.
         capacity: cores or GPUs.
         units: how many of them a job takes; more than there are count as all, and 0 as none.
+        priority: which of those that could start goes first (:mod:`masa.study.order`); 0 where nothing is said.
         overhead: seconds added to each job.
     """
     names = {(job.rule, job.name) for job in jobs}
@@ -36,7 +40,7 @@ def makespan(jobs: Sequence[Job], capacity: int, units: Callable[[Job], int], ov
         for need in open_needs:
             followers.setdefault(need, []).append(i)
         if not open_needs:
-            heapq.heappush(ready, (-PRIORITY.get(job.rule, 0), i))
+            heapq.heappush(ready, (-priority.get((job.rule, job.name), 0), i))
     running: list[tuple[float, int, int]] = []
     now, free = 0.0, capacity
     while ready or running:
@@ -60,15 +64,15 @@ def makespan(jobs: Sequence[Job], capacity: int, units: Callable[[Job], int], ov
             name = (jobs[follower].rule, jobs[follower].name)
             waiting[name] -= 1
             if not waiting[name]:
-                heapq.heappush(ready, (-PRIORITY.get(jobs[follower].rule, 0), follower))
+                heapq.heappush(ready, (-priority.get(name, 0), follower))
     return now
 
 
-def on_cores(jobs: Sequence[Job], cores: int) -> float:
+def on_cores(jobs: Sequence[Job], cores: int, priority: Mapping[Name, int]) -> float:
     """Seconds on one machine without a GPU; a job that takes 0 cores takes all."""
-    return START + makespan(jobs, cores, lambda job: job.cores or cores)
+    return START + makespan(jobs, cores, lambda job: job.cores or cores, priority)
 
 
-def on_gpus(jobs: Sequence[Job], gpus: int) -> float:
+def on_gpus(jobs: Sequence[Job], gpus: int, priority: Mapping[Name, int]) -> float:
     """Seconds on a cluster with so many GPUs, and cores enough for what needs none."""
-    return START + makespan(jobs, gpus, lambda job: job.devices)
+    return START + makespan(jobs, gpus, lambda job: job.devices, priority)

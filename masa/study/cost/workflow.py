@@ -15,11 +15,11 @@ Config = dict[str, Any]
 
 def jobs(plan: Plan) -> list[Job]:
     """Every job behind all tables and figures, each once, before those that need it."""
-    needs = dict(_needed(plan.config))
+    needs = dict(needed(plan.config))
     return [dataclasses.replace(plan.job(*name), needs=waits) for name, waits in needs.items()]
 
 
-def _needed(config: Config) -> Iterator[tuple[Name, tuple[Name, ...]]]:
+def needed(config: Config) -> Iterator[tuple[Name, tuple[Name, ...]]]:
     """(rule, name) of each job, and what it needs."""
     runs, compressions = experiments.all_runs(config), compression_runs(config)
     language = [run for run in runs if _kind(config, run) is kinds.LANGUAGE]

@@ -35,6 +35,11 @@ class Configuration(Section):
         "name -> title, grid, experiments and the paper's file. null removes one."
     )
     figures: dict[Name, artefacts.Figure | None] = key("name -> title, kind, grid and experiments. null removes one.")
+    first: list[Name] = key(
+        "Tables and figures whose runs go before all others, in this order: the first of them stands long before the "
+        "whole is done.",
+        [],
+    )
     claims: dict[Name, artefacts.Claim | None] = key(
         "What the paper claims, judged in the table claims by one rule: name -> contrast of experiments. null removes "
         "one."
