@@ -12,6 +12,7 @@ from snakemake.exceptions import WorkflowError
 sys.path.insert(0, str(Path(workflow.basedir).parent))
 
 from masa.compression.names import modules
+from masa.data import benchmarks
 from masa.data import sources
 from masa.errors import MasaError
 from masa.report.page import assets
@@ -178,6 +179,14 @@ def corpus_files():
         return local_files(corpus["source"], corpus.get("validation_source"))
     except MasaError as error:
         raise WorkflowError(f"data.corpus: {error}") from None
+
+
+def benchmark_files():
+    """Files of the mirror that task data may be read from; a task that it lacks is reported later."""
+    spec = inputs.benchmarks_spec(config)
+    if not spec["mirror"]:
+        return []
+    return [str(path) for path in benchmarks.mirror_files(spec["tasks"], spec["mirror"])]
 
 
 def local_text_files(name):
