@@ -2,9 +2,9 @@
 
 A box directory holds, for each of the splits train, validation and test, ``{split}.bin`` (uint8 pixels, N x S x S x 3),
 ``{split}-images.bin`` (:data:`.box_records.IMAGE` of each image), ``{split}-boxes.bin`` (:data:`.box_records.BOX` of
-each box, image after image) and ``manifest.json`` with classes, counts, checksums and the mean and standard deviation of
-the training pixels. Boxes are stored as annotated, in pixels of the original image: what is scored was never rounded. A new data set is one
-entry of :data:`masa.data.box_spec.DATASETS`.
+each box, image after image) and ``manifest.json`` with classes, counts, checksums and the mean and standard deviation
+of the training pixels. Boxes are stored as annotated, in pixels of the original image: what is scored was never
+rounded. A new data set is one entry of :data:`masa.data.box_spec.DATASETS`.
 """
 
 from __future__ import annotations

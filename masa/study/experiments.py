@@ -29,14 +29,7 @@ def active(config: Config, kind: str) -> dict[str, Config]:
 
 
 def _all_left_out(config: Config, artefact: Config) -> bool:
-    if compressions.is_compression(config, artefact):
-        return False
-    pairs = [
-        (name, scale)
-        for scale in config["grids"][artefact["grid"]]["scales"]
-        for name in artefact["experiments"]
-        if _wanted_at(config["experiments"][name], scale)
-    ]
+    pairs = _pairs(config, artefact)
     return bool(pairs) and all(misfit(config, *pair) for pair in pairs)
 
 
@@ -89,7 +82,7 @@ def misfit(config: Config, name: str, scale: str) -> str:
             found = re.fullmatch(r"([LdH])/([1-9]\d*)", str(number)) if key in RELATIVE else None
             if found and (size := known[found[1]]) % int(found[2]):
                 fits = [n for n in range(1, size + 1) if size % n == 0]
-                nearest = min(fits, key=lambda n: abs(n - size / int(found[2])))  # noqa: B023 (used at once)
+                nearest = min((abs(n - size / int(found[2])), n) for n in fits)[1]
                 return (
                     f"{key} = {number!r} is not an integer there: {found[1]} = {size}. To make it, set "
                     f"experiments.{name}.per_scale.{scale}: {{{key}: {nearest}}} (or another of {fits})."
@@ -102,18 +95,29 @@ RELATIVE = ("atoms", "sets", "num_key_value_heads")
 """
 
 
-def left_out(config: Config) -> list[str]:
-    """A sentence for every experiment that a table or figure names and that cannot exist at a scale of its grid."""
-    wanted: dict[tuple[str, str], None] = {}
-    for kind in ("tables", "figures"):
-        for artefact in filter(None, config[kind].values()):
-            if compressions.is_compression(config, artefact):
-                continue
-            for scale in config["grids"][artefact["grid"]]["scales"]:
-                names = (n for n in artefact["experiments"] if _wanted_at(config["experiments"][n], scale))
-                wanted |= dict.fromkeys((name, scale) for name in names)
+def left_out(config: Config, artefacts: Iterable[Config] | None = None) -> list[str]:
+    """A sentence for every experiment that a table or figure names and that cannot exist at a scale of its grid.
+
+    Args:
+        artefacts: the tables and figures; by default all.
+    """
+    if artefacts is None:
+        artefacts = [a for kind in ("tables", "figures") for a in config[kind].values() if a]
+    wanted = dict.fromkeys(pair for artefact in artefacts for pair in _pairs(config, artefact))
     said = ((name, scale, misfit(config, name, scale)) for name, scale in wanted)
     return [f"{name} is left out at scale {scale}: {why}" for name, scale, why in said if why]
+
+
+def _pairs(config: Config, artefact: Config) -> list[tuple[str, str]]:
+    """(experiment, scale) that a table or figure asks for, whether they can exist or not."""
+    if compressions.is_compression(config, artefact):
+        return []
+    return [
+        (name, scale)
+        for scale in config["grids"][artefact["grid"]]["scales"]
+        for name in artefact["experiments"]
+        if _wanted_at(config["experiments"][name], scale)
+    ]
 
 
 def sizes(config: Config) -> dict[str, Config]:

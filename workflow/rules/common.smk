@@ -32,6 +32,9 @@ try:
 except MasaError as error:
     raise WorkflowError(f"Configuration: {error}") from None
 
+if not workflow.remote_exec:  # a job on a cluster reads this file again
+    settings.say_left_out(config)
+
 RESULTS = config["results"]
 DATA = f"{RESULTS}/data"
 PARTS = f"{RESULTS}/parts"
