@@ -73,12 +73,8 @@ def read(source: sources.Source, mirror: str | None, rules: Rules | str) -> Raw:
     """
     if source.scheme == "hub":
         root = sources.snapshot(source, mirror, ["annotations/*", "*2017/*", "*.parquet", "**/*.parquet"], "dataset")
-    elif source.scheme == "mirror":
-        root = sources.mirror_root(mirror, str(source)) / source.name
     else:
-        root = Path(source.name)
-    if not root.is_dir():
-        raise MasaError(f"{source}: {root} is not a folder.")
+        root = sources.local_folder(source, mirror)
     if (root / "annotations").is_dir():
         return read_layout(root, rules)
     return read_parquet(root, rules)

@@ -47,8 +47,6 @@ def read(root: Path, entry: ImageDataset, source: str) -> Raw:
     Raises:
         MasaError: it is in none of them, or something is missing or wrong; the file is named.
     """
-    if not root.is_dir():
-        raise MasaError(f"{source}: {root} is not a folder.")
     for layout in LAYOUTS.values():
         if (found := layout(root, entry)) is not None:
             return found

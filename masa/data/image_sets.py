@@ -5,8 +5,10 @@ A new data set is one entry of :data:`DATASETS`; :mod:`masa.data.images` reads i
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from masa.data import sources
@@ -90,6 +92,20 @@ def dataset(name: str) -> ImageDataset:
     if name not in DATASETS:
         raise unknown("Image data set", name, DATASETS)
     return DATASETS[name]
+
+
+def standing_for(root: Path) -> list[Path]:
+    """Paths below a local folder of images whose change is a change of the data set: Parquet files and what is no image
+    of a layout of :mod:`masa.data.image_layouts`, and in the place of images their folders; none where it is missing.
+    """
+    if found := sorted(root.rglob("*.parquet")):
+        return found
+    kept: list[Path] = []
+    for name, _, files in os.walk(root):
+        batches = [file for file in files if "." not in file or file.endswith((".meta", ".txt"))]
+        kept += [Path(name, file) for file in batches]
+        kept += [Path(name)] if len(batches) < len(files) else []
+    return sorted(kept)
 
 
 class Images(Section):

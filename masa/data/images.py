@@ -195,10 +195,8 @@ def read_folder(source: sources.Source, entry: ImageDataset, _: Path, mirror: st
     """A folder in any layout of :mod:`masa.data.image_layouts`; of the hub, its Parquet files."""
     if source.scheme == "hub":
         root = sources.snapshot(source, mirror, ["*.parquet", "**/*.parquet", "class_names.json"], "dataset")
-    elif source.scheme == "mirror":
-        root = sources.mirror_root(mirror, str(source)) / source.name
     else:
-        root = Path(source.name)
+        root = sources.local_folder(source, mirror)
     return image_layouts.read(root, entry, str(source))
 
 

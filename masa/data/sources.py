@@ -146,6 +146,18 @@ def local_files(source: Source, mirror: str | None, sha256: str | None = None) -
     return paths
 
 
+def local_folder(source: Source, mirror: str | None) -> Path:
+    """The folder that a ``file:`` or ``mirror:`` source names.
+
+    Raises:
+        MasaError: no mirror is set, or there is no such folder.
+    """
+    root = mirror_root(mirror, str(source)) / source.name if source.scheme == "mirror" else Path(source.name)
+    if not root.is_dir():
+        raise MasaError(f"{source}: {root} is not a folder.")
+    return root
+
+
 def mirror_root(mirror: str | None, wanted_by: str) -> Path:
     """The mirror directory.
 
