@@ -1,0 +1,164 @@
+"""The texts of files, folders and data sets on the hub, one after the other: the one reader that everything uses.
+
+The text column is text and nothing else: a row without one (null) is passed over and counted, a number or an object in
+it is refused with file and line. A column of chat messages becomes text by the tokenizer's own template.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from masa.data import hub, sources
+from masa.data.formats import File, rows
+from masa.errors import MasaError, did_you_mean, unknown
+
+Chat = Callable[[Sequence[dict[str, Any]]], str]
+COLUMNS = ("text", "content", "page", "messages")
+"""Where the text is looked for if nothing says where it is; the last are chats."""
+OPTION = "--column"
+"""What says where it is."""
+
+
+def texts(
+    files: Iterable[File],
+    columns: Sequence[str] = COLUMNS,
+    *,
+    kind: str | None = None,
+    chat: Chat | None = None,
+    option: str = OPTION,
+) -> Iterator[str]:
+    """The texts of files, in their order.
+
+    Args:
+        files: to read.
+        columns: names of which a row's first holds its text.
+        kind: of all files, a key of :data:`masa.data.formats.FORMATS`; by default what each one is.
+        chat: what makes text of a list of messages.
+        option: what sets the column, for messages.
+
+    Raises:
+        MasaError: a row without such a column, with something else in it than text, or with text that UTF-8 cannot
+            hold; the message names file, line or row, what was expected and the mend.
+    """
+    for file in files:
+        skipped = count = 0
+        for place, row in rows(file, columns, kind):
+            count += 1
+            for value, column in _of_row(row, columns, f"{file.name}, {place}", option):
+                if value is None:
+                    skipped += 1
+                else:
+                    yield _text(value, f"{file.name}, {place}: {column!r}", chat, option)
+        say_skipped(file.name, skipped, count)
+
+
+def _of_row(row: Any, columns: Sequence[str], where: str, option: str) -> Iterable[tuple[Any, str]]:
+    """(value, column) of a row; of masa's own file of texts all of its documents."""
+    if not isinstance(row, dict):
+        return [(row, columns[0])]
+    found = next((column for column in columns if column in row), None)
+    if found is not None:
+        return [(row[found], found)]
+    if isinstance(row.get("documents"), list):
+        return [(document, "documents") for document in row["documents"]]
+    if "unavailable" in row and "source" in row:
+        raise MasaError(f"{where}: holds no documents: {row['unavailable']}")
+    error = unknown(f"{where}: no column {' or '.join(map(repr, columns))} here; column", columns[0], row)
+    raise MasaError(f"{error} Set {option}.")
+
+
+def _text(value: Any, where: str, chat: Chat | None, option: str) -> str:
+    if is_chat(value):
+        if chat is None:
+            raise MasaError(
+                f"{where} is a chat, and there is no tokenizer yet whose template makes text of it: use a tokenizer "
+                f"that has one (data.tokenizer.source), or set {option} to a column of text."
+            )
+        value = chat(value)
+    if not isinstance(value, str):
+        raise MasaError(
+            f"{where} is {type(value).__name__}, expected text. Mend the row, or set {option} to the column of text."
+        )
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        code = ord(value[error.start])
+        raise MasaError(
+            f"{where} holds a lone surrogate (\\u{code:04x} at character {error.start}), half of a character, which "
+            "UTF-8 cannot write. Mend or remove the row."
+        ) from error
+    return value
+
+
+def is_chat(value: Any) -> bool:
+    """Whether a value is a list of messages, each with a role and a content."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in value)
+    )
+
+
+def template_of(tokenizer: Any) -> Chat:
+    """What makes text of a chat: the tokenizer's template.
+
+    Raises:
+        MasaError: (when called) the tokenizer has none, or it refuses the chat.
+    """
+
+    def chat(messages: Sequence[dict[str, Any]]) -> str:
+        if not getattr(tokenizer, "chat_template", None):
+            raise MasaError(
+                "A column of messages needs a tokenizer with a chat template, and this one has none: set the column to "
+                "one of text, or use the tokenizer of a chat model."
+            )
+        try:
+            return tokenizer.apply_chat_template(list(messages), tokenize=False)
+        except Exception as error:  # of the template, which is the tokenizer's own program
+            raise MasaError(f"The tokenizer's chat template refuses a row of messages ({error}).") from error
+
+    return chat
+
+
+def say_skipped(name: str, skipped: int, of: int) -> None:
+    """Say how many rows had no text, if any."""
+    if skipped:
+        print(
+            f"{name}: {skipped:,} of {of:,} rows hold no text (null); they are passed over", file=sys.stderr, flush=True
+        )
+
+
+def find(
+    given: str | Path, *, subset: str | None = None, split: str | None = None, mirror: str | None = None
+) -> list[File]:
+    """The files that a user names: a file, a folder, a glob, or ``hub:ORG/NAME[@COMMIT]``.
+
+    Args:
+        given: that.
+        subset, split: of a data set on the hub or of a folder in the hub's layout.
+        mirror: a directory that stands in for the hub.
+
+    Raises:
+        MasaError: nothing there; or a folder whose texts are of several kinds or splits, of which one must be named.
+    """
+    if str(given).startswith("hub:"):
+        return hub.files(sources.parse(str(given), pinned=False), mirror, subset, split)
+    path = Path(given)
+    if subset or (
+        (path / "README.md").is_file() and (path / "README.md").read_text(errors="replace").startswith("---")
+    ):
+        return hub.in_layout(str(path), None, str(path), subset, split)
+    if path.is_dir():
+        return [File.local(p) for p in sources.folder(path, split)]
+    if split:
+        raise MasaError(
+            f"A split ({split}) belongs to a folder or a data set on the hub, but {path} is none. Remove it."
+        )
+    found = sources.expand(path)
+    if not found:
+        near = did_you_mean(path.name, [p.name for p in path.parent.glob("*")]) if path.parent.is_dir() else ""
+        raise MasaError(f"Text file {path} does not exist.{near} A data set on the hub is written hub:ORG/NAME.")
+    return [File.local(p) for p in found]
