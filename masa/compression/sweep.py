@@ -177,4 +177,5 @@ def _one(
         "examples": {t: raw["examples"][t] for t in tasks if t in raw["examples"]},
         "lm_eval": json.loads(json.dumps(raw, default=str)),
         "settings": dict(settings),
+        "start_token": raw.get("start_token"),
     }

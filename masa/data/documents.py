@@ -30,8 +30,8 @@ Document = tuple[str, str]
 PAGE = 4000
 """Characters after which the botocore reader begins a new document."""
 AHEAD = 1000
-"""Documents, or :data:`PAGE` times as many characters, that are looked at to see whether a corpus is too small for a split
-by hashes."""
+"""Documents, or :data:`PAGE` times as many characters, that are looked at to see whether a corpus is too small for a
+split by hashes."""
 
 
 def read(

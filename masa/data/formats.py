@@ -2,8 +2,8 @@
 
 What a file is says its name, ``.gz`` and the like left aside, or its first bytes where the name does not. The parsers
 are pyarrow's, ``json`` and ``csv``. ``datasets``' own json and csv loaders are not used for rows: they infer a column's
-type or cast to the declared one (with ``Value("string")``, 12 becomes "12", and one such row puts the texts around it in
-quotes), and cannot say in which line something was wrong. Where a data set's files lie is theirs to find
+type or cast to the declared one (with ``Value("string")``, 12 becomes "12", and one such row puts the texts around it
+in quotes), and cannot say in which line something was wrong. Where a data set's files lie is theirs to find
 (:mod:`masa.data.hub`).
 
 A new format is one function in :data:`FORMATS`, one line in :data:`SUFFIXES`.

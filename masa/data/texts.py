@@ -6,13 +6,16 @@ it is refused with file and line. A column of chat messages becomes text by the 
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from masa.data import hub, sources
-from masa.data.formats import File, rows
+from masa.data.formats import File, format_of, lines, rows
 from masa.errors import MasaError, did_you_mean, unknown
 
 Chat = Callable[[Sequence[dict[str, Any]]], str]
@@ -162,3 +165,76 @@ def find(
         near = did_you_mean(path.name, [p.name for p in path.parent.glob("*")]) if path.parent.is_dir() else ""
         raise MasaError(f"Text file {path} does not exist.{near} A data set on the hub is written hub:ORG/NAME.")
     return [File.local(p) for p in found]
+
+
+class Documents:
+    """The texts that a user gives, read anew at every pass, so that a file of any size costs the memory of a few rows.
+
+    A plain text file is one document, a row of every other format is one.
+
+    Args:
+        source: what :func:`find` takes, or a list of texts (or of chats).
+        column: that holds the text; by default the first of :data:`COLUMNS` that a row has.
+        subset, split: of a data set on the hub, or of a folder.
+        tokenizer: whose template makes text of chats.
+        mirror: a directory that stands in for the hub; by default the environment variable MASA_MIRROR.
+
+    Raises:
+        MasaError: there is no such source; and while it is read, see :func:`texts`.
+    """
+
+    def __init__(
+        self,
+        source: str | Path | Iterable[Any],
+        column: str | None = None,
+        *,
+        subset: str | None = None,
+        split: str | None = None,
+        tokenizer: Any = None,
+        mirror: str | None = None,
+    ) -> None:
+        self.columns = [column] if column else list(COLUMNS)
+        self.chat = template_of(tokenizer)
+        self.given: list[Any] | None = None
+        self.files: list[File] = []
+        if isinstance(source, str | Path):
+            self.files = find(source, subset=subset, split=split, mirror=mirror or os.environ.get("MASA_MIRROR"))
+        else:
+            self.given = list(source)
+
+    def __iter__(self) -> Iterator[str]:
+        if self.given is not None:
+            yield from listed(self.given, self.chat)
+        for file in self.files:
+            if not file.rows and format_of(file) == "text":
+                yield "".join(line for _, line in lines(file))
+            else:
+                yield from texts([file], self.columns, chat=self.chat)
+
+    def check(self) -> Documents:
+        """Read everything once, but chats not by the template and nothing from a network; itself.
+
+        Raises:
+            MasaError: what every later pass would raise, or no text at all.
+        """
+        chat, self.chat = self.chat, lambda messages: "a chat"
+        if any("://" in file.name or file.rows for file in self.files):
+            return self
+        with redirect_stderr(StringIO()):  # what is passed over is said by the pass that counts
+            some = sum(bool(text.strip()) for text in self)
+        self.chat = chat
+        if not some:
+            names = ", ".join(file.name for file in self.files[:3])
+            raise MasaError(f"{names or 'The list of documents'} holds no text at all. Give a file with some.")
+        return self
+
+
+def listed(given: Iterable[Any], chat: Chat, name: str = "the list, document") -> Iterator[str]:
+    """The texts of a list, or of a column of a data set in memory."""
+    skipped = number = 0
+    for number, value in enumerate(given, 1):
+        if value is None:
+            skipped += 1
+        else:
+            yield _text(value, f"{name} {number}", chat, "column=")
+    say_skipped(name.rpartition(",")[0], skipped, number)

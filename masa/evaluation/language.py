@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from masa.data import benchmarks
+from masa.data import benchmarks, tokenizers
 from masa.data.tokens import load_tokenizer, validation_tokens
 from masa.errors import MasaError
 from masa.evaluation import analysis
@@ -48,7 +48,7 @@ def evaluate(
         "tokens_by_document": tokens_by_document(record["document_ends"]),
     }
     tokenizer = load_tokenizer(tokenizer_dir)
-    raw = harness(model, tokenizer, tasks, settings, model.device.type)
+    raw = harness(model, tokenizer, tasks, settings, model.device.type, start=False)
     run.write_json(out / "lm_eval.json", raw)
     metrics = {
         "run": spec["run"],
@@ -59,19 +59,35 @@ def evaluate(
         "task_data": {task: {k: v for k, v in r.items() if k != "path"} for task, r in tasks.items()},
         "examples": {task: raw["examples"][task] for task in tasks if task in raw["examples"]},
         "settings": dict(settings),
+        "start_token": raw["start_token"],
         "provenance": run.provenance({"run": manifest["identity"]}),
     }
     run.write_json(out / "metrics.json", metrics)
     return metrics
 
 
-def harness(model: Any, tokenizer: Any, tasks: Mapping[str, Any], settings: Mapping[str, Any], device: str) -> dict:
+def harness(
+    model: Any,
+    tokenizer: Any,
+    tasks: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    device: str,
+    start: bool = True,
+) -> dict:
     """Run lm-eval zero-shot on a model in memory; tasks with the same limit are batched together.
 
-    The numbers are those of lm-eval's own command line for the same model, data, ``batch_size`` and ``max_length``.
+    The numbers are those of lm-eval's own command line for the same model, data, ``batch_size`` and ``max_length``,
+    but for rolling likelihoods (WikiText) of a tokenizer that puts a start token before every text: lm-eval puts
+    another one before that and scores the tokenizer's; here no start token is scored, as in
+    :func:`masa.compression.perplexity` and as lm-eval does with ``add_bos_token=False``.
+
+    Args:
+        start: whether the model knows start tokens. One that ``masa pretrain`` trained does not: the end token
+            separates its documents, and is what a first token is predicted from.
 
     Returns:
-        lm-eval's ``results``, ``versions``, ``n-shot`` and ``configs``, and ``examples`` scored a task.
+        lm-eval's ``results``, ``versions``, ``n-shot`` and ``configs``, ``examples`` scored a task, and
+        ``start_token``, ``{"contexts", "rolling"}``: what stands before the contexts of choices, and before documents.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -92,7 +108,11 @@ def harness(model: Any, tokenizer: Any, tasks: Mapping[str, Any], settings: Mapp
             return super().loglikelihood(requests, disable_tqdm=True)
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> Any:
-            return super().loglikelihood_rolling(requests, disable_tqdm=True)
+            added, self.add_bos_token = self.add_bos_token, False  # the prefix is it already
+            try:
+                return super().loglikelihood_rolling(requests, disable_tqdm=True)
+            finally:
+                self.add_bos_token = added
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     loaded, manager = benchmarks.load_tasks(tasks)
@@ -103,9 +123,12 @@ def harness(model: Any, tokenizer: Any, tasks: Mapping[str, Any], settings: Mapp
         batch_size=settings["batch_size"],
         max_length=settings["max_length"],
         device=device,
+        add_bos_token=None if start else False,
+        prefix_token_id=None if start else tokenizer.eos_token_id,
     )
     limits = {task: settings["limit_per_task"].get(task, settings["limit"]) for task in loaded}
     merged: dict[str, Any] = {"results": {}, "versions": {}, "n-shot": {}, "configs": {}, "examples": {}}
+    merged["start_token"] = _start_token(tokenizer, start)
     progress = Progress("lm-eval", len(loaded), "tasks")
     for limit in dict.fromkeys(limits.values()):
         chosen = [task for task in loaded if limits[task] == limit]
@@ -128,6 +151,13 @@ def harness(model: Any, tokenizer: Any, tasks: Mapping[str, Any], settings: Mapp
     for task in [t for t in loaded if t not in merged["examples"]]:  # a group: the sum over its members
         merged["examples"][task] = sum(n for name, n in merged["examples"].items() if name.startswith(f"{task}_"))
     return merged
+
+
+def _start_token(tokenizer: Any, start: bool) -> dict[str, str | None]:
+    ids = {"contexts": tokenizers.start_of(tokenizer) if start else None}
+    known = [tokenizer.bos_token_id] if start and tokenizer.bos_token_id is not None else []
+    ids["rolling"] = [*known, tokenizer.eos_token_id][0]
+    return {what: None if token is None else tokenizer.convert_ids_to_tokens(token) for what, token in ids.items()}
 
 
 def _without_paths(configs: Mapping[str, Any], tasks: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from masa.data import sources
+from masa.data import sources, tokenizers
 from masa.errors import MasaError, unknown
 from masa.models.reading import check_finite, check_gguf, read_folder
 from masa.runs import files
@@ -69,7 +69,8 @@ def load_pretrained(
         device = "cuda" if torch.cuda.is_available() else None
     model = _load_folder(path, dtype)
     try:
-        return (model.to(device) if device else model), _load_tokenizer(path)
+        tokenizer = tokenizers.load_tokenizer(path) if tokenizers.has_tokenizer(path) else None
+        return (model.to(device) if device else model), tokenizer
     except (RuntimeError, AssertionError) as error:
         raise MasaError(f"device = {device!r} cannot be used ({error}); leave it out, or say cpu or cuda.") from error
 
@@ -226,14 +227,3 @@ def _load_folder(folder: Path, dtype: torch.dtype | None) -> nn.Module:
     model = read_folder(folder, weight_files(folder, "masa pretrained"), dtype)
     family_of(model)
     return model
-
-
-def _load_tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # of a corrupt tokenizer.json the reader raises nothing more particular
-        raise MasaError(f"No tokenizer could be read from {folder} ({error}); fetch it again.") from error
