@@ -54,8 +54,8 @@ def load_tokenizer(directory: Path) -> Any:
         ) from error
     if not getattr(tokenizer, "is_fast", False):
         raise MasaError(
-            f"{directory} holds a tokenizer without a form of the tokenizers library ({type(tokenizer).__name__}). Save "
-            "it once as tokenizer.json."
+            f"The tokenizer in {directory} has no form of the tokenizers library ({type(tokenizer).__name__}). Save it "
+            "once as tokenizer.json."
         )
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()

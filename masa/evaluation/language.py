@@ -90,6 +90,39 @@ def harness(
         ``start_token``, ``{"contexts", "rolling"}``: what stands before the contexts of choices, and before documents.
     """
     from lm_eval import simple_evaluate
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    loaded, manager = benchmarks.load_tasks(tasks)
+    lm = language_model(model, tokenizer, settings, device, start)
+    limits = {task: settings["limit_per_task"].get(task, settings["limit"]) for task in loaded}
+    merged: dict[str, Any] = {"results": {}, "versions": {}, "n-shot": {}, "configs": {}, "examples": {}}
+    merged["start_token"] = _start_token(tokenizer, start)
+    progress = Progress("lm-eval", len(loaded), "tasks")
+    for limit in dict.fromkeys(limits.values()):
+        chosen = [task for task in loaded if limits[task] == limit]
+        output = simple_evaluate(
+            lm,
+            tasks=[loaded[task] for task in chosen],
+            task_manager=manager,  # without it, the harness would index thousands of task files a call
+            num_fewshot=0,
+            limit=limit,
+            bootstrap_iters=0,
+            log_samples=False,
+        )
+        for key in ("results", "versions", "n-shot", "configs"):
+            merged[key] |= json.loads(json.dumps(output[key], default=str))
+        _without_paths(merged["configs"], tasks)
+        for task, counts in output["n-samples"].items():
+            merged["examples"][task] = counts["effective"]
+        progress.update(sum(task in merged["results"] for task in loaded), ", ".join(chosen))
+    progress.close(len(loaded))
+    for task in [t for t in loaded if t not in merged["examples"]]:  # a group: the sum over its members
+        merged["examples"][task] = sum(n for name, n in merged["examples"].items() if name.startswith(f"{task}_"))
+    return merged
+
+
+def language_model(model: Any, tokenizer: Any, settings: Mapping[str, Any], device: str, start: bool = True) -> Any:
+    """lm-eval's model of a causal language model in memory; ``start`` as for :func:`harness`."""
     from lm_eval.models.huggingface import HFLM
 
     class Quiet(HFLM):
@@ -114,9 +147,7 @@ def harness(
             finally:
                 self.add_bos_token = added
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    loaded, manager = benchmarks.load_tasks(tasks)
-    language_model = Quiet(
+    return Quiet(
         pretrained=model,
         tokenizer=tokenizer,
         backend="causal",
@@ -126,31 +157,6 @@ def harness(
         add_bos_token=None if start else False,
         prefix_token_id=None if start else tokenizer.eos_token_id,
     )
-    limits = {task: settings["limit_per_task"].get(task, settings["limit"]) for task in loaded}
-    merged: dict[str, Any] = {"results": {}, "versions": {}, "n-shot": {}, "configs": {}, "examples": {}}
-    merged["start_token"] = _start_token(tokenizer, start)
-    progress = Progress("lm-eval", len(loaded), "tasks")
-    for limit in dict.fromkeys(limits.values()):
-        chosen = [task for task in loaded if limits[task] == limit]
-        output = simple_evaluate(
-            language_model,
-            tasks=[loaded[task] for task in chosen],
-            task_manager=manager,  # without it, the harness would index thousands of task files a call
-            num_fewshot=0,
-            limit=limit,
-            bootstrap_iters=0,
-            log_samples=False,
-        )
-        for key in ("results", "versions", "n-shot", "configs"):
-            merged[key] |= json.loads(json.dumps(output[key], default=str))
-        _without_paths(merged["configs"], tasks)
-        for task, counts in output["n-samples"].items():
-            merged["examples"][task] = counts["effective"]
-        progress.update(sum(task in merged["results"] for task in loaded), ", ".join(chosen))
-    progress.close(len(loaded))
-    for task in [t for t in loaded if t not in merged["examples"]]:  # a group: the sum over its members
-        merged["examples"][task] = sum(n for name, n in merged["examples"].items() if name.startswith(f"{task}_"))
-    return merged
 
 
 def _start_token(tokenizer: Any, start: bool) -> dict[str, str | None]:

@@ -69,8 +69,7 @@ def load_pretrained(
         device = "cuda" if torch.cuda.is_available() else None
     model = _load_folder(path, dtype)
     try:
-        tokenizer = tokenizers.load_tokenizer(path) if tokenizers.has_tokenizer(path) else None
-        return (model.to(device) if device else model), tokenizer
+        return (model.to(device) if device else model), _load_tokenizer(path)
     except (RuntimeError, AssertionError) as error:
         raise MasaError(f"device = {device!r} cannot be used ({error}); leave it out, or say cpu or cuda.") from error
 
@@ -227,3 +226,7 @@ def _load_folder(folder: Path, dtype: torch.dtype | None) -> nn.Module:
     model = read_folder(folder, weight_files(folder, "masa pretrained"), dtype)
     family_of(model)
     return model
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    return tokenizers.load_tokenizer(folder) if tokenizers.has_tokenizer(folder) else None
