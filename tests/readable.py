@@ -2,7 +2,8 @@
 
 A row is a :class:`Case` in ``CASES``, under the section it belongs to (texts, tokenizers, …). ``READ`` says for a
 section how a path is read and what of it is compared. ``test_readable.py`` makes and reads every case; ``python
-tests/readable.py`` writes the tables of ``docs/reference/files.md`` anew, between ``<!-- SECTION -->`` and ``<!-- end -->``.
+tests/readable.py`` writes the tables of ``docs/reference/files.md`` anew, between ``<!-- SECTION -->`` and
+``<!-- end -->``.
 """
 
 from __future__ import annotations
@@ -60,19 +61,18 @@ def files(*made: Callable[[Path], Path], of: str = "") -> Callable[[Path], Path]
     return make
 
 
-def read_texts(path: Path) -> list[str]:
+def read_texts(path: Path | str) -> list[str]:
     """As calibration and --evaluate read it, having seen that the workflow reads the same documents."""
     from masa.data import documents
     from masa.data.texts import Documents
 
     found = list(Documents(path).check())
-    corpus = {"source": f"file:{path}", "reader": "files", "shuffle_buffer": 1}
-    corpus["column"] = "page" if path.name == "pages.jsonl" else "text"
-    if isinstance(path, str) or (path / "README.md").is_file() and (path / "README.md").stat().st_size > 9:
-        return found  # in the hub's layout; the workflow's reader of those is `hub`
-    if not any(text.count("\n\n\n") for text in found):  # plain text of several documents, which the workflow splits
-        again = list(documents.read(corpus, Path(), None, "all"))
-        assert sorted(text.strip() for text in found) == sorted(text.strip() for text in again)
+    if isinstance(path, str) or (path.is_dir() and len(list(path.glob("README.md"))) and len(found) == 1):
+        return found  # of a hub's layout, for which the workflow has the reader `hub`
+    column = "page" if path.name == "pages.jsonl" else "text"
+    corpus = {"source": f"file:{path}", "reader": "files", "shuffle_buffer": 1, "column": column}
+    again = list(documents.read(corpus, Path(), None, "all"))
+    assert sorted(text.strip() for text in found) == sorted(text.strip() for text in again)
     return found
 
 
