@@ -30,6 +30,13 @@ def files(source: Source, mirror: str | None, subset: str | None = None, split: 
     return in_layout(source.name, source.version, str(source), subset, split)
 
 
+def has_layout(folder: Path) -> bool:
+    """Whether a folder says itself which files are which split."""
+    card = folder / "README.md"
+    told = card.is_file() and card.read_text(encoding="utf-8", errors="replace").startswith("---")
+    return told or (folder / ".huggingface.yaml").is_file()
+
+
 def in_layout(place: str, revision: str | None, name: str, subset: str | None, split: str | None) -> list[File]:
     """The files of one split of what ``datasets`` finds at a place, an id or a folder."""
     import datasets

@@ -150,9 +150,7 @@ def find(
     if str(given).startswith("hub:"):
         return hub.files(sources.parse(str(given), pinned=False), mirror, subset, split)
     path = Path(given)
-    if subset or (
-        (path / "README.md").is_file() and (path / "README.md").read_text(errors="replace").startswith("---")
-    ):
+    if path.is_dir() and (subset or hub.has_layout(path)):
         return hub.in_layout(str(path), None, str(path), subset, split)
     if path.is_dir():
         return [File.local(p) for p in sources.folder(path, split)]

@@ -135,7 +135,7 @@ def language_model(model: Any, tokenizer: Any, settings: Mapping[str, Any], devi
                     f"evaluation.max_length = {self.max_length} is too small: a continuation that is scored has "
                     f"{longest} tokens. Set it to {longest} or more (evaluation, or compression.evaluation)."
                 )
-            return super()._loglikelihood_tokens(requests, *more, **named)
+            return super()._loglikelihood_tokens(requests, *more, **{**named, "disable_tqdm": True})
 
         def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
             return super().loglikelihood(requests, disable_tqdm=True)
