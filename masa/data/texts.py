@@ -47,15 +47,14 @@ def texts(
             hold; the message names file, line or row, what was expected and the mend.
     """
     for file in files:
-        skipped = count = 0
-        for place, row in rows(file, columns, kind):
-            count += 1
-            for value, column in _of_row(row, columns, f"{file.name}, {place}", option):
-                if value is None:
-                    skipped += 1
-                else:
-                    yield _text(value, f"{file.name}, {place}: {column!r}", chat, option)
-        say_skipped(file.name, skipped, count)
+        with _Skipped(file.name) as skipped:
+            for place, row in rows(file, columns, kind):
+                skipped.of += 1
+                for value, column in _of_row(row, columns, f"{file.name}, {place}", option):
+                    if value is None:
+                        skipped.count += 1
+                    else:
+                        yield _text(value, f"{file.name}, {place}: {column!r}", chat, option)
 
 
 def _of_row(row: Any, columns: Sequence[str], where: str, option: str) -> Iterable[tuple[Any, str]]:
@@ -126,12 +125,19 @@ def template_of(tokenizer: Any) -> Chat:
     return chat
 
 
-def say_skipped(name: str, skipped: int, of: int) -> None:
-    """Say how many rows had no text, if any."""
-    if skipped:
-        print(
-            f"{name}: {skipped:,} of {of:,} rows hold no text (null); they are passed over", file=sys.stderr, flush=True
-        )
+class _Skipped:
+    """Counts rows without text, and says so once no more are asked for."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.count, self.of = name, 0, 0
+
+    def __enter__(self) -> _Skipped:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self.count and (kind is None or kind is GeneratorExit):
+            said = f"{self.name}: {self.count:,} of {self.of:,} rows hold no text (null); they are passed over"
+            print(said, file=sys.stderr, flush=True)
 
 
 def find(
@@ -229,10 +235,9 @@ class Documents:
 
 def listed(given: Iterable[Any], chat: Chat, name: str = "the list, document") -> Iterator[str]:
     """The texts of a list, or of a column of a data set in memory."""
-    skipped = number = 0
-    for number, value in enumerate(given, 1):
-        if value is None:
-            skipped += 1
-        else:
-            yield _text(value, f"{name} {number}", chat, "column=")
-    say_skipped(name.rpartition(",")[0], skipped, number)
+    with _Skipped(name.rpartition(",")[0]) as skipped:
+        for skipped.of, value in enumerate(given, 1):
+            if value is None:
+                skipped.count += 1
+            else:
+                yield _text(value, f"{name} {skipped.of}", chat, "column=")

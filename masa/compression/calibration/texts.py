@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from masa.errors import MasaError
 
 SPOOL = 64 << 20
 """Bytes of tokens that are kept in memory; more go to a temporary file."""
+SAY_EVERY = 10.0
+"""Seconds between lines that say how much of a long text has been read."""
 ID = np.dtype("<u4")
 
 
@@ -56,9 +60,13 @@ class _Tokens:
         self.count = 0
         start, stop = tokenizers.start_of(tokenizer), tokenizer.eos_token_id
         before, after = ([] if token is None else [token] for token in (start, stop))
+        said = time.monotonic()
         for ids in tokenizers.encoded(tokenizer, documents):
             begun = ids[:1] == before  # by a chat's template
             self.add([*([] if begun else before), *ids, *after])
+            if time.monotonic() - said > SAY_EVERY:
+                said = time.monotonic()
+                print(f"calibration text: {self.count:,} tokens read", file=sys.stderr, flush=True)
 
     def add(self, ids: Sequence[int]) -> None:
         self.file.write(np.array(ids, ID).tobytes())
