@@ -177,4 +177,5 @@ def _one(
         **language.scored(raw, tasks),
         "lm_eval": json.loads(json.dumps(raw, default=str)),
         "settings": dict(settings),
+        "start_token": raw.get("start_token"),
     }

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from masa.data import benchmarks, task_data
+from masa.data import benchmarks, task_data, tokenizers
 from masa.data.tokens import load_tokenizer, validation_tokens
 from masa.errors import MasaError
 from masa.evaluation import analysis
@@ -50,7 +50,7 @@ def evaluate(
     }
     tokenizer = load_tokenizer(tokenizer_dir)
     tasks = task_data.current(tasks)
-    raw = harness(model, tokenizer, tasks, settings, model.device.type)
+    raw = harness(model, tokenizer, tasks, settings, model.device.type, start=False)
     run.write_json(out / "lm_eval.json", raw)
     metrics = {
         "run": spec["run"],
@@ -59,6 +59,7 @@ def evaluate(
         "corpus": corpus,
         **scored(raw, tasks),
         "settings": dict(settings),
+        "start_token": raw["start_token"],
         "provenance": run.provenance({"run": manifest["identity"]}),
     }
     run.write_json(out / "metrics.json", metrics)
@@ -87,16 +88,30 @@ def scored(raw: Mapping[str, Any], tasks: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def harness(model: Any, tokenizer: Any, tasks: Mapping[str, Any], settings: Mapping[str, Any], device: str) -> dict:
+def harness(
+    model: Any,
+    tokenizer: Any,
+    tasks: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    device: str,
+    start: bool = True,
+) -> dict:
     """Run lm-eval zero-shot on a model in memory; tasks with the same limit are batched together.
 
     The numbers are those of lm-eval's own command line for the same model, data, ``batch_size`` and ``max_length``; of
     a model in 16 bits, with ``softmax_dtype=float32`` among its model arguments, since log-likelihoods are added in
-    single precision here.
+    single precision here. But for rolling likelihoods (WikiText) of a tokenizer that puts a start token before every
+    text: lm-eval puts another one before that and scores the tokenizer's; here no start token is scored, as in
+    :func:`masa.compression.perplexity` and as lm-eval does with ``add_bos_token=False``.
+
+    Args:
+        start: whether the model knows start tokens. One that ``masa pretrain`` trained does not: the end token
+            separates its documents, and is what a first token is predicted from.
 
     Returns:
-        lm-eval's ``results``, ``versions``, ``n-shot`` and ``configs``, ``examples`` scored a task, and ``members``:
-        the tasks of each group or tag that was asked for.
+        lm-eval's ``results``, ``versions``, ``n-shot`` and ``configs``, ``examples`` scored a task, ``members``, the
+        tasks of each group or tag that was asked for, and ``start_token``, ``{"contexts", "rolling"}``: what stands
+        before the contexts of choices, and before documents.
 
     Raises:
         MasaError: ``max_length`` is too small, data that cannot be read, or a model whose scores are not finite.
@@ -105,11 +120,12 @@ def harness(model: Any, tokenizer: Any, tasks: Mapping[str, Any], settings: Mapp
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     loaded, manager = benchmarks.load_tasks(tasks)
-    lm = language_model(model, tokenizer, settings, device)
+    lm = language_model(model, tokenizer, settings, device, start)
     members = task_data.members([task for task in tasks if "unavailable" not in tasks[task]], loaded, manager)
     asked = {name: task for task, names in members.items() for name in [task, *names]}
     limits = {name: settings["limit_per_task"].get(asked[name], settings["limit"]) for name in loaded}
     merged: dict[str, Any] = {"results": {}, "versions": {}, "n-shot": {}, "configs": {}, "examples": {}}
+    merged["start_token"] = _start_token(tokenizer, start)
     progress = Progress("lm-eval", len(loaded), "tasks")
     for limit in dict.fromkeys(limits.values()):
         chosen = [task for task in loaded if limits[task] == limit]
@@ -135,8 +151,12 @@ def harness(model: Any, tokenizer: Any, tasks: Mapping[str, Any], settings: Mapp
     return merged | {"members": {task: names for task, names in members.items() if names != [task]}}
 
 
-def language_model(model: Any, tokenizer: Any, settings: Mapping[str, Any], device: str) -> Any:
-    """lm-eval's model of a causal language model in memory; it adds log-likelihoods in single precision or better."""
+def language_model(model: Any, tokenizer: Any, settings: Mapping[str, Any], device: str, start: bool = True) -> Any:
+    """lm-eval's model of a causal language model in memory; it adds log-likelihoods in single precision or better.
+
+    Args:
+        start: as for :func:`harness`.
+    """
     from lm_eval.models.huggingface import HFLM
 
     class Quiet(HFLM):
@@ -150,7 +170,7 @@ def language_model(model: Any, tokenizer: Any, settings: Mapping[str, Any], devi
                     f"evaluation.max_length = {self.max_length} is too small: a continuation that is scored has "
                     f"{longest} tokens. Set it to {longest} or more (evaluation, or compression.evaluation)."
                 )
-            found = super()._loglikelihood_tokens(requests, *more, **named)
+            found = super()._loglikelihood_tokens(requests, *more, **{**named, "disable_tqdm": True})
             analysis.check_finite(torch.tensor([score for score, _ in found]), "the model's log-likelihoods")
             return found
 
@@ -161,11 +181,16 @@ def language_model(model: Any, tokenizer: Any, settings: Mapping[str, Any], devi
             return super().loglikelihood(requests, disable_tqdm=True)
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> Any:
-            return super().loglikelihood_rolling(requests, disable_tqdm=True)
+            added, self.add_bos_token = self.add_bos_token, False  # the prefix is it already
+            try:
+                return super().loglikelihood_rolling(requests, disable_tqdm=True)
+            finally:
+                self.add_bos_token = added
 
         def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
             return super().generate_until(requests, disable_tqdm=True)
 
+    precise = torch.promote_types(model.dtype, torch.float32)  # lm-eval's own is the model's, whose noise decides ties
     return Quiet(
         pretrained=model,
         tokenizer=tokenizer,
@@ -173,9 +198,9 @@ def language_model(model: Any, tokenizer: Any, settings: Mapping[str, Any], devi
         batch_size=settings["batch_size"],
         max_length=settings["max_length"],
         device=device,
-        softmax_dtype=torch.promote_types(
-            model.dtype, torch.float32
-        ),  # else the model's own, which decides ties by noise
+        softmax_dtype=precise,
+        add_bos_token=None if start else False,
+        prefix_token_id=None if start else tokenizer.eos_token_id,
     )
 
 
@@ -183,6 +208,13 @@ def _finite_logits(_: Any, logits: torch.Tensor) -> torch.Tensor:
     """What ``generate`` calls before it chooses a token; minus infinity forbids a word, NaN is no number."""
     analysis.check_finite(logits.amax(-1), "the model's logits")
     return logits
+
+
+def _start_token(tokenizer: Any, start: bool) -> dict[str, str | None]:
+    ids = {"contexts": tokenizers.start_of(tokenizer) if start else None}
+    known = [tokenizer.bos_token_id] if start and tokenizer.bos_token_id is not None else []
+    ids["rolling"] = [*known, tokenizer.eos_token_id][0]
+    return {what: None if token is None else tokenizer.convert_ids_to_tokens(token) for what, token in ids.items()}
 
 
 def _without_paths(configs: Mapping[str, Any], tasks: Mapping[str, Any]) -> None:
