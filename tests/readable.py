@@ -1,6 +1,6 @@
 """What masa reads: one row for every kind of input, of which the test makes one and the documentation's table is made.
 
-A row is a :class:`Case` in ``CASES``, under the section it belongs to (texts, tokenizers, …). ``READ`` says for a
+A row is a :class:`Case` in ``CASES``, under the section it belongs to (texts, images, …). ``READ`` says for a
 section how a path is read and what of it is compared. ``test_readable.py`` makes and reads every case; ``python
 tests/readable.py`` writes the tables of ``docs/reference/files.md`` anew, between ``<!-- SECTION -->`` and
 ``<!-- end -->``.
@@ -17,6 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import readable_data
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference" / "files.md"
 
@@ -312,6 +314,10 @@ CASES["texts"] = [
         ["one"],
     ),
 ]
+
+
+CASES |= readable_data.cases(Case, file)
+READ |= readable_data.READ
 
 
 def table(section: str) -> str:
