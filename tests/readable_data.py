@@ -275,10 +275,10 @@ def cases(case: type, file: Callable[..., Callable[[Path], Path]]) -> dict[str, 
                 {"classes": ["n01", "n02"], "train": [0, 1], "test": [1]},
             ),
             case(
-                "none of these",
+                "none of these, or still an archive",
                 "refused, with what was looked for",
                 packed,
-                re.compile(r"no file .*train\*\.parquet, nor another layout"),
+                re.compile(r"no file .*train\*\.parquet, nor another layout: .*Unpack cifar-10-python"),
             ),
         ],
         "boxes": [

@@ -298,6 +298,8 @@ def _rows(paths: list[Path], classes: int, rules: Rules, raw: Raw) -> Iterator[S
                         row += 1
                         number = record["image_id"]
                         name = f"{path}, row {row} (image {number})"
+                        if not isinstance(number, int):  # as a double it may be that of another image
+                            raise MasaError(f"{path}, row {row}: image_id {number!r} is not an integer.")
                         if number in seen:
                             raise MasaError(f"{name}: two images have this id.")
                         seen.add(number)
@@ -315,9 +317,12 @@ def _scene(name: str, record: Mapping[str, Any], classes: int, rules: Rules, raw
     objects = record["objects"]
     if isinstance(objects, list):  # a list of structs rather than a struct of lists
         objects = {key: [one.get(key) for one in objects] for key in ("bbox_id", "category", "bbox", "area")}
-    labels = np.array(objects["category"], np.int64)
-    ids = np.array(objects.get("bbox_id") or range(len(labels)), np.int64)
-    corners = np.array(objects["bbox"], np.float64).reshape(-1, 4)
+    try:
+        labels = np.array([_integer(value) for value in objects["category"]], np.int64)
+        ids = np.array([_integer(value) for value in objects.get("bbox_id") or range(len(labels))], np.int64)
+        corners = np.array(objects["bbox"], np.float64).reshape(-1, 4)
+    except (KeyError, TypeError, ValueError) as error:
+        raise MasaError(f"{name}: objects cannot be read ({error}).") from error
     if len(corners) != len(labels):
         raise MasaError(f"{name}: {len(corners)} boxes, but {len(labels)} categories.")
     if (wrong := (labels < 0) | (labels >= classes)).any():

@@ -50,7 +50,9 @@ def read(root: Path, entry: ImageDataset, source: str) -> Raw:
     for layout in LAYOUTS.values():
         if (found := layout(root, entry)) is not None:
             return found
-    raise MasaError(f"{source}: no file {root}/**/train*.parquet, nor another layout: {'; '.join(LAYOUTS)}.")
+    packed = sorted(p.name for p in root.iterdir() if p.name.endswith((".zip", ".tar", ".tgz", ".tar.gz")))
+    mend = f" Unpack {packed[0]} first." if packed else ""
+    raise MasaError(f"{source}: no file {root}/**/train*.parquet, nor another layout: {'; '.join(LAYOUTS)}.{mend}")
 
 
 # -------------------------------------------------------------------------------------------------------- Parquet
