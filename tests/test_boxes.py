@@ -471,3 +471,124 @@ def test_damaged_box_directories(tmp_path):
     (tmp_path / "out" / "manifest.json").write_text('{"classes": [], "splits": {"train": {"images": 3}}}')
     with pytest.raises(MasaError, match="not one of images with boxes"):
         boxed_images.BoxSplit(tmp_path / "out", "train")
+
+
+# ------------------------------------------------------------------------------------- ids, edges and the right way up
+
+
+def renumbered(content, offset):
+    """The same annotations with ids that a double cannot tell apart."""
+    for image in content["images"]:
+        image["id"] += offset
+    for annotation in content["annotations"]:
+        annotation["id"] += offset
+        annotation["image_id"] += offset
+
+
+@pytest.mark.parametrize("offset", [2**53, 2**62, -(2**60)])
+def test_ids_are_exact(offset, layout, tmp_path):
+    read(layout, tmp_path / "a")
+    expected = everything(tmp_path / "a", "test")
+    layout[1](lambda content: renumbered(content, offset), "val")
+    read(layout, tmp_path / "b")
+    found = everything(tmp_path / "b", "test")
+    assert found.keys() == {number + offset for number in expected}
+    for number, boxes_of_one in expected.items():
+        assert np.array_equal(found[number + offset], boxes_of_one)
+    layout[1](lambda content: renumbered(content, 2**63), "val")
+    if offset > 0:
+        with pytest.raises(MasaError, match=r"entry of images cannot be read \(\d+ does not fit into 64 bits\)"):
+            read(layout, tmp_path / "c")
+
+
+def over_the_edge(content):
+    """Three boxes of the first image: one over its right edge by 5 pixels, one beyond it, one that just fits."""
+    width, height = content["images"][0]["width"], content["images"][0]["height"]
+    own, others = [], []
+    for annotation in content["annotations"]:
+        (own if annotation["image_id"] == content["images"][0]["id"] else others).append(annotation)
+    new = [[width - 4.5, 3.0, 9.5, 6.0], [width + 3.0, 2.0, 4.0, 4.0], [0.0, 0.0, float(width), float(height)]]
+    given = [own[0] | {"id": 10_000 + i, "bbox": box, "area": box[2] * box[3]} for i, box in enumerate(new)]
+    given[0]["area"] = 20.0  # of a mask, smaller than the box
+    content["annotations"] = others + given
+
+
+def test_boxes_over_the_edge_are_clipped_or_dropped(layout, tmp_path):
+    layout[1](over_the_edge, "val")
+    with pytest.raises(
+        MasaError, match=r"annotation 10000: the box .* lies outside its image \(outside_boxes: clip cuts"
+    ):
+        read(layout, tmp_path / "a")
+    with pytest.raises(MasaError, match=r"annotation 10001: .* is empty \(empty_boxes: drop"):
+        read(layout, tmp_path / "b", outside_boxes="clip")
+    manifest = read(layout, tmp_path / "c", outside_boxes="clip", empty_boxes="drop")
+    assert (manifest["boxes_clipped"], manifest["empty_boxes_dropped"], manifest["outside_boxes_dropped"]) == (1, 1, 0)
+    split = boxed_images.BoxSplit(tmp_path / "c", "test")
+    width, height = split.size(0)
+    assert split.boxes(0)["xywh"].tolist() == [[width - 4.5, 3.0, 4.5, 6.0], [0.0, 0.0, width, height]]
+    assert split.boxes(0)["area"].tolist() == [20.0, width * height]
+    manifest = read(layout, tmp_path / "d", outside_boxes="drop")
+    assert (manifest["boxes_clipped"], manifest["empty_boxes_dropped"], manifest["outside_boxes_dropped"]) == (0, 0, 2)
+    assert boxed_images.BoxSplit(tmp_path / "d", "test").boxes(0)["xywh"].tolist() == [[0.0, 0.0, width, height]]
+    with pytest.raises(MasaError, match="Did you mean 'clip'"):
+        read(layout, tmp_path / "e", outside_boxes="clipp")
+
+
+def test_a_rounded_box_stays_as_it_is_where_others_are_clipped(layout, tmp_path):
+    """Within a pixel, as before: what is scored was never changed."""
+    layout[1](lambda content: content["annotations"][0].update(bbox=[-0.6, 1.0, 9.0, 7.0], area=60.0), "val")
+    manifest = read(layout, tmp_path / "out", outside_boxes="clip")
+    assert manifest["boxes_clipped"] == 0
+    assert boxed_images.BoxSplit(tmp_path / "out", "test").boxes(0)["xywh"][0].tolist() == [-0.6, 1.0, 9.0, 7.0]
+
+
+def test_boxes_of_parquet_are_clipped_alike(layout, tmp_path):
+    folder, rows = tmp_path / "parquet", {split: rows_of(layout, split) for split in ("train", "val")}
+    width = rows["val"][0]["width"]
+    rows["val"][0]["objects"]["bbox"][0] = [width - 4, 3, width + 5, 9]
+    rows["val"][0]["objects"]["area"][0] = 54.0
+    for split, of_split in rows.items():
+        write_parquet(folder / "default" / split / "0000.parquet", of_split)
+    spec = {"name": "custom", "image_size": 32, "source": f"file:{folder}", "validation_fraction": 0.2}
+    with pytest.raises(MasaError, match="lies outside its image"):
+        prepare(tmp_path / "a", spec)
+    manifest = prepare(tmp_path / "b", spec, outside_boxes="clip")
+    assert manifest["boxes_clipped"] == 1
+    first = boxed_images.BoxSplit(tmp_path / "b", "test").boxes(0)[0]
+    assert first["xywh"].tolist() == [width - 4, 3, 4, 6]
+    assert first["area"] == 24.0
+    assert list(manifest["files"]) == ["default/train/0000.parquet", "default/val/0000.parquet"]
+
+
+def turn(path, orientation, upright):
+    """Store an image so that EXIF's orientation 6 or 8 shows it upright, or as it is with that tag."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    with Image.open(path) as image:
+        pixels = np.asarray(image.convert("RGB"))
+    stored = np.rot90(pixels, {6: 1, 8: -1}[orientation]) if upright else pixels
+    Image.fromarray(np.ascontiguousarray(stored)).save(path, "PNG", exif=exif)
+    return pixels
+
+
+@pytest.mark.parametrize("orientation", [6, 8])
+def test_an_image_that_exif_turns_is_read_upright(orientation, layout, tmp_path):
+    read(layout, tmp_path / "a")
+    for path in (layout[0] / "val2017").iterdir():
+        turn(path, orientation, upright=True)
+    read(layout, tmp_path / "b")
+    before, after = (boxed_images.BoxSplit(tmp_path / name, "test") for name in "ab")
+    assert np.array_equal(before.images, after.images)
+
+
+def test_annotations_of_an_image_as_stored_are_told_from_a_wrong_size(layout, tmp_path):
+    content = json.loads((layout[0] / "annotations/instances_val2017.json").read_text())
+    entry = next(e for e in content["images"] if e["width"] != e["height"])
+    path = layout[0] / "val2017" / entry["file_name"]
+    turn(path, 6, upright=False)
+    width, height = entry["width"], entry["height"]
+    said = (
+        rf"the image is {height} x {width}, the annotations say {width} x {height} .*EXIF's orientation 6 turns it: its"
+    )
+    with pytest.raises(MasaError, match=said):
+        read(layout, tmp_path / "out")

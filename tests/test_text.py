@@ -312,3 +312,176 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
         command = [sys.executable, "-c", code, json.dumps(data), str(tmp_path), str(tokens)]
         peaks.append(int(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
     assert peaks[1] < 1.1 * peaks[0], peaks
+
+
+# -------------------------------------------------------------------------------------------- splits of small corpora
+
+STORY = "".join(f"Line {i} of a story that has no end, and so on.\n" for i in range(200))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "b.txt", "story", "x y.txt", "some-other-name.text"])
+def test_one_text_file_has_two_splits_whatever_it_is_called(name, tmp_path):
+    """By documents where it has several, by position where it is one."""
+    path = tmp_path / name
+    path.write_text(STORY)
+    spec = corpus(path, reader="text")
+    (train,), (held_out,) = read(spec), read(spec, "validation")
+    assert train + held_out == STORY.strip()
+    assert train.endswith("\n") and 0.15 < len(held_out) / len(STORY) < 0.2
+    documents_ = [f"Chapter {i}\n" + STORY[: 100 + i] for i in range(300)]
+    path.write_text("\n\n\n".join(documents_))
+    train, held_out = read(spec), read(spec, "validation")
+    assert sorted(train + held_out) == sorted(d.strip() for d in documents_)
+    assert 30 < len(held_out) < 90
+
+
+@pytest.mark.parametrize("count", range(2, 9))
+def test_a_few_documents_or_files_leave_no_side_empty(count, tmp_path):
+    for kind in ("json", "text", "files"):
+        folder = tmp_path / kind
+        folder.mkdir()
+        texts = [f"document number {i} of {count}" for i in range(count)]
+        if kind == "json":
+            (folder / "a.jsonl").write_text("".join(json.dumps({"content": text}) + "\n" for text in texts))
+        elif kind == "text":
+            (folder / "a.txt").write_text("\n\n\n".join(texts))
+        else:
+            for i, text in enumerate(texts):
+                (folder / f"{i}.txt").write_text(text)
+        for fraction in (0.06, 0.5):
+            spec = corpus(folder, reader=kind if kind != "files" else "text", validation_fraction=fraction)
+            train, held_out = read(spec), read(spec, "validation")
+            assert train and held_out, (kind, fraction)
+            assert sorted(train + held_out) == texts
+            assert sorted(read(spec, "all")) == texts
+
+
+def test_the_same_document_many_times_is_one(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text((json.dumps({"content": "the same words again"}) + "\n") * 5)
+    assert not set(read(corpus(path))) & set(read(corpus(path), "validation"))
+
+
+# --------------------------------------------------------------------------------------------------- rows that are odd
+
+
+def mirrored(tmp_path, write):
+    folder = tmp_path / "org" / "name"
+    folder.mkdir(parents=True)
+    write(folder)
+    return corpus("", source=f"hub:org/name@{'0' * 40}", reader="hub"), str(tmp_path)
+
+
+def rows(count, *odd):
+    made = [{"content": f"row {i}: the quick brown fox"} for i in range(count)]
+    return [*made, *odd, *made]
+
+
+@pytest.mark.parametrize("reader", ["json", "files", "hub"])
+def test_one_odd_row_among_thirty_thousand_is_refused_and_a_null_one_counted(reader, tmp_path, capsys):
+    """And no document comes in quotes: datasets' json loader would make the column one of `Json`."""
+
+    def write(*odd):
+        lines = "".join(json.dumps(row) + "\n" for row in rows(15000, *odd))
+        return lambda folder: (folder / "a.jsonl").write_text(lines)
+
+    spec, mirror = mirrored(tmp_path, write({"content": None}, {"content": None}))
+    file = tmp_path / "org" / "name" / "a.jsonl"
+    spec = spec if reader == "hub" else corpus(file, reader=reader)
+    found = list(documents.read(spec, None, mirror, "all"))
+    assert len(found) == 30000 and set(found) == {row["content"] for row in rows(15000)}
+    assert "a.jsonl: 2 of 30,002 rows hold no text (null); they are passed over" in capsys.readouterr().err
+    for odd, kind in (({"content": 12}, "int"), ({"content": {"a": 1}}, "dict"), ({"content": ["a"]}, "list")):
+        write(odd)(file.parent)
+        with pytest.raises(masa.MasaError, match=rf"a\.jsonl, line 15001: 'content' is {kind}, expected text.*column"):
+            list(documents.read(spec, None, mirror, "all"))
+
+
+def test_parquet_from_the_hub_with_nulls_and_with_a_column_of_json(tmp_path, capsys):
+    import datasets
+
+    datasets.disable_progress_bars()
+    texts = ["one", None, 'say "two"', "three"]
+
+    def write(folder):
+        rows_ = [{"content": text, "n": i} for i, text in enumerate(texts)]
+        plain = datasets.Dataset.from_list(rows_)
+        kept = datasets.Features({"content": datasets.Json(), "n": datasets.Value("int64")})
+        plain.to_parquet(folder / "train-0.parquet")
+        datasets.Dataset.from_list(rows_, features=kept).to_parquet(folder / "train-1.parquet")
+        plain.to_parquet(folder / "test-0.parquet")
+
+    spec, mirror = mirrored(tmp_path, write)
+    assert sorted(documents.read(spec, None, mirror, "all")) == sorted([t for t in texts if t] * 2)
+    assert capsys.readouterr().err.count("1 of 4 rows hold no text") == 2
+    assert len(list(documents.read(spec | {"hub_split": "test"}, None, mirror, "all"))) == 3
+    with pytest.raises(masa.MasaError, match=r"split 'tset' does not exist\. Did you mean 'test'"):
+        list(documents.read(spec | {"hub_split": "tset"}, None, mirror, "all"))
+    with pytest.raises(masa.MasaError, match=r"BuilderConfig 'no' not found.*Name one of its subsets"):
+        list(documents.read(spec | {"subset": "no"}, None, mirror, "all"))
+
+
+def test_a_readers_format_that_the_file_has_not_is_said(tmp_path):
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({"content": ["a"]}), tmp_path / "a.parquet")
+    with pytest.raises(
+        masa.MasaError, match=r"a\.parquet is parquet, not json: set the reader to parquet, or to files"
+    ):
+        read(corpus(tmp_path / "a.parquet"))
+    assert read(corpus(tmp_path / "a.parquet", reader="files"), "all") == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ('[\n{"content": "a"},\n{"content": 3}\n]', 3),
+        ('[\n{"content": "a"},\n\n{"content": }\n]', 4),
+        ('[{"content": "a"},\n{"content": "b"}', 2),
+        ('[{"content": "a"}]\n{"content": "b"}', 2),
+        ('{\n"content": "a"\n}\n{\n"content": null,\n]', 6),
+    ],
+)
+def test_a_fault_in_json_that_is_not_of_lines_is_told_with_its_line(text, line, tmp_path):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(masa.MasaError, match=rf"a\.json.*line {line}: "):
+        read(corpus(tmp_path / "a.json"), "all")
+
+
+def test_an_array_of_any_size_costs_the_memory_of_a_few_rows(tmp_path, monkeypatch):
+    """An array on one line, forty times as long as what is read at once."""
+    from masa.data import json_stream
+
+    monkeypatch.setattr(json_stream, "CHUNK", 1000)
+    longest = 0
+    more = json_stream._Stream.more
+
+    def watched(stream):
+        nonlocal longest
+        more(stream)
+        longest = max(longest, len(stream.text))
+
+    monkeypatch.setattr(json_stream._Stream, "more", watched)
+    (tmp_path / "a.json").write_text(json.dumps(rows(600)))
+    assert len(read(corpus(tmp_path / "a.json"), "all")) == 1200
+    assert 1000 <= longest < 3000 < (tmp_path / "a.json").stat().st_size / 15
+
+
+def test_a_parquet_file_of_one_large_group_is_read_bit_by_bit(tmp_path):
+    """In a process of its own: a group of 80 MB of text costs a fraction of it."""
+    import subprocess
+    import sys
+
+    import pyarrow.parquet
+
+    generator = np.random.default_rng(0)
+    texts = [generator.bytes(4000).hex() for _ in range(10000)]
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet", row_group_size=10**6)
+    code = (
+        "import sys, resource, pyarrow.parquet; from masa.data.texts import Documents\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
+        "before = peak(); count = sum(1 for _ in Documents(sys.argv[1])); print(count, peak() - before)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "a.parquet")]
+    count, more = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert int(count) == 10000 and float(more) < 40

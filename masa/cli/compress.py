@@ -12,6 +12,14 @@ from masa.cli.train import benchmarks_of
 from masa.compression.names import GRADIENT_SAMPLES, METHODS, needs_gradients
 from masa.study import compressions
 
+TEXTS = "a file, folder or glob of JSON, Parquet, Arrow, CSV or plain text (.gz, .zst too), or hub:ORG/NAME[@COMMIT]"
+
+
+def _add_where(v: argparse.ArgumentParser) -> None:
+    v.add_argument("--column", metavar="NAME", help="that holds the text (default: text, content, page or messages)")
+    v.add_argument("--subset", metavar="NAME", help="of a data set on the hub")
+    v.add_argument("--split", metavar="NAME", help="of a data set on the hub (default train), or of a folder")
+
 
 def add(verbs: Verbs) -> None:
     """Add the verbs of this module."""
@@ -23,7 +31,8 @@ def add(verbs: Verbs) -> None:
         gpu=True,
     )
     v.add_argument("model", metavar="MODEL", help="folder, GGUF file, or ORG/NAME on the hub with --revision")
-    v.add_argument("--text", required=True, metavar="FILE", help="plain text, or JSON lines with text, content or page")
+    v.add_argument("--text", required=True, metavar="FILE", help=f"to calibrate on: {TEXTS}")
+    _add_where(v)
     v.add_argument("--samples", type=int, default=64, help="sequences (default 64; the paper's size is 256)")
     v.add_argument("--length", type=int, help="tokens a sequence (default 512, at most all positions; paper: 2048)")
     v.add_argument("--gradient-samples", type=int, default=0, help="sequences for the *-fisher methods (default 0)")
@@ -35,6 +44,11 @@ def add(verbs: Verbs) -> None:
     v.add_argument("--revision", metavar="COMMIT", help="of a model on the hub")
     v.add_argument("--out", "--output", required=True, metavar="DIR")
 
+    _add_compress(verbs)
+    _add_sweep(verbs)
+
+
+def _add_compress(verbs: Verbs) -> None:
     v = verbs.add(
         "compress",
         _compress,
@@ -47,17 +61,20 @@ def add(verbs: Verbs) -> None:
     v.add_argument("--reduction", type=float, default=0.2, help="fraction of attention to save (default 0.2)")
     data = v.add_mutually_exclusive_group()
     data.add_argument("--calibration", metavar="DIR", help="what `masa calibrate` wrote")
-    data.add_argument("--text", metavar="FILE", help="calibrate on it in passing (64 x 512 tokens)")
+    data.add_argument("--text", metavar="FILE", help="calibrate on it in passing (64 x 512 tokens); as for calibrate")
     v.add_argument("--projections", default="qkvo", help="letters to compress (default qkvo; all linears: qkvogud)")
     v.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="of the method: ranks=global")
     v.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda:1, …")
     v.add_argument("--json", action="store_true", help="print the whole account as JSON")
     v.add_argument("--plain", action="store_true", help="write an ordinary Hugging Face folder instead of factors")
-    v.add_argument("--evaluate", metavar="FILE", help="documents for the perplexity before and after")
+    v.add_argument("--evaluate", metavar="FILE", help="documents for the perplexity before and after; as --text")
+    _add_where(v)
     v.add_argument("--threads", type=int, help="CPU threads (default: all)")
     v.add_argument("--revision", metavar="COMMIT", help="of a model on the hub")
     v.add_argument("--out", "--output", required=True, metavar="DIR")
 
+
+def _add_sweep(verbs: Verbs) -> None:
     v = verbs.add(
         "sweep",
         _sweep,
@@ -84,6 +101,7 @@ def _calibrate(given: argparse.Namespace) -> None:
         given.text,
         samples=given.samples,
         length=given.length,
+        **_where(given),
         seed=given.seed,
         revision=given.revision,
         projections=given.projections,
@@ -95,6 +113,11 @@ def _calibrate(given: argparse.Namespace) -> None:
     print(json.dumps(summary, indent=1, default=str))
 
 
+def _where(given: argparse.Namespace) -> dict[str, Any]:
+    """Where in a source of texts the texts are."""
+    return {"column": given.column, "subset": given.subset, "split": given.split}
+
+
 def _compress(given: argparse.Namespace) -> None:
     import tempfile
 
@@ -104,7 +127,7 @@ def _compress(given: argparse.Namespace) -> None:
 
     options = dict(option.partition("=")[::2] for option in given.option)
     shared = {"projections": given.projections, "threads": given.threads, "device": given.device}
-    shared |= {"revision": given.revision}
+    shared |= {"revision": given.revision, **_where(given)}
     with tempfile.TemporaryDirectory() as folder:
         if given.text:
             gradients = GRADIENT_SAMPLES if needs_gradients(given.method) else 0

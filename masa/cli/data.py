@@ -78,6 +78,7 @@ def _fetch(given: argparse.Namespace) -> None:
     from masa.data import benchmarks
 
     spec = spec_of(given, benchmarks_spec, "fetch")
+    benchmarks.check(spec["tasks"])
     records = benchmarks.prepare(spec["tasks"], spec["sources"], Path(spec["cache"]), spec["mirror"], Path(given.out))
     for task, record in records.items():
         print(f"{task}: {record.get('source') or 'unavailable: ' + record['unavailable']}", file=sys.stderr)

@@ -11,10 +11,11 @@ import torch
 
 from masa.compression.api import compress
 from masa.compression.base import make_compressor
-from masa.compression.calibration.texts import load_tokens, read_documents
+from masa.compression.calibration.texts import load_tokens
 from masa.compression.names import GRADIENT_SAMPLES, needs_gradients
 from masa.compression.scoring import perplexity
 from masa.compression.terminal import terminal
+from masa.data.texts import Documents, template_of
 from masa.errors import MasaError
 from masa.models.pretrained import load_pretrained, save_plain
 from masa.runs.files import whole_folder
@@ -38,6 +39,9 @@ def run_compress(
     options: Mapping[str, Any] | None = None,
     plain: bool = False,
     evaluate: str | Path | Sequence[str] | None = None,
+    column: str | None = None,
+    subset: str | None = None,
+    split: str | None = None,
     window: int = 512,
     batch_size: int = 4,
     threads: int | None = None,
@@ -58,6 +62,7 @@ def run_compress(
         options: further hyperparameters of the method.
         plain: write a folded folder, which needs no masa to load, instead of the factored checkpoint.
         evaluate: documents (as for :func:`masa.compression.run_calibrate`) for perplexity before and after.
+        column, subset, split: of these documents, as there.
         window: at most this many tokens of a window for it; windows do not overlap.
         batch_size: samples at once, where the model runs.
         threads: of the CPU; by default torch's own choice.
@@ -82,12 +87,15 @@ def run_compress(
             f"{compressor.name!r} needs calibration statistics: make them with `masa calibrate {model} --text FILE "
             f"{gradients}--out statistics`, then pass --calibration statistics."
         )
-    documents = read_documents(evaluate) if evaluate is not None else None
+    where = {"column": column, "subset": subset, "split": split}
+    documents = Documents(evaluate, **where).check() if evaluate is not None else None
     _check_output(Path(output))
     with whole_folder(Path(output)) as folder:
         loaded, tokenizer = load_pretrained(model, revision=revision, device=device)
         if documents and tokenizer is None:
             raise MasaError(f"{model} holds no tokenizer, which evaluation on text needs.")
+        if documents:
+            documents.chat = template_of(tokenizer)
         tokens = load_tokens(calibration) if calibration is not None else None
         window = min(window, getattr(loaded.config, "max_position_embeddings", window))
         scores = {}

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from masa.data import tokenizers
 from masa.errors import MasaError
+
+GROUP = 4096
+"""Documents whose windows are in memory at once."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,7 @@ class Perplexity:
         nll: summed negative log-likelihood, in nats.
         tokens, words, documents: scored.
         window, stride: tokens of a window, and how far it moves; ``stride == window`` means no overlap.
+        start_token: that a document's first token is predicted from; it is never scored.
         nll_by_document, tokens_by_document: their parts, for paired comparisons.
     """
 
@@ -36,6 +42,7 @@ class Perplexity:
     documents: int
     window: int
     stride: int
+    start_token: str
     nll_by_document: list[float]
     tokens_by_document: list[int]
 
@@ -47,7 +54,7 @@ class Perplexity:
 def perplexity(
     model: nn.Module,
     tokenizer: Any,
-    documents: Sequence[str],
+    documents: Iterable[str],
     *,
     window: int = 512,
     stride: int | None = None,
@@ -57,14 +64,15 @@ def perplexity(
     """Score every token of every document exactly once.
 
     A document is preceded by the tokenizer's start token (the end token where it has none), so that its first token is
-    predicted too. It is cut into windows of ``window`` tokens that begin ``stride`` apart; where windows overlap, a
-    token is scored in the first that holds it, so from the second window on every scored token has at least
-    ``window - stride`` tokens of context.
+    predicted too; the start token itself is never scored, here and in :func:`masa.evaluation.language.harness`. A
+    document is cut into windows of ``window`` tokens that begin ``stride`` apart; where windows overlap, a token is
+    scored in the first that holds it, so from the second window on every scored token has at least ``window - stride``
+    tokens of context.
 
     Args:
         model: a causal LM.
         tokenizer: its tokenizer.
-        documents: texts.
+        documents: texts; of an iterable that can be gone through again, at most :data:`GROUP` are in memory at once.
         window: at most the model's ``max_position_embeddings``.
         stride: 1 .. window; by default ``window``, no overlap.
         batch_size: windows that run at once.
@@ -76,21 +84,61 @@ def perplexity(
     Raises:
         MasaError: no documents, a window or stride that does not fit, or a model that yields NaN.
     """
+    documents = list(documents) if isinstance(documents, Iterator) else documents
     if isinstance(documents, str) or not any(document.split() for document in documents):
         raise MasaError("perplexity needs a list of documents with at least one word.")
     stride = window if stride is None else stride
     limit = getattr(model.config, "max_position_embeddings", window)
     if not 1 <= stride <= window <= limit:
         raise MasaError(f"Need 1 <= stride <= window <= {limit}, got stride = {stride}, window = {window}.")
-    prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if prefix is None:
-        raise MasaError("The tokenizer has neither a start nor an end token to predict the first token from.")
+    prefix = tokenizers.first_of(tokenizer)
+    nll: list[float] = []
+    counts: list[int] = []
+    words = size = 0
+    left = iter(documents)
+    while group := list(itertools.islice(left, GROUP)):
+        losses, scored = _score(model, tokenizer, group, prefix, window, stride, batch_size, progress)
+        nll, counts = nll + losses, counts + scored
+        words += sum(len(document.split()) for document in group)
+        size += sum(len(document.encode()) for document in group)
+    total, tokens = sum(nll), sum(counts)
+    if not math.isfinite(total):
+        raise MasaError("The model's likelihood is not finite; its weights or the documents are broken.")
+    return Perplexity(
+        token_perplexity=_exp(total / tokens),
+        word_perplexity=_exp(total / words),
+        byte_perplexity=_exp(total / size),
+        nll=total,
+        tokens=tokens,
+        words=words,
+        documents=len(nll),
+        window=window,
+        stride=stride,
+        start_token=tokenizer.convert_ids_to_tokens(prefix),
+        nll_by_document=[round(x, 4) for x in nll],
+        tokens_by_document=counts,
+    )
+
+
+def _score(
+    model: nn.Module,
+    tokenizer: Any,
+    documents: Sequence[str],
+    prefix: int,
+    window: int,
+    stride: int,
+    batch_size: int,
+    progress: Callable[[str, int, int], None],
+) -> tuple[list[float], list[int]]:
+    """Negative log-likelihood of each document, in nats, and how many of its tokens were scored."""
     windows: list[tuple[Tensor, Tensor]] = []
     owner: list[int] = []
     for index, document in enumerate(documents):
         ids = tokenizer(document, add_special_tokens=False)["input_ids"]
         windows += _windows([prefix, *ids], window, stride)
         owner += [index] * (len(windows) - len(owner))
+    if not windows:
+        return [0.0] * len(documents), [0] * len(documents)
     _check_ids(windows, model)
     device, nll, counts = model.get_input_embeddings().weight.device, [0.0] * len(documents), [0] * len(documents)
     order = sorted(range(len(windows)), key=lambda i: -len(windows[i][0]))  # equal lengths together
@@ -106,23 +154,7 @@ def perplexity(
             nll[owner[i]] += loss
             counts[owner[i]] += scored
     progress("scoring", len(order), len(order))
-    total, tokens = sum(nll), sum(counts)
-    words = sum(len(document.split()) for document in documents)
-    if not math.isfinite(total):
-        raise MasaError("The model's likelihood is not finite; its weights or the documents are broken.")
-    return Perplexity(
-        token_perplexity=_exp(total / tokens),
-        word_perplexity=_exp(total / words),
-        byte_perplexity=_exp(total / sum(len(document.encode()) for document in documents)),
-        nll=total,
-        tokens=tokens,
-        words=words,
-        documents=len(documents),
-        window=window,
-        stride=stride,
-        nll_by_document=[round(x, 4) for x in nll],
-        tokens_by_document=counts,
-    )
+    return nll, counts
 
 
 def _check_ids(windows: Sequence[tuple[Tensor, Tensor]], model: nn.Module) -> None:

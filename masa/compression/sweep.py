@@ -24,7 +24,7 @@ from masa.compression.healing.heal import heal
 from masa.compression.names import ORIGINAL, modules
 from masa.compression.run import terminal
 from masa.compression.scoring import perplexity
-from masa.data import excerpts
+from masa.data import excerpts, task_data
 from masa.errors import MasaError
 from masa.evaluation import language
 from masa.models.pretrained import load_pretrained
@@ -69,11 +69,13 @@ def sweep(
     }
     compressor = None if spec["method"] == ORIGINAL else make_compressor(spec["method"], **spec["options"])
     code, records = fingerprint(*modules(spec["method"])), {}
+    tasks = task_data.current({t: tasks[t] for t in spec["evaluation"]["tasks"] if t in tasks})
     with run.exclusive(out, wait=True):  # what another process has finished by then is not done again
         for percent in spec["reductions"]:
             chosen = {k: v for k, v in spec.items() if k not in ("reductions", "tasks_at")}
             chosen["tasks"] = [t for t in spec["evaluation"]["tasks"] if percent in spec["tasks_at"]]
-            identity = run.digest([chosen, percent, inputs, code, {t: tasks.get(t) for t in chosen["tasks"]}])
+            data = {t: task_data.public(tasks[t]) if t in tasks else None for t in chosen["tasks"]}
+            identity = run.digest([chosen, percent, inputs, code, data])
             file = out / f"{percent:g}" / "metrics.json"
             if not (file.is_file() and run.read_json(file).get("identity") == identity):
                 wanted = {t: tasks[t] for t in chosen["tasks"] if t in tasks}
@@ -172,9 +174,8 @@ def _one(
         "corpus": {"loss": held_out["nll"] / held_out["tokens"], **held_out},
         "texts": scores,
         "text_data": {n: {k: v for k, v in r.items() if k != "documents"} for n, r in documents.items()},
-        "tasks": {t: language.scores(raw["results"][t]) for t in tasks if t in raw["results"]},
-        "task_data": {t: {k: v for k, v in r.items() if k != "path"} for t, r in tasks.items()},
-        "examples": {t: raw["examples"][t] for t in tasks if t in raw["examples"]},
+        **language.scored(raw, tasks),
         "lm_eval": json.loads(json.dumps(raw, default=str)),
         "settings": dict(settings),
+        "start_token": raw.get("start_token"),
     }

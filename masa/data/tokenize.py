@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from masa.data import documents, sources
-from masa.data.tokens import load_tokenizer
+from masa.data import documents, sources, tokenizers
+from masa.data.texts import template_of
+from masa.data.tokenizers import load_tokenizer
 from masa.errors import MasaError
 from masa.runs import files
 from masa.runs.fingerprint import fingerprint
@@ -24,6 +25,7 @@ from masa.runs.progress import Progress
 from masa.runs.run import write_json
 
 EOS = "</s>"
+VOCAB = "data.tokenizer.vocab_size"
 BATCH = 256
 """Documents that are encoded at once."""
 SHARD = 2**26
@@ -41,7 +43,7 @@ def make_tokenizer(data: Mapping[str, Any], cache: Path, mirror: str | None, out
     if len(tokenizer) != spec["vocab_size"]:
         raise MasaError(
             f"The tokenizer {spec['source']!r} has {len(tokenizer)} tokens, but data.tokenizer.vocab_size is "
-            f"{spec['vocab_size']}. " + ("Give it more training_bytes." if spec["source"] == "train" else "Correct it.")
+            f"{spec['vocab_size']}. Correct it."
         )
     if tokenizer.eos_token_id is None:
         raise MasaError(f"The tokenizer {spec['source']!r} has no end-of-sequence token, which separates documents.")
@@ -81,13 +83,22 @@ def _train(data: Mapping[str, Any], cache: Path, mirror: str | None) -> Any:
                 return
 
     tokenizer.train_from_iterator(texts(), trainer)
+    found, wanted, limit = tokenizer.get_vocab_size(), trainer.vocab_size, data["tokenizer"].get("training_bytes")
+    if found > wanted:
+        raise MasaError(f"data.tokenizer.vocab_size = {wanted} is too small: bytes and {EOS} alone are {found} tokens.")
+    if found < wanted:
+        mend = "Raise data.tokenizer.training_bytes"
+        if left > 0:
+            mend = f"That is all of the training text ({data['corpus']['source']}): it is too little. Give more text"
+        read = f"{(limit or 2**62) - left:,} bytes of training documents"
+        raise MasaError(f"{read} give {found:,} tokens, but {VOCAB} is {wanted:,}. {mend}, or lower {VOCAB}.")
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS)
 
 
 def _pretrained(source: str, mirror: str | None) -> Any:
     parsed = sources.parse(source)
     if parsed.scheme == "hub":
-        path = sources.snapshot(parsed, mirror, ["tokenizer*", "special_tokens_map.json", "config.json"])
+        path = sources.snapshot(parsed, mirror, tokenizers.PATTERNS)
     elif parsed.scheme == "mirror":
         path = sources.mirror_root(mirror, source) / parsed.name
     else:
@@ -116,9 +127,10 @@ def tokenize(
         "tokens": tokens,
         "code": fingerprint("masa.data.tokenize"),
     }
-    held_out = documents.read(corpus, cache, mirror, "validation")
+    chat = template_of(tokenizer)
+    held_out = documents.read(corpus, cache, mirror, "validation", chat=chat)
     validation = _write_validation(held_out, tokenizer, corpus["validation_tokens"], dtype, out)
-    stream = documents.read(corpus, cache, mirror, "train")
+    stream = documents.read(corpus, cache, mirror, "train", chat=chat)
     train = _write_train(stream, tokenizer, tokens, dtype, out, identity, str(corpus["source"]))
     manifest = {
         **{k: identity[k] for k in ("corpus", "tokenizer")},

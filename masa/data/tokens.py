@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from masa.data.tokenizers import load_tokenizer as load_tokenizer
 from masa.errors import MasaError
 from masa.runs import files, run
 
@@ -19,25 +20,6 @@ def some(items: range, place: Callable[[int], str], unit: str, most: int = 8) ->
     """Name the first few of a range of items, for messages: ``items 0 to 3: blocks 7, 2, 0, 5``."""
     named = ", ".join(place(item) for item in items[:most])
     return f"items {items.start} to {items.stop - 1}: {unit} {named}{', …' * (len(items) > most)}"
-
-
-def load_tokenizer(directory: Path) -> Any:
-    """The tokenizer in a directory, and never one of the same name on the hub.
-
-    Raises:
-        MasaError: there is none, or it cannot be read.
-    """
-    from transformers import AutoTokenizer
-
-    if not (directory / "tokenizer.json").is_file():
-        raise MasaError(f"{directory} holds no tokenizer.json; make one with `masa tokenizer --out {directory}`.")
-    try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # of a corrupt tokenizer.json the reader raises nothing more particular
-        raise MasaError(
-            f"No tokenizer could be read from {directory / 'tokenizer.json'} ({error}); make it anew with "
-            "`masa tokenizer`."
-        ) from error
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:

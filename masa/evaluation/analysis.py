@@ -26,6 +26,22 @@ def effective_rank(weight: Tensor) -> float:
     return float(torch.exp(-(p * p.clamp_min(1e-12).log()).sum()))
 
 
+def check_finite(numbers: Tensor, what: str) -> None:
+    """See that what a model gives are numbers: comparisons with NaN are false, so that a broken model would be scored.
+
+    Args:
+        what: names them, in the plural.
+
+    Raises:
+        MasaError: one is NaN or infinite.
+    """
+    if not (finite := torch.isfinite(numbers)).all():
+        raise MasaError(
+            f"{what} are not finite ({int((~finite).sum())} of {finite.numel()}): nothing is scored. Its weights are "
+            "broken, or too large for the dtype it runs in."
+        )
+
+
 @torch.no_grad()
 def describe_weights(model: nn.Module) -> dict[str, Any]:
     """Effective rank of every attention matrix, mean \\|cos\\| between layers, and MASA's coefficients.
@@ -77,5 +93,7 @@ def read_run(run_dir: Path, manifest: Mapping[str, Any], out: Path) -> nn.Module
     found = count_parameters(model).attention
     if found != expected:
         raise MasaError(f"{run_dir / 'model'} holds {found} attention numbers, its manifest says otherwise.")
+    for name, parameter in model.named_parameters():
+        check_finite(parameter, f"{run_dir / 'model'}: weights of {name}")
     run.write_json(out / "weights.json", describe_weights(model))
     return model.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -51,6 +51,8 @@ def evaluate(run_dir: Path, boxes: Path, settings: Mapping[str, Any], out: Path)
     torch.set_num_threads(spec["training"]["threads"])
     model = analysis.read_run(run_dir, record, out)
     found = detect(model, split, settings["batch_size"], settings["limit"])
+    for what, numbers in (("scores", found.scores), ("boxes", found.boxes)):
+        analysis.check_finite(numbers, f"{run_dir / 'model'}: {what}")
     chosen = range(min(-(-settings["examples"] // 2), len(found.boxes)))
     _draw([split.images[i] for i in chosen], out / "examples.png")
     metrics = {

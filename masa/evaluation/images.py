@@ -50,6 +50,7 @@ def evaluate(run_dir: Path, images: Path, settings: Mapping[str, Any], out: Path
     torch.set_num_threads(spec["training"]["threads"])
     model = fold(analysis.read_run(run_dir, record, out))  # three products for one fused q, k, v take a tenth longer
     found = predict(model, split, settings["batch_size"], settings["limit"])
+    analysis.check_finite(found.logits, f"{run_dir / 'model'}: logits")
     chosen = _examples(found, settings["examples"])
     _draw([split.images[i] for i in chosen], out / "examples.png")
     metrics = {

@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from masa.data.tokenizers import load_tokenizer
 from masa.errors import MasaError
 from masa.export.gguf import EXTRA
 from masa.export.source import Source
@@ -122,10 +123,10 @@ def check(file: Path, plain: Path, dtype: str, prompts: tuple[str, ...] = PROMPT
         MasaError: a text is split otherwise, or a greedy token is another and no near tie; the message shows it.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     print("export: transformers and llama.cpp continue the same texts", file=sys.stderr, flush=True)
-    tokenizer = AutoTokenizer.from_pretrained(plain, local_files_only=True, trust_remote_code=False)
+    tokenizer = load_tokenizer(plain)
     tokenizer.model_max_length = 10**9  # no warning: the texts are split, not read
     model = AutoModelForCausalLM.from_pretrained(
         plain, dtype=torch.float32, local_files_only=True, trust_remote_code=False

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from masa.data import sources
+from masa.data import sources, tokenizers
 from masa.errors import MasaError, unknown
 from masa.models.reading import check_finite, check_gguf, read_folder
 from masa.runs import files
@@ -229,11 +229,4 @@ def _load_folder(folder: Path, dtype: torch.dtype | None) -> nn.Module:
 
 
 def _load_tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # of a corrupt tokenizer.json the reader raises nothing more particular
-        raise MasaError(f"No tokenizer could be read from {folder} ({error}); fetch it again.") from error
+    return tokenizers.load_tokenizer(folder) if tokenizers.has_tokenizer(folder) else None

@@ -66,7 +66,7 @@ def build(
             "embed_dim": full["hidden_size"],
             "depth": full["num_layers"],
             "num_heads": full["num_attention_heads"],
-            "mlp_ratio": full["intermediate_size"] / full["hidden_size"],
+            "mlp_ratio": _ratio(full["intermediate_size"], full["hidden_size"]),
             "class_token": full["global_pool"] == "token",
             **{k: full[k] for k in ("global_pool", "drop_rate", "attn_drop_rate", "drop_path_rate")},
         },
@@ -84,6 +84,12 @@ def build(
         },
     )
     return share(TimmWrapperForImageClassification(config), sharing)
+
+
+def _ratio(wide: int, width: int) -> float:
+    """The ratio by which timm gets ``wide`` from ``width``: it rounds their product down, 448 x (488 / 448) to 487."""
+    exact = wide / width
+    return exact if int(width * exact) == wide else (wide + 0.5) / width
 
 
 def plain(model: nn.Module) -> nn.Module:

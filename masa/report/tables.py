@@ -194,6 +194,7 @@ def note_for(spec: Mapping[str, Any], results: Path) -> str:
     if vision_tables.is_vision(first):
         return vision_tables.note(spec, results)
     parts = compression_tables.notes(first) if "reduction" in spec["rows"][0] else [NOTE]
+    parts += spec.get("left_out", [])
     scales = {(row["scale"], row["paper"].get("scale")) for row in spec["rows"]}
     for scale, other in sorted(scales, key=str):
         if other and scale != other and "paper" in spec:

@@ -59,7 +59,9 @@ def artefact_spec(config: Config, kind: str, name: str) -> dict[str, Any]:
         if compressions.is_compression(config, artefact)
         else _rows(config, artefact)
     )
-    return {k: v for k, v in artefact.items() if k not in ("grid", "experiments")} | {"name": name, "rows": rows}
+    spec = {k: v for k, v in artefact.items() if k not in ("grid", "experiments")} | {"name": name, "rows": rows}
+    lacking = experiments.left_out(config, [artefact])
+    return spec | ({"left_out": lacking} if lacking else {})
 
 
 def _rows(config: Config, artefact: Config) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from masa.data import sources
+from masa.data import sources, task_names
 from masa.data.benchmarks import BENCHMARKS
 from masa.errors import MasaError, unknown
 from masa.evaluation.metrics import METRIC_NAMES
@@ -67,14 +67,21 @@ def _check_sources(config: Config) -> None:
 
 
 def _check_tasks(config: Config) -> None:
-    if "hub" not in config["evaluation"]["sources"]:  # the hub may have tasks that we do not know
-        for where, tasks in (
-            ("tasks", config["evaluation"]["tasks"]),
-            ("limit_per_task", config["evaluation"]["limit_per_task"]),
-        ):
-            for task in tasks:
-                if task not in BENCHMARKS:
-                    raise unknown(f"evaluation.{where}: task", task, BENCHMARKS)
+    """Every task is one of lm-eval's, and may be had from some source."""
+    section = config["evaluation"]
+    for where, tasks in (("tasks", section["tasks"]), ("limit_per_task", section["limit_per_task"])):
+        for task in tasks:
+            if task in BENCHMARKS:
+                continue
+            if not task_names.folder():  # lm-eval is not installed here
+                raise unknown(f"evaluation.{where}: task", task, BENCHMARKS)
+            if task not in task_names.defined():
+                raise task_names.no_task(task, f"evaluation.{where}")
+            if set(section["sources"]) == {"pypi"}:
+                raise MasaError(
+                    f"evaluation.{where}: pip has no data of {task}; add mirror or hub to evaluation.sources, or "
+                    f"choose of {', '.join(name for name, known in BENCHMARKS.items() if known.wheel)}."
+                )
 
 
 def _check_artefacts(config: Config) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,19 @@ def load(overlays: Iterable[str | Path] = (), root: Path = PROJECT) -> Config:
         except RecursionError as error:
             raise MasaError(f"{path} nests too deeply, or an anchor of it stands within itself.") from error
     check(config)
+    say_left_out(config)
     return config
+
+
+_said: set[str] = set()
+
+
+def say_left_out(config: Config) -> None:
+    """Say on stderr which runs cannot exist at their scales, each once a process."""
+    for sentence in experiments.left_out(config):
+        if sentence not in _said:
+            _said.add(sentence)
+            print(sentence, file=sys.stderr)
 
 
 def _read_yaml(path: Path) -> Config:

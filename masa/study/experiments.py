@@ -5,6 +5,7 @@ A run is ``{scale}/{experiment}/seed{n}``; its spec is everything that decides i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,15 @@ MANY = 24
 
 
 def active(config: Config, kind: str) -> dict[str, Config]:
-    """The tables or figures whose grid has at least one scale or pretrained model."""
+    """The tables or figures whose grid has at least one scale or pretrained model, and that something is left of where
+    experiments cannot exist at their scales (:func:`misfit`)."""
     grids = {name: grid.get("scales") or grid.get("pretrained") for name, grid in config["grids"].items()}
-    return {n: a for n, a in config[kind].items() if a and grids[a["grid"]]}
+    return {n: a for n, a in config[kind].items() if a and grids[a["grid"]] and not _all_left_out(config, a)}
+
+
+def _all_left_out(config: Config, artefact: Config) -> bool:
+    pairs = _pairs(config, artefact)
+    return bool(pairs) and all(misfit(config, *pair) for pair in pairs)
 
 
 def artefact_runs(config: Config, artefact: Config) -> list[str]:
@@ -40,7 +47,7 @@ def artefact_runs(config: Config, artefact: Config) -> list[str]:
 
 
 def experiments_at(config: Config, names: Iterable[str], scale: str, possible: bool = False) -> list[str]:
-    """Those of some experiments that are made at one scale.
+    """Those of some experiments that are made at one scale: not those that :func:`misfit` says cannot exist there.
 
     Args:
         possible: also leave out what that kind of model cannot have: grouped heads in vision.
@@ -49,8 +56,67 @@ def experiments_at(config: Config, names: Iterable[str], scale: str, possible: b
     return [
         name
         for name in names
-        if scale in (entry := config["experiments"][name]).get("only", [scale])
-        and not (grouped and getattr(METHODS.get(entry["method"]), "source", None) == "grouped_heads")
+        if _wanted_at(config["experiments"][name], scale)
+        and not (
+            grouped and getattr(METHODS.get(config["experiments"][name]["method"]), "source", "") == "grouped_heads"
+        )
+        and not misfit(config, name, scale)
+    ]
+
+
+def _wanted_at(entry: Mapping[str, Any], scale: str) -> bool:
+    return scale in entry.get("only", [scale])
+
+
+def misfit(config: Config, name: str, scale: str) -> str:
+    """Why an experiment cannot exist at a scale, with the mend; empty where it can.
+
+    A number that is written relative to the model, as ``H/6``, is meant for many scales, and some have no such whole
+    number. One that is written out is meant as it stands, and wrong where it does not fit (:func:`run_spec`).
+    """
+    model = sizes(config)[scale]["model"]
+    known = {"L": model["num_layers"], "d": model["hidden_size"], "H": model["num_attention_heads"]}
+    sharing = _sharing_at(config["experiments"][name], scale)
+    for key, value in (METHODS[sharing["method"]].defaults | sharing).items():
+        for number in value.values() if isinstance(value, Mapping) else [value]:
+            found = re.fullmatch(r"([LdH])/([1-9]\d*)", str(number)) if key in RELATIVE else None
+            if found and (size := known[found[1]]) % int(found[2]):
+                fits = [n for n in range(1, size + 1) if size % n == 0]
+                nearest = min((abs(n - size / int(found[2])), n) for n in fits)[1]
+                return (
+                    f"{key} = {number!r} is not an integer there: {found[1]} = {size}. To make it, set "
+                    f"experiments.{name}.per_scale.{scale}: {{{key}: {nearest}}} (or another of {fits})."
+                )
+    return ""
+
+
+RELATIVE = ("atoms", "sets", "num_key_value_heads")
+"""Numbers of a sharing spec that must come out whole where they are written as a part of the model (a rank is rounded).
+"""
+
+
+def left_out(config: Config, artefacts: Iterable[Config] | None = None) -> list[str]:
+    """A sentence for every experiment that a table or figure names and that cannot exist at a scale of its grid.
+
+    Args:
+        artefacts: the tables and figures; by default all.
+    """
+    if artefacts is None:
+        artefacts = [a for kind in ("tables", "figures") for a in config[kind].values() if a]
+    wanted = dict.fromkeys(pair for artefact in artefacts for pair in _pairs(config, artefact))
+    said = ((name, scale, misfit(config, name, scale)) for name, scale in wanted)
+    return [f"{name} is left out at scale {scale}: {why}" for name, scale, why in said if why]
+
+
+def _pairs(config: Config, artefact: Config) -> list[tuple[str, str]]:
+    """(experiment, scale) that a table or figure asks for, whether they can exist or not."""
+    if compressions.is_compression(config, artefact):
+        return []
+    return [
+        (name, scale)
+        for scale in config["grids"][artefact["grid"]]["scales"]
+        for name in artefact["experiments"]
+        if _wanted_at(config["experiments"][name], scale)
     ]
 
 
@@ -118,6 +184,10 @@ def sharing_of(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in entry.items() if k not in ("label", "paper", "per_scale", "only")}
 
 
+def _sharing_at(entry: Mapping[str, Any], scale: str) -> dict[str, Any]:
+    return sharing_of(entry) | (entry.get("per_scale") or {}).get(scale, {})
+
+
 def run_spec(config: Config, scale: str, experiment: str, seed: int) -> dict[str, Any]:
     """Everything that decides a run's bits, apart from the data: model, sharing, recipe and seed.
 
@@ -130,8 +200,9 @@ def run_spec(config: Config, scale: str, experiment: str, seed: int) -> dict[str
     if experiment not in config["experiments"]:
         raise unknown("Experiment", experiment, config["experiments"])
     size, entry = known[scale], config["experiments"][experiment]
-    sharing = sharing_of(entry) | (entry.get("per_scale") or {}).get(scale, {})
-    kind = kinds.of(size)
+    sharing, kind = _sharing_at(entry, scale), kinds.of(size)
+    if why := misfit(config, experiment, scale):
+        raise MasaError(f"Run {scale}/{experiment}/seed{seed}: {why}")
     if kind.resolve:
         model, training = size["model"], size["training"]
         run = f"{scale}/{experiment}/seed{seed}"

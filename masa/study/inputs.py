@@ -31,7 +31,8 @@ def benchmarks_spec(c: config.Config) -> dict[str, Any]:
 def throughput_spec(c: config.Config, scale: str) -> dict[str, Any]:
     """The runs that are timed at one scale, and how."""
     settings = {k: c["throughput"][k] for k in ("repeats", "batch_size", "context")}
-    runs = [experiments.run_spec(c, scale, name, 0) for name in c["throughput"]["methods"]]
+    names = experiments.experiments_at(c, c["throughput"]["methods"], scale, possible=True)
+    runs = [experiments.run_spec(c, scale, name, 0) for name in names]
     return {"runs": runs, "settings": settings, "threads": runs[0]["training"]["threads"]}
 
 

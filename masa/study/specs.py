@@ -95,7 +95,8 @@ SPECS: dict[str, Any] = {
         )
     ],
     "artefact": _form(
-        {"kind": str, "caption": str, "columns": list[str], "tolerance": float, "judged": str, "paper": PaperNumbers},
+        {"kind": str, "caption": str, "columns": list[str], "tolerance": float, "judged": str, "paper": PaperNumbers}
+        | {"left_out": list[str]},
         **{"name": Name, "title": str, "rows": _some(_ROW)},
     ),
     "sweep": _form(

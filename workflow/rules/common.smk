@@ -12,6 +12,8 @@ from snakemake.exceptions import WorkflowError
 sys.path.insert(0, str(Path(workflow.basedir).parent))
 
 from masa.compression.names import modules
+from masa.data import benchmarks
+from masa.data import image_sets
 from masa.data import sources
 from masa.errors import MasaError
 from masa.report.page import assets
@@ -33,6 +35,9 @@ try:
     settings.check(config)
 except MasaError as error:
     raise WorkflowError(f"Configuration: {error}") from None
+
+if not workflow.remote_exec:  # a job on a cluster reads this file again
+    settings.say_left_out(config)
 
 RESULTS = config["results"]
 DATA = f"{RESULTS}/data"
@@ -201,6 +206,16 @@ def corpus_files():
         raise WorkflowError(f"data.corpus: {error}") from None
 
 
+def benchmark_files():
+    """Files of the mirror that task data may be read from; a task that it lacks is reported later."""
+    spec = inputs.benchmarks_spec(config)
+    if not spec["mirror"]:
+        return []
+    return [
+        str(path) for path in benchmarks.mirror_files(spec["tasks"], spec["mirror"])
+    ]
+
+
 def local_text_files(name):
     """Local files that a text is read from; none where an optional one cannot be had."""
     text = config["texts"][name]
@@ -238,19 +253,20 @@ def data_of(run):
 
 
 def local_image_files(section, name):
-    """Local files of a data set of vision."""
+    """Local files of a data set of vision, or the folders that stand for many."""
     source = config[section][name].get("source")
-    if (
-        section == "boxes" and source
-    ):  # COCO's annotations stand for its hundred thousand images
+    if not source or not source.startswith(("file:", "mirror:")):
+        return []
+    if section == "boxes":  # COCO's annotations stand for its hundred thousand images
         try:
             return local_files(f"{source}/annotations/*.json")
         except MasaError:
             pass  # then it is Parquet
     try:
-        return local_files(source and f"{source}/**/*.parquet")
+        root = sources.local_folder(sources.parse(source), settings.mirror(config))
     except MasaError as error:
         raise WorkflowError(f"{section}.{name}: {error}") from None
+    return [str(path) for path in image_sets.standing_for(root)]
 
 
 # what artefacts.OWN_TABLES are made from

@@ -1,4 +1,6 @@
 rule benchmarks:
+    input:
+        benchmark_files(),
     output:
         f"{DATA}/benchmarks/manifest.json",
     log:

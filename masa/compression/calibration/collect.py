@@ -10,9 +10,11 @@ from typing import Any
 import torch
 
 from masa.compression.calibration.calibrate import calibrate, check_length
-from masa.compression.calibration.texts import draw_tokens, read_documents, save_tokens
+from masa.compression.calibration.texts import draw_tokens, save_tokens
 from masa.compression.report import peak_rss, reset_peak_rss
 from masa.compression.terminal import terminal
+from masa.data import tokenizers
+from masa.data.texts import Documents
 from masa.errors import MasaError, unknown
 from masa.models.pretrained import load_pretrained
 from masa.sharing.spec import ATTENTION
@@ -27,6 +29,9 @@ def run_calibrate(
     *,
     samples: int = 64,
     length: int | None = None,
+    column: str | None = None,
+    subset: str | None = None,
+    split: str | None = None,
     seed: int = 0,
     revision: str | None = None,
     projections: str = ATTENTION,
@@ -42,7 +47,10 @@ def run_calibrate(
     Args:
         model: folder, GGUF file or hub id (see :func:`masa.models.pretrained.load_pretrained`).
         output: directory for the statistics and ``tokens.safetensors``.
-        text: a text file, a JSON-lines file with "text", "content" or "page", or a list of documents.
+        text: a file, a folder or a glob of JSON, Parquet, Arrow, CSV or plain text, compressed or not; what `masa text`
+            wrote; ``hub:ORG/NAME[@COMMIT]``; or a list of documents (:class:`masa.data.texts.Documents`).
+        column: that holds the text; by default text, content, page or messages.
+        subset, split: of a data set on the hub, or of a folder.
         samples, length: N and T, by default 64 x 512, or what the model has positions for; the paper's is 256 x 2048.
         seed: of the windows drawn.
         revision: of a hub id.
@@ -55,7 +63,8 @@ def run_calibrate(
         quiet: no progress.
 
     Returns:
-        Summary: samples, length, tokens_per_second, seconds, peak_rss_bytes, hashes, directory.
+        Summary: samples, length, start_token (that every document begins with, or None), tokens_per_second, seconds,
+        peak_rss_bytes, hashes, directory.
 
     Raises:
         MasaError: see :func:`masa.compression.calibrate`; or too little text.
@@ -64,11 +73,14 @@ def run_calibrate(
     if threads:
         torch.set_num_threads(threads)
     reset_peak_rss()
+    Documents(text, column, subset=subset, split=split).check()  # before the model is read
     loaded, tokenizer = load_pretrained(model, revision=revision, device=device)
     if tokenizer is None:
         raise MasaError(f"{model} holds no tokenizer, which calibration on text needs.")
     length = check_length(loaded, length)
-    tokens = draw_tokens(tokenizer, read_documents(text), samples, length, seed)
+    documents = Documents(text, column, subset=subset, split=split, tokenizer=tokenizer)
+    tokens = draw_tokens(tokenizer, documents, samples, length, seed)
+    start = tokenizers.start_of(tokenizer)
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "calibration.json").unlink(missing_ok=True)  # written last: with it, everything is there
@@ -90,6 +102,7 @@ def run_calibrate(
         "samples": samples,
         "length": length,
         "seed": seed,
+        "start_token": None if start is None else tokenizer.convert_ids_to_tokens(start),
         "tokens_sha256": found.tokens_sha256,
         "model_sha256": found.model_sha256,
         "tokens_per_second": found.tokens_per_second,

