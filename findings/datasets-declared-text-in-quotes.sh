@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# JSON lines whose column `text` is declared as string: one row that is an object, and the texts before it come in quotes.
+# JSON lines whose column `text` is declared as string: one row that is a number, and the texts around it come in quotes.
 #
 # Expected: `load_dataset("json", features=Features({"text": Value("string")}))` gives the texts as they are. The documentation
 #   of loading says of `features` that it sets the types of the columns; the type `Json` is said to be applied where mixed types
