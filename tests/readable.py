@@ -316,6 +316,63 @@ CASES["texts"] = [
 ]
 
 
+def tokenizer_folder(config: dict | None = None, **state: Any) -> Callable[[Path], Path]:
+    """A word-level tokenizer in Hugging Face's layout, with something beside it, or in its state."""
+
+    def make(folder: Path) -> Path:
+        from tokenizers import Tokenizer, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+
+        core = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "<u>": 2, "one": 3, "two-three": 4}, unk_token="<u>"))
+        core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        if "truncation" in state:
+            core.enable_truncation(state["truncation"])
+            core.enable_padding(length=8, pad_token="<u>", pad_id=2)
+        fast = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<u>")
+        fast.save_pretrained(folder)
+        settings = json.loads((folder / "tokenizer_config.json").read_text()) | (config or {})
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        return folder
+
+    return make
+
+
+def read_tokenizer(path: Path) -> list[int]:
+    from masa.data.tokenizers import load_tokenizer
+
+    return load_tokenizer(path).backend_tokenizer.encode("one two-three one one").ids
+
+
+READ["tokenizers"] = read_tokenizer
+CASES["tokenizers"] = [
+    Case("a folder with tokenizer.json", "splits as the file says", tokenizer_folder(), [3, 4, 3, 3]),
+    Case(
+        "tokenizer.json that was saved after a truncating or padding call",
+        "nothing is cut off or filled up",
+        tokenizer_folder(truncation=2),
+        [3, 4, 3, 3],
+        "tokenizers 0.23.3 keeps both in the file (huggingface/tokenizers, `Tokenizer.enable_truncation`)",
+    ),
+    Case(
+        "a config.json or tokenizer_config.json beside it that names a class with another splitting",
+        "splits as the file says; a difference on a sample is refused with both counts",
+        tokenizer_folder({"tokenizer_class": "GPT2Tokenizer"}),
+        [3, 4, 3, 3],
+        "transformers 5.23.0: AutoTokenizer builds the class's own splitting (huggingface/transformers#45488, #45920)",
+    ),
+    Case(
+        "a folder without tokenizer.json (tokenizer.model, tekken.json, vocab.json, …)",
+        "read by AutoTokenizer, if it can",
+        file("tokenizer/notes.txt", "no tokenizer here"),
+        re.compile(r"holds no tokenizer\.json, nor another file of one"),
+    ),
+    Case(
+        "a damaged tokenizer.json",
+        "refused",
+        files(file("tokenizer.json", '{"version": "1.0", "model": 3}')),
+        re.compile(r"No tokenizer could be read from .*tokenizer\.json .*fetch it again"),
+    ),
+]
 CASES |= readable_data.cases(Case, file)
 READ |= readable_data.READ
 

@@ -1,10 +1,11 @@
-"""Real HTTP servers on this machine for tests of downloads: a package index, and a hub that refuses."""
+"""Real HTTP servers on this machine for tests of downloads: a package index, hubs with a data set and that refuse."""
 
 from __future__ import annotations
 
 import hashlib
 import http.server
 import io
+import json
 import socket
 import threading
 import zipfile
@@ -75,6 +76,59 @@ def package_index(name, file, data):
 
     with served(Index) as url:
         yield url, state
+
+
+COMMIT = "1" * 40
+
+
+def data_set(files, sent):
+    """A hub with one data set, org/name, of these files (path -> bytes); ``sent`` collects (path, bytes sent)."""
+
+    class Hub(Quiet):
+        def do_GET(self):
+            path = self.path.partition("?")[0]
+            if f"/resolve/{COMMIT}/" in path:
+                self._file(path.partition(f"/resolve/{COMMIT}/")[2])
+            elif "/tree/" in path:
+                below = path.partition(f"/tree/{COMMIT}")[2].strip("/")
+                inside = [name for name in files if name.rpartition("/")[0] == below]
+                folders = {name.partition("/")[0] for name in files if "/" in name} if not below else ()
+                found = [{"type": "file", "path": name, "size": len(files[name]), "oid": "a" * 40} for name in inside]
+                self._json(found + [{"type": "directory", "path": name, "oid": "b" * 40} for name in folders])
+            elif path.startswith("/api/datasets/org/name"):
+                siblings = [{"rfilename": name} for name in files]
+                self._json({"id": "org/name", "sha": COMMIT, "private": False, "tags": [], "siblings": siblings})
+            else:
+                self._send(404, b"")
+
+        def _file(self, name):
+            if name not in files:
+                self._send(404, b"", {"X-Error-Code": "EntryNotFound"})
+                return
+            data, told = files[name], {"X-Repo-Commit": COMMIT, "ETag": '"a"', "Accept-Ranges": "bytes"}
+            if asked := self.headers.get("Range"):
+                first, _, last = asked.partition("=")[2].partition("-")
+                part = data[int(first) : int(last or len(data) - 1) + 1]
+                told["Content-Range"] = f"bytes {first}-{int(first) + len(part) - 1}/{len(data)}"
+                sent.append((name, len(part)))
+                self._send(206, part, told)
+            else:
+                self._send(200, data, told)
+
+        def _json(self, data):
+            self._send(200, json.dumps(data).encode(), {"Content-Type": "application/json"})
+
+        def _send(self, status, body, headers=None):
+            self.send_response(status)
+            for key, value in {**(headers or {}), "Content-Length": str(len(body))}.items():
+                self.send_header(key, value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        do_HEAD = do_GET
+
+    return Hub
 
 
 def refusing(status):

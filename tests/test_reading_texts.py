@@ -2,10 +2,16 @@
 
 import gzip
 import json
+import os
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
 from compression_models import tiny_llama
+from conftest import ROOT
+from servers import COMMIT, data_set, served
 from test_tokenizers import TEXTS, byte_level, fast
 
 import masa
@@ -93,6 +99,37 @@ def test_a_data_set_of_the_hubs_layout_by_its_id_and_split(model, tmp_path, monk
         assert torch.equal(load_tokens(tmp_path / "s"), draw_tokens(fast(byte_level()), rows, 4, 16, 0))
     assert calibrate(model, "--text", str(folder), "--split", "test", out=tmp_path / "s") == 0
     assert torch.equal(load_tokens(tmp_path / "s"), draw_tokens(fast(byte_level()), TEXTS[:40], 4, 16, 0))
+
+
+def test_a_data_set_on_the_hub_is_streamed(tmp_path):
+    """From a hub of ours, in a process of its own: gzip, found by the data set's splits, nothing kept on the disk."""
+    generator = np.random.default_rng(0)  # of which gzip makes little
+    texts = [f"document {i} " + generator.bytes(2000).hex() for i in range(4000)]
+    shards = [
+        gzip.compress("".join(json.dumps({"body": t}) + "\n" for t in texts[part::2]).encode()) for part in (0, 1)
+    ]
+    splits = [{"split": "train", "path": "data/a-*"}, {"split": "test", "path": "test.jsonl"}]
+    card = f"---\n{json.dumps({'configs': [{'config_name': 'default', 'data_files': splits}]})}\n---\n"
+    files = {f"data/a-{i}.jsonl.gz": shard for i, shard in enumerate(shards)} | {"README.md": card.encode()}
+    files["test.jsonl"] = (json.dumps({"body": "a test"}) + "\n").encode()
+    code = """
+import itertools, sys
+from masa.data import documents
+from masa.data.texts import Documents
+source = f"hub:org/name@{sys.argv[1]}"
+corpus = {"source": source, "reader": "hub", "column": "body", "shuffle_buffer": 1}
+print(sum(1 for _ in itertools.islice(documents.read(corpus, None, None, "all"), 10)))
+print(len(set(Documents(source, "body"))), list(Documents(source, "body", split="test")))
+"""
+    sent = []
+    with served(data_set(files, sent)) as url:
+        environment = {k: v for k, v in os.environ.items() if k not in ("MASA_MIRROR", "HF_HUB_OFFLINE")}
+        environment |= {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-c", code, COMMIT]
+        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines() == ["10", "4000 ['a test']"]
+    assert {name for name, _ in sent} == {"data/a-0.jsonl.gz", "data/a-1.jsonl.gz", "test.jsonl"}
+    assert not [p for p in (tmp_path / "hf").rglob("*") if p.is_file() and p.stat().st_size > 10000]
 
 
 def test_tokens_beyond_memory_give_the_same_windows(monkeypatch):

@@ -32,7 +32,7 @@ Row = tuple[str, Any]
 """A place in a file ("line 3") and what stands there: of JSON any value, else the text of one column."""
 
 SUFFIXES = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet", ".arrow": "arrow"}
-SUFFIXES |= {".feather": "arrow", ".csv": "csv", ".tsv": "csv", ".txt": "text", ".text": "text"}
+SUFFIXES |= {".feather": "arrow", ".csv": "csv", ".tsv": "csv", ".txt": "text", ".text": "text", ".md": "text"}
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 HEAD = 1 << 16
 DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError)
@@ -238,28 +238,23 @@ def _csv(file: File, columns: Sequence[str]) -> Iterator[Row]:
     """A header and rows, separated by comma, tab, semicolon or bar: whichever gives such a column."""
     csv.field_size_limit(2**31 - 1)
     texts = (line for _, line in lines(file))
-    first = next(texts, "")
-    names, mark = next(
-        (
-            (names, mark)
-            for mark in ",\t;|"
-            if set(columns) & set(names := next(csv.reader([first], delimiter=mark), []))
-        ),
-        (next(csv.reader([first], delimiter="\t" if "\t" in first else ","), []), None),
-    )
-    if mark is None:
-        raise unknown(f"{file.name}: column", columns[0], names)
-    at = names.index(next(column for column in columns if column in names))
-    reader = csv.reader(texts, delimiter=mark, strict=True)
+    first, passed = next(texts, ""), 0
     try:
+        headers = {mark: next(csv.reader([first], delimiter=mark), []) for mark in ",\t;|"}
+        mark = next((mark for mark, names in headers.items() if set(columns) & set(names)), None)
+        if mark is None:
+            raise unknown(f"{file.name}: column", columns[0], max(headers.values(), key=len))
+        at = headers[mark].index(next(column for column in columns if column in headers[mark]))
+        reader = csv.reader(texts, delimiter=mark, strict=True)
         for row in reader:
-            place = f"line {reader.line_num + 1}"
+            passed = reader.line_num
             if row and at >= len(row):
-                raise MasaError(f"{file.name}, {place}: {len(row)} fields, but the header has {len(names)}.")
+                few = f"{len(row)} fields, but the header has {len(headers[mark])}"
+                raise MasaError(f"{file.name}, line {passed + 1}: {few}.")
             if row:
-                yield place, row[at]
+                yield f"line {passed + 1}", row[at]
     except csv.Error as error:
-        raise MasaError(f"{file.name}, line {reader.line_num + 1}: not valid CSV ({error}).") from error
+        raise MasaError(f"{file.name}, after line {passed + 1}: not valid CSV ({error}).") from error
 
 
 def _parquet(file: File, columns: Sequence[str]) -> Iterator[Row]:
@@ -269,7 +264,7 @@ def _parquet(file: File, columns: Sequence[str]) -> Iterator[Row]:
     row = group = 0
     try:
         with (
-            opened(file) as stream,
+            _seekable(file) as stream,
             pyarrow.parquet.ParquetFile(
                 stream, page_checksum_verification=True, pre_buffer=False, buffer_size=1 << 20
             ) as parquet,
@@ -284,6 +279,13 @@ def _parquet(file: File, columns: Sequence[str]) -> Iterator[Row]:
         raise MasaError(
             f"{file.name} is corrupt or not Parquet, after row {row} in row group {group} ({error}); {file.mend}."
         ) from error
+
+
+def _seekable(file: File) -> BinaryIO:
+    stream = opened(file)
+    if not stream.seekable():
+        raise MasaError(f"{file.name} is Parquet, which is read from its end, and compressed as a whole: unpack it.")
+    return stream
 
 
 def _arrow(file: File, columns: Sequence[str]) -> Iterator[Row]:

@@ -79,7 +79,10 @@ def _text(value: Any, where: str, chat: Chat | None, option: str) -> str:
                 f"{where} is a chat, and there is no tokenizer yet whose template makes text of it: use a tokenizer "
                 f"that has one (data.tokenizer.source), or set {option} to a column of text."
             )
-        value = chat(value)
+        try:
+            value = chat(value)
+        except MasaError as error:
+            raise MasaError(f"{where}: {error}") from error
     if not isinstance(value, str):
         raise MasaError(
             f"{where} is {type(value).__name__}, expected text. Mend the row, or set {option} to the column of text."
