@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from masa.cli.base import Verbs, spec_of
+from masa.cli.base import Verbs, add_out, spec_of
 from masa.cli.train import benchmarks_of
 from masa.compression.names import GRADIENT_SAMPLES, METHODS, needs_gradients
 from masa.study import compressions
@@ -33,7 +33,7 @@ def add(verbs: Verbs) -> None:
     v.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda:1, …")
     v.add_argument("--threads", type=int, help="CPU threads (default: all)")
     v.add_argument("--revision", metavar="COMMIT", help="of a model on the hub")
-    v.add_argument("--out", "--output", required=True, metavar="DIR")
+    add_out(v, aliases=("--output",), lock=None)
 
     v = verbs.add(
         "compress",
@@ -56,7 +56,7 @@ def add(verbs: Verbs) -> None:
     v.add_argument("--evaluate", metavar="FILE", help="documents for the perplexity before and after")
     v.add_argument("--threads", type=int, help="CPU threads (default: all)")
     v.add_argument("--revision", metavar="COMMIT", help="of a model on the hub")
-    v.add_argument("--out", "--output", required=True, metavar="DIR")
+    add_out(v, aliases=("--output",), lock="beside")
 
     v = verbs.add(
         "sweep",
@@ -72,7 +72,7 @@ def add(verbs: Verbs) -> None:
     v.add_argument("--calibration", metavar="DIR", help="what `masa calibrate` wrote")
     v.add_argument("--texts", nargs="+", required=True, metavar="FILE", help="of `masa text`; held-out text first")
     v.add_argument("--benchmarks", required=True, metavar="DIR", help="what `masa fetch` wrote")
-    v.add_argument("--out", required=True, metavar="DIR")
+    add_out(v, lock=None)
 
 
 def _calibrate(given: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from masa.errors import MasaError
 from masa.runs.faults import writing
+from masa.runs.outputs import resolved
 
 _CLONE = Path(__file__).resolve().parents[2]
 PROJECT = _CLONE if (_CLONE / "config" / "config.yaml").is_file() else Path.cwd()
@@ -85,7 +86,11 @@ def whole_files(directory: Path, named: Path | None = None) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """:func:`whole_file` for a folder: what is yielded takes the place of ``path`` if the block ends without error."""
+    """:func:`whole_file` for a folder: what is yielded takes the place of ``path`` if the block ends without error.
+
+    Of a link, the folder that it leads to is replaced.
+    """
+    path = resolved(path)
     with writing(path, below=path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
