@@ -70,6 +70,7 @@ def add(verbs: Verbs) -> None:
     v.add_argument("--spec", metavar="JSON", help="the run as data; default: from the configuration")
     v.add_argument("--model", required=True, metavar="DIR", help="what `masa pretrained` wrote")
     v.add_argument("--calibration", metavar="DIR", help="what `masa calibrate` wrote")
+    v.add_argument("--calibration-text", metavar="FILE", help="see that the statistics are of this very text")
     v.add_argument("--texts", nargs="+", required=True, metavar="FILE", help="of `masa text`; held-out text first")
     v.add_argument("--benchmarks", required=True, metavar="DIR", help="what `masa fetch` wrote")
     add_out(v, lock=None)
@@ -91,6 +92,7 @@ def _calibrate(given: argparse.Namespace) -> None:
         gradient_samples=given.gradient_samples,
         threads=given.threads,
         device=given.device,
+        wait=not given.no_wait,
     )
     print(json.dumps(summary, indent=1, default=str))
 
@@ -153,4 +155,5 @@ def _sweep(given: argparse.Namespace) -> None:
     tasks = benchmarks_of(Path(given.benchmarks))
     texts = {Path(file).stem: Path(file) for file in given.texts}
     calibration = Path(given.calibration) if given.calibration else None
-    sweep(Path(given.model), spec, calibration, texts, tasks, Path(given.out))
+    text = Path(given.calibration_text) if given.calibration_text else None
+    sweep(Path(given.model), spec, calibration, texts, tasks, Path(given.out), text, wait=not given.no_wait)

@@ -11,6 +11,7 @@ import torch
 
 from masa.compression.api import compress
 from masa.compression.base import make_compressor
+from masa.compression.calibration.statistics import Calibration
 from masa.compression.calibration.texts import load_tokens, read_documents
 from masa.compression.names import GRADIENT_SAMPLES, needs_gradients
 from masa.compression.scoring import perplexity
@@ -18,6 +19,7 @@ from masa.compression.terminal import terminal
 from masa.errors import MasaError
 from masa.models.pretrained import load_pretrained, save_plain
 from masa.runs.files import whole_folder
+from masa.runs.outputs import tried
 from masa.runs.run import write_json
 from masa.sharing.checkpoint import save
 from masa.sharing.spec import ATTENTION
@@ -82,13 +84,16 @@ def run_compress(
             f"{compressor.name!r} needs calibration statistics: make them with `masa calibrate {model} --text FILE "
             f"{gradients}--out statistics`, then pass --calibration statistics."
         )
+    target = tried(Path(output), folder=True, option="output")
+    _check_output(target)
     documents = read_documents(evaluate) if evaluate is not None else None
-    _check_output(Path(output))
-    with whole_folder(Path(output)) as folder:
+    with whole_folder(target) as folder:
         loaded, tokenizer = load_pretrained(model, revision=revision, device=device)
         if documents and tokenizer is None:
             raise MasaError(f"{model} holds no tokenizer, which evaluation on text needs.")
         tokens = load_tokens(calibration) if calibration is not None else None
+        if tokens is not None:
+            Calibration.load(calibration).check_tokens(tokens)
         window = min(window, getattr(loaded.config, "max_position_embeddings", window))
         scores = {}
         with terminal(quiet) as progress:
@@ -104,6 +109,7 @@ def run_compress(
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         summary = report.to_dict() | scores | {"model": str(model), "output": str(output)}
+        summary |= {"threads": torch.get_num_threads()}
         summary |= {"total_seconds": round(time.perf_counter() - started, 2)}
         write_json(folder / ACCOUNT, summary)
     return summary

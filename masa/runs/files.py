@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from masa.errors import MasaError
-from masa.runs.faults import writing
+from masa.runs.faults import CannotWrite, writing
 from masa.runs.outputs import resolved
 
 _CLONE = Path(__file__).resolve().parents[2]
@@ -101,5 +101,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
             if path.exists():
                 shutil.rmtree(path)
             temporary.replace(path)
+    except CannotWrite as fault:  # of one of its files, where it will be
+        raise CannotWrite(fault.number, path) if temporary in fault.path.parents else fault from fault
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

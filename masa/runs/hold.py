@@ -61,9 +61,10 @@ def exclusive(out: Path, wait: bool = False, *, beside: bool = False, keep: bool
         Interrupted: a stop signal came while waiting.
     """
     path, waited = (out.with_name(f".{out.name}.lock") if beside else out / ".lock"), False
-    missing = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
+    missing: list[Path] = []  # folders that are made here
     try:
         while True:
+            missing = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()] or missing
             with _opened(path, out) as lock:
                 if not _taken(lock):
                     if not wait:

@@ -7,6 +7,7 @@ or, with ``restart``, set aside until the new one has finished.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -228,19 +229,26 @@ def _set_aside(out: Path) -> list[Path]:
     ]
 
 
+def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
+    """Keys that differ between two resolved specs -> how, in words: those that change bits, and those of :data:`FREE`.
+
+    A key that one of them lacks has its default of :data:`DEFAULTS` there.
+    """
+    before, now = dict(_flat(old)), dict(_flat(new))
+    said = {
+        key: f"{key} {_shown(_value(before, key))} -> {_shown(_value(now, key))}"
+        for key in dict.fromkeys([*before, *now])
+        if _value(before, key) != _value(now, key)
+    }
+    free = {key: said[key] for key in said if key in FREE}
+    return {key: said[key] for key in said if key not in FREE}, free
+
+
 def _differences(old: Mapping[str, Any], asked: Asked) -> tuple[list[str], list[str], bool]:
     """What changes bits, what does not, and whether the first is more steps alone; all in words, key by key."""
-    before, now = dict(_flat(old["spec"])), dict(_flat(asked.spec))
-    changed = [
-        key
-        for key in dict.fromkeys([*before, *now])
-        if _value(before, key) != _value(now, key) and not (old["spec"] is None and key in now)
-    ]
-    said = {key: f"{key} {_shown(_value(before, key))} -> {_shown(_value(now, key))}" for key in changed}
-    deciding = [said[key] for key in changed if key not in FREE]
-    free = [said[key] for key in changed if key in FREE]
-    steps = before.get("training.steps"), now.get("training.steps")
-    longer = [key for key in changed if key not in FREE] == ["training.steps"] and steps[0] < steps[1]
+    keys, others = changed(old["spec"], asked.spec) if old["spec"] is not None else ({}, {})
+    deciding, free = list(keys.values()), list(others.values())
+    longer = list(keys) == ["training.steps"] and _steps(old["spec"]) < _steps(asked.spec)
     if old["inputs"] is not None:
         for name in dict.fromkeys([*old["inputs"], *asked.inputs]):
             pair = [str(given.get(name))[:12] for given in (old["inputs"], asked.inputs)]
@@ -253,6 +261,11 @@ def _differences(old: Mapping[str, Any], asked: Asked) -> tuple[list[str], list[
     if old["code"] is None and not deciding:  # the hash of all differs, and what it was taken of is not known
         deciding.append(old["why"])
     return deciding, free, longer
+
+
+def _steps(spec: Mapping[str, Any]) -> float:
+    found = dict(_flat(spec)).get("training.steps")
+    return found if isinstance(found, int | float) else math.inf
 
 
 def _flat(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -7,6 +7,7 @@ Gradients come of a way back over the blocks (:mod:`masa.compression.calibration
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ from masa.sharing.spec import ATTENTION
 USUAL_LENGTH = 512
 """Tokens of a calibration sequence."""
 
+_log = logging.getLogger("masa")
+
 Progress = Callable[[str, int, int], None]
 """Called with (what, done, of)."""
 
@@ -39,6 +42,8 @@ def calibrate(
     batch_size: int = 4,
     dtype: torch.dtype | None = None,
     gradient_samples: int = 0,
+    seed: int | None = None,
+    text_sha256: str | None = None,
     progress: Progress = lambda what, done, of: None,
 ) -> Calibration:
     """Collect, in one pass, what every compression method needs.
@@ -52,10 +57,11 @@ def calibrate(
         dtype: of the computation; by default the model's. float32 for a model stored in bfloat16 costs one block.
         gradient_samples: run this many of the sequences, the first ones, backward too, for the methods that weigh
             outputs by the loss's gradients (:mod:`masa.compression.calibration.gradients`).
+        seed, text_sha256: of the choice of ``tokens`` and of the text that they are from; kept with the statistics.
         progress: called with ("calibrating", done, of).
 
     Returns:
-        The statistics.
+        The statistics. Fewer tokens than their rank takes are said in the log.
 
     Raises:
         MasaError: no tokens, ids outside the vocabulary, a NaN or infinity in weights or activations (the message
@@ -73,6 +79,7 @@ def calibrate(
     shape = model_shape(model, family)
     if absent := set(projections) - set(shape.shapes):
         raise MasaError(f"This model has no projection {', '.join(sorted(absent))}; it has {', '.join(shape.shapes)}.")
+    _say_if_few(tokens.numel(), max((shape.shapes[p][1] for p in projections), default=0))
     if directory is not None:
         Path(directory).mkdir(parents=True, exist_ok=True)
         (Path(directory) / "calibration.json").unlink(missing_ok=True)
@@ -82,6 +89,9 @@ def calibrate(
         inputs=list(dict.fromkeys(INPUT_OF[p] for p in projections)),
         tokens_sha256=tokens_sha256(tokens),
         model_sha256=model_sha256(model),
+        seed=seed,
+        text_sha256=text_sha256,
+        threads=torch.get_num_threads(),
         directory=Path(directory) if directory is not None else None,
     )
     model.eval()
@@ -147,6 +157,16 @@ def check_weights(block: nn.Module, paths: dict[str, str], layer: int) -> None:
     """Raise :class:`MasaError` for a NaN or infinity in a weight, naming layer and projection."""
     for letter in not_finite({letter: block.get_submodule(path).weight for letter, path in paths.items()}):
         raise MasaError(f"NaN or infinity in the weight of projection {letter!r} ({paths[letter]}) of layer {layer}.")
+
+
+def _say_if_few(tokens: int, width: int) -> None:
+    """H = X^T X of T tokens has a rank of at most T; with fewer than its width, directions are missing."""
+    if tokens < 2 * width:
+        _log.warning(
+            "masa: %d tokens are few to calibrate a width of %d on (H has a rank of at most %d); %d or more would be "
+            "better.",
+            *(tokens, width, min(tokens, width), 16 * width),
+        )
 
 
 def check_length(model: nn.Module, length: int | None = None) -> int:
