@@ -303,7 +303,7 @@ def test_bad_input_leaves_no_folder_behind(model, tmp_path, capfd):
 
 
 def test_many_processes_hold_one_folder_that_comes_and_goes(tmp_path):
-    """Each makes the folder, holds it alone, and leaves nothing: no two are ever in it at once."""
+    """Each holds it alone: no two are ever in it at once, although it is made and removed again and again."""
     out, log = tmp_path / "out", tmp_path / "log"
 
     def work():
@@ -322,7 +322,9 @@ def test_many_processes_hold_one_folder_that_comes_and_goes(tmp_path):
     finally:
         hold.POLL = hold_poll
     assert log.read_text().split() == ["in", "out"] * 240
-    assert not out.exists()
+    with hold.exclusive(out, keep=False):
+        pass
+    assert not (out / ".lock").exists()
 
 
 # ---------------------------------------------------------------------------------------------- statistics as asked for
@@ -384,6 +386,26 @@ def test_a_result_says_what_its_statistics_were_made_of(results, model, tmp_path
     texts = {"held_out": results / "held_out.json"}
     again = sweep(results / "pretrained", spec, results / "statistics", texts, {}, tmp_path / "out")
     assert again == {"20": identity}
+
+
+def test_jobs_fix_their_threads_and_say_so(results, model, tmp_path):
+    """Whatever the process had before: the number is the spec's."""
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        made = run_calibrate(
+            str(results / "pretrained"), tmp_path / "s", model / "text.jsonl", samples=8, length=16, threads=2
+        )
+        assert made["threads"] == 2 == Calibration.load(tmp_path / "s").threads
+        torch.set_num_threads(3)
+        spec = sweep_spec("svd-llm", reductions=[20], tasks_at=[], calibration=ASKED, threads=2)
+        texts = {"held_out": results / "held_out.json"}
+        sweep(results / "pretrained", spec, tmp_path / "s", texts, {}, tmp_path / "out")
+        assert run.read_json(tmp_path / "out" / "20" / "metrics.json")["provenance"]["threads"] == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_tokens_of_another_calibration_are_refused(results, model, tmp_path):
