@@ -50,8 +50,8 @@ class Task:
         score: held-out numbers of a model; their names begin with ``validation_`` and one is ``validation_loss``.
         unit, units_per_step: what speed is counted in, "tokens" or "images".
         inputs: sha256 of what it was trained on.
-        code: the meaning of the code that trains.
         identity: changes with the spec, the inputs and the code; another identity is another run.
+        code: the meaning of the code that trains.
         trainer, collate: makes the Trainer, and batches, where the loss or the batches are not Hugging Face's own.
         packages: whose versions are stored beside those of all runs.
         callbacks: called before the run's log at every event.
@@ -66,8 +66,8 @@ class Task:
     unit: str
     units_per_step: int
     inputs: Mapping[str, str]
-    code: str
     identity: str
+    code: str = ""
     trainer: Callable[..., Trainer] = Trainer
     collate: Callable[[list], dict] | None = None
     packages: Sequence[str] = ()
