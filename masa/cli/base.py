@@ -156,6 +156,9 @@ def held(given: argparse.Namespace) -> Iterator[None]:
         for word in value if isinstance(value, list) else [value]:
             if isinstance(word, str) and _is_there(word) and out.exists() and out.samefile(word):
                 raise MasaError(f"--out {given.out} is what is read ({name}): it would be overwritten. Choose another.")
+            replaced = given.out_is_folder and given.out_lock == "beside"
+            if replaced and isinstance(word, str) and _is_there(word) and out.resolve() in Path(word).resolve().parents:
+                raise MasaError(f"--out {given.out} is replaced as a whole, and {word} ({name}) lies in it.")
     given.out = str(out)
     if given.out_lock is None:
         yield

@@ -29,8 +29,7 @@ from masa.errors import MasaError
 from masa.evaluation import language
 from masa.models.pretrained import load_pretrained
 from masa.runs import run
-from masa.runs.faults import writing
-from masa.runs.files import sha256_of
+from masa.runs.files import sha256_of, whole_folder
 from masa.runs.fingerprint import fingerprint
 from masa.sharing import checkpoint
 from masa.sharing.fold import fold
@@ -84,7 +83,6 @@ def sweep(
             file = out / f"{percent:g}" / "metrics.json"
             if not (file.is_file() and run.read_json(file).get("identity") == identity):
                 wanted = {t: tasks[t] for t in chosen["tasks"] if t in tasks}
-                shutil.rmtree(file.parent / "model", ignore_errors=True)
                 try:
                     record = _one(model_dir, spec, compressor, percent, calibration, documents, wanted, file.parent)
                 except MasaError as error:
@@ -92,6 +90,8 @@ def sweep(
                 made = {"calibration": calibration.made_of()} if calibration else {}
                 record |= {"identity": identity, "provenance": run.provenance(inputs) | made}
                 run.write_json(file, record)
+                if not spec["keep_models"]:  # of the record that this one replaces
+                    shutil.rmtree(file.parent / "model", ignore_errors=True)
             records[f"{percent:g}"] = identity
         for old in out.iterdir():  # what an earlier configuration asked for, and nothing else
             if old.name not in records and re.fullmatch(r"[0-9.]+", old.name) and (old / "metrics.json").is_file():
@@ -168,9 +168,9 @@ def _one(
         model, report, healing = _compressed(model, model_dir, spec, compressor, percent, calibration, tokens, show)
         counts = count_parameters(model).to_dict()
         if spec["keep_models"]:
-            checkpoint.save(model, folder / "model")
-            with writing(folder / "model"):
-                tokenizer.save_pretrained(folder / "model")
+            with whole_folder(folder / "model") as kept:
+                checkpoint.save(model, kept)
+                tokenizer.save_pretrained(kept)
         settings = spec["evaluation"]
         model = fold(model).to(getattr(torch, settings["dtype"]))
         scores = {
