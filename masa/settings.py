@@ -6,6 +6,7 @@ JSON schema that editors read, and the messages, which name the key, what was ex
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import re
@@ -13,6 +14,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Annotated, Any
 
 import pydantic
+import yaml
 from pydantic import AfterValidator, ConfigDict, Field, StringConstraints
 from pydantic.fields import FieldInfo
 
@@ -167,6 +169,43 @@ def read(form: Any, given: Any, where: str = "", what: str = "") -> None:
         _adapter(form).validate_python(given)
     except pydantic.ValidationError as error:
         raise _first(error.errors(include_url=False), schema_of(form), given, where, what) from None
+
+
+def typed(form: Any, given: Any) -> Any:
+    """Data as a command line gives it, with every text that stands where its key takes none as what it says.
+
+    Snakemake's ``--config 'training={threads: 1}'`` arrives as ``{"training": {"threads": "1"}}``. Text that is not of
+    the key's type stays text, for :func:`read` to refuse.
+    """
+    return _typed([], given, schema_of(form))
+
+
+def _typed(path: list[Any], given: Any, schema: dict[str, Any]) -> Any:
+    if isinstance(given, Mapping):
+        return {key_: _typed([*path, key_], value, schema) for key_, value in given.items()}
+    if isinstance(given, list):
+        return [_typed([*path, i], value, schema) for i, value in enumerate(given)]
+    if not isinstance(given, str):
+        return given
+    kinds = list(alternatives(_node(path, schema), schema))
+    fixed = [one for one in kinds if "enum" in one or "const" in one]
+    if any(given in one.get("enum", [one.get("const")]) for one in fixed):
+        return given
+    types = {one.get("type") for one in kinds} - {None}
+    if not types:  # of free form, such as a method's options
+        with contextlib.suppress(yaml.YAMLError):
+            return yaml.safe_load(given)
+    if "null" in types and given.lower() in ("null", "~", ""):
+        return None
+    if any(one.get("type") == "string" for one in kinds if one not in fixed):
+        return given
+    for type_, made in (("integer", int), ("number", float)):
+        with contextlib.suppress(ValueError):
+            if type_ in types or (type_ == "integer" and "number" in types):
+                return made(given)
+    if "boolean" in types and given.lower() in ("true", "false"):
+        return given.lower() == "true"
+    return given
 
 
 def _no_text(given: Any) -> list[Any] | None:

@@ -157,8 +157,9 @@ def test_the_command_line_calibrates_and_compresses(folder, tmp_path, capsys):
     passing = [*without, "--text", str(text), "--option", "ranks=global", "--projections", "qv", "--reduction", "0.3"]
     assert cli.main(passing) == 0, capsys.readouterr().err
     assert load(tmp_path / "no").sharing.spec.options == {"ranks": "global"}
-    assert cli.main(["compress", str(folder), "--method", "svd", "--out", str(folder)]) == 2
-    assert "no earlier output" in capsys.readouterr().err
+    for out, message in ((folder, "is what is read (model)"), (tmp_path, "no earlier output")):
+        assert cli.main(["compress", str(folder), "--method", "svd", "--out", str(out)]) == 2
+        assert message in capsys.readouterr().err
     wrong = [str(argument) for argument in calls[1]] + ["--method", "svd-globl"]
     assert cli.main(wrong) == 2
     assert "Did you mean 'svd-global'" in capsys.readouterr().err

@@ -227,6 +227,8 @@ def spec_of(name, **changes):
     merged = config.load()
     merged["grids"]["compression"]["reductions"] = merged["grids"]["compression_sweep"]["reductions"] = [20, 40]
     spec = compressions.run_spec(merged, MODEL, name)
+    made = {"samples": 8, "length": 16, "seed": 0, "gradient_samples": 0, "projections": "qkvo"}  # what swept makes
+    spec |= {"calibration": made if spec["calibration"] else None}
     return spec | {"evaluation": spec["evaluation"] | {"window": 32, "dtype": "float32"}} | changes
 
 

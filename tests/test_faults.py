@@ -289,7 +289,9 @@ def test_a_huge_learning_rate_names_the_step_and_the_blocks_and_keeps_the_good_c
         assert int(folder.name[11:]) < step
         assert all_finite(folder)
     again = spec_of("vanilla", steps=6)
-    assert pretrain(again, tokens, out) == 0, "a lower rate trains anew"
+    assert pretrain(again, tokens, out) == 2, "the good checkpoints are not thrown away unasked"
+    assert "training.learning_rate 1e+30 -> 0.005; training.max_grad_norm 1e+30 -> 1.0" in capfd.readouterr().err
+    assert pretrain(again, tokens, out, "tokens", "--restart") == 0
     assert [r["step"] for r in run.read_jsonl(out / "metrics.jsonl") if "loss" in r] == list(range(1, 7))
 
 

@@ -564,3 +564,12 @@ def test_every_field_of_the_json_is_documented(finished, capsys):
         assert f"`{name}`" in page, name
     for state in runs.STATES:
         assert f"| `{state}` |" in page
+
+
+def test_a_key_that_changes_no_bits_makes_no_run_outdated():
+    spec = spec_of()
+    assert not runs.differs(spec, json.loads(json.dumps(spec)))
+    other = spec_of(checkpoint_minutes=99, workers=3)
+    assert not runs.differs(other, spec) and not runs.differs(spec, other)
+    for changed in (spec_of(learning_rate=1.0), spec_of(seed=1), spec_of("vanilla"), spec_of(threads=2)):
+        assert runs.differs(changed, spec)

@@ -1,5 +1,7 @@
 """Snakemake for real: the smoke configuration from raw text to all tables and figures, then what reruns and why."""
 
+import json
+import os
 import re
 import subprocess
 
@@ -197,3 +199,60 @@ def test_snakemakes_own_report_has_every_table_and_figure(project):
     assert "Overview" in page
     assert "report.html" in page
     assert jobs(snakemake(project, "-n")) == {}, "a report makes nothing run again"
+
+
+def test_nested_values_of_the_command_line_have_their_keys_types():
+    """Snakemake hands them on as text; a text in a file is still none of a number."""
+    target = ["results/smoke/runs/smoke/vanilla/seed0/manifest.json", "--configfile", "config/smoke.yaml"]
+
+    def dry(*config):
+        command = [f"{BIN}/snakemake", "-n", "-p", "--cores", "2", *target, "--config", *config]
+        command += ["--workflow-profile", "none"]  # which says not to print commands
+        return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+
+    result = dry("training={threads: 2, weight_decay: 2e-1, compile: false}")
+    assert result.returncode == 0, result.stdout + result.stderr
+    said = result.stdout + result.stderr
+    assert '"threads": 2' in said and '"weight_decay": 0.2' in said and '"compile": false' in said
+    result = dry("training={threads: two}")
+    assert result.returncode != 0
+    assert "training.threads must be an integer of at least 1, got 'two'" in result.stdout + result.stderr
+
+
+def test_a_key_that_changes_no_bits_trains_nothing_again(project):
+    """Snakemake deletes the manifest and calls the job; the run says that it is finished."""
+    folder = project / "results/smoke/runs/smoke/vanilla/seed0"
+    before = (folder / "manifest.json").read_bytes()
+    written = (folder / "model/model.safetensors").stat().st_mtime_ns
+    own = project / "minutes.yaml"
+    own.write_text("training: {checkpoint_minutes: 7}\n")
+    target = f"{folder.relative_to(project)}/manifest.json"
+    assert jobs(snakemake(project, "-n", target, overlays=["minutes.yaml"])) == {"pretrain": 1}
+    snakemake(project, target, overlays=["minutes.yaml"])
+    assert (folder / "manifest.json").read_bytes() == before
+    assert (folder / "model/model.safetensors").stat().st_mtime_ns == written
+    snakemake(project, target)
+    assert jobs(snakemake(project, "-n")) == {}
+
+
+def test_statistics_that_an_orphan_left_are_not_compressed_with(project):
+    """Other samples under a name that Snakemake takes for the right ones."""
+    folder = project / "results/smoke/compression/SmolLM2-135M"
+    file = next(folder.glob("calibrations/*/calibration.json"))
+    kept, when = file.read_bytes(), file.stat()
+    samples = json.loads(kept)["samples"]
+    file.write_text(json.dumps(json.loads(kept) | {"samples": samples + 1}))
+    os.utime(file, ns=(when.st_atime_ns, when.st_mtime_ns))
+    target = next(m for m in folder.glob("*/manifest.json") if m.parent.name not in ("original", "matrix-pca-healed"))
+    record = target.read_bytes()
+    target.unlink()
+    try:
+        result = snakemake(project, str(target.relative_to(project)), check=False)
+        said = result.stdout + result.stderr
+        assert result.returncode != 0
+        assert f"calibration.samples is {samples}, these statistics are of {samples + 1}" in said
+    finally:
+        file.write_bytes(kept)
+        os.utime(file, ns=(when.st_atime_ns, when.st_mtime_ns))
+    snakemake(project, str(target.relative_to(project)))
+    assert json.loads(target.read_bytes()) == json.loads(record)

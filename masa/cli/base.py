@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from masa.errors import MasaError, did_you_mean
+from masa.runs.hold import exclusive
+from masa.runs.outputs import tried
 from masa.study import config
 from masa.study.specs import check as check_spec
 
@@ -104,6 +107,71 @@ class Verbs:
         )
         sub.set_defaults(call=call, gpu=False, parser=sub, bars=True, configfile=[], log=None)
         sub.add_argument("words", nargs=argparse.REMAINDER, metavar="ARGS…", help=arguments)
+
+
+def add_out(
+    verb: argparse.ArgumentParser,
+    metavar: str = "DIR",
+    help: str | None = None,
+    *,
+    lock: Literal["inside", "beside"] | None = "inside",
+    required: bool = True,
+    aliases: Sequence[str] = (),
+) -> None:
+    """The option that says where a verb writes, which is tried before its work begins and held while it goes on.
+
+    Args:
+        metavar: "DIR" or "FILE": what is written.
+        lock: where :func:`held` puts the lock: in the folder, or beside a file or a folder that is replaced as a whole;
+            None where the verb's own work takes it.
+    """
+    verb.add_argument("--out", *aliases, required=required, metavar=metavar, help=help)
+    verb.set_defaults(out_is_folder=metavar == "DIR", out_lock=lock)
+    verb.add_argument(
+        "--no-wait", action="store_true", help=f"stop where another process writes {metavar}, which is else waited for"
+    )
+
+
+READ = ("model", "text", "texts", "evaluate", "calibration", "tokens", "tokenizer", "images", "boxes", "benchmarks")
+READ += ("directory", "data", "spec", "configfile", "extend", "calibration_text")
+"""Options and arguments that name files or folders which a verb reads."""
+
+
+@contextmanager
+def held(given: argparse.Namespace) -> Iterator[None]:
+    """Try a verb's ``--out`` before its work begins, and hold it while that goes on.
+
+    ``given.out`` becomes what a link leads to.
+
+    Raises:
+        MasaError: see :func:`masa.runs.outputs.tried`; it is also what is read; or, with ``--no-wait``, another process
+            writes it.
+    """
+    if getattr(given, "out", None) is None or not hasattr(given, "out_lock"):
+        yield
+        return
+    out = tried(Path(given.out), given.out_is_folder)
+    for name in READ:
+        value = getattr(given, name, None)
+        for word in value if isinstance(value, list) else [value]:
+            if isinstance(word, str) and _is_there(word) and out.exists() and out.samefile(word):
+                raise MasaError(f"--out {given.out} is what is read ({name}): it would be overwritten. Choose another.")
+            replaced = given.out_is_folder and given.out_lock == "beside"
+            if replaced and isinstance(word, str) and _is_there(word) and out.resolve() in Path(word).resolve().parents:
+                raise MasaError(f"--out {given.out} is replaced as a whole, and {word} ({name}) lies in it.")
+    given.out = str(out)
+    if given.out_lock is None:
+        yield
+        return
+    with exclusive(out, wait=not given.no_wait, beside=given.out_lock == "beside", keep=False):
+        yield
+
+
+def _is_there(word: str) -> bool:
+    try:
+        return Path(word).exists()
+    except (OSError, ValueError):  # JSON, too long for a name
+        return False
 
 
 def add_gpus(verb: argparse.ArgumentParser, default: str) -> None:

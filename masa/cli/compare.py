@@ -7,8 +7,8 @@ import os
 import sys
 from pathlib import Path
 
-from masa.cli.base import Verbs
-from masa.errors import MasaError
+from masa.cli.base import Verbs, add_out
+from masa.runs.outputs import tried
 from masa.study import config
 
 
@@ -28,7 +28,7 @@ def add(verbs: Verbs) -> None:
         "are to the first",
     )
     v.add_argument("--results", metavar="DIR", help="where ids are looked for; default: the configuration's")
-    v.add_argument("--out", metavar="FILE", help="also draw the curves: .png, .pdf or .svg")
+    add_out(v, "FILE", "also draw the curves: .png, .pdf or .svg", lock="beside", required=False)
     v.add_argument("--csv", metavar="FILE", help="also write the table, one row a run")
     v.add_argument("--json", action="store_true", help="all numbers, for scripts")
 
@@ -36,9 +36,7 @@ def add(verbs: Verbs) -> None:
 def _compare(given: argparse.Namespace) -> None:
     from masa.report import compare, compare_text, runs
 
-    for option, path in (("--out", given.out), ("--csv", given.csv)):
-        if path and Path(path).is_dir():
-            raise MasaError(f"{option} {path} is a directory; name a file in it.")
+    given.csv = given.csv and str(tried(Path(given.csv), False, "--csv"))
     results = Path(given.results or config.load(given.configfile)["results"])
     found = compare.compare(runs.find(given.runs, results))
     if given.out:

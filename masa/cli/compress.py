@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from masa.cli.base import Verbs, spec_of
+from masa.cli.base import Verbs, add_out, spec_of
 from masa.cli.train import benchmarks_of
 from masa.compression.names import GRADIENT_SAMPLES, METHODS, needs_gradients
 from masa.study import compressions
@@ -42,7 +42,7 @@ def add(verbs: Verbs) -> None:
     v.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda:1, …")
     v.add_argument("--threads", type=int, help="CPU threads (default: all)")
     v.add_argument("--revision", metavar="COMMIT", help="of a model on the hub")
-    v.add_argument("--out", "--output", required=True, metavar="DIR")
+    add_out(v, aliases=("--output",), lock=None)
 
     _add_compress(verbs)
     _add_sweep(verbs)
@@ -71,7 +71,7 @@ def _add_compress(verbs: Verbs) -> None:
     _add_where(v)
     v.add_argument("--threads", type=int, help="CPU threads (default: all)")
     v.add_argument("--revision", metavar="COMMIT", help="of a model on the hub")
-    v.add_argument("--out", "--output", required=True, metavar="DIR")
+    add_out(v, aliases=("--output",), lock="beside")
 
 
 def _add_sweep(verbs: Verbs) -> None:
@@ -87,9 +87,10 @@ def _add_sweep(verbs: Verbs) -> None:
     v.add_argument("--spec", metavar="JSON", help="the run as data; default: from the configuration")
     v.add_argument("--model", required=True, metavar="DIR", help="what `masa pretrained` wrote")
     v.add_argument("--calibration", metavar="DIR", help="what `masa calibrate` wrote")
+    v.add_argument("--calibration-text", metavar="FILE", help="see that the statistics are of this very text")
     v.add_argument("--texts", nargs="+", required=True, metavar="FILE", help="of `masa text`; held-out text first")
     v.add_argument("--benchmarks", required=True, metavar="DIR", help="what `masa fetch` wrote")
-    v.add_argument("--out", required=True, metavar="DIR")
+    add_out(v, lock=None)
 
 
 def _calibrate(given: argparse.Namespace) -> None:
@@ -109,6 +110,7 @@ def _calibrate(given: argparse.Namespace) -> None:
         gradient_samples=given.gradient_samples,
         threads=given.threads,
         device=given.device,
+        wait=not given.no_wait,
     )
     print(json.dumps(summary, indent=1, default=str))
 
@@ -176,4 +178,5 @@ def _sweep(given: argparse.Namespace) -> None:
     tasks = benchmarks_of(Path(given.benchmarks))
     texts = {Path(file).stem: Path(file) for file in given.texts}
     calibration = Path(given.calibration) if given.calibration else None
-    sweep(Path(given.model), spec, calibration, texts, tasks, Path(given.out))
+    text = Path(given.calibration_text) if given.calibration_text else None
+    sweep(Path(given.model), spec, calibration, texts, tasks, Path(given.out), text, wait=not given.no_wait)

@@ -7,7 +7,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from masa.cli.base import Verbs, spec_of
+from masa.cli.base import Verbs, add_out, spec_of
 from masa.errors import MasaError
 from masa.study import config
 from masa.study.inputs import benchmarks_spec, data_spec, pretrained_spec, text_spec, vision_data_spec
@@ -17,13 +17,13 @@ def add(verbs: Verbs) -> None:
     """Add the verbs of this module."""
     v = verbs.add("fetch", _fetch, "get the benchmark data", "masa fetch --out results/data/benchmarks")
     v.add_argument("--spec", metavar="JSON", help="{tasks, sources, cache, mirror}; default: from the configuration")
-    v.add_argument("--out", required=True, metavar="DIR")
+    add_out(v)
 
     v = verbs.add(
         "tokenizer", _tokenizer, "train or fetch the tokenizer", "masa tokenizer --out results/data/tokenizer"
     )
     v.add_argument("--spec", metavar="JSON", help="{data, cache, mirror}; default: from the configuration")
-    v.add_argument("--out", required=True, metavar="DIR")
+    add_out(v)
 
     v = verbs.add(
         "tokenize",
@@ -34,7 +34,7 @@ def add(verbs: Verbs) -> None:
     v.add_argument("--spec", metavar="JSON", help="{data, cache, mirror}; default: from the configuration")
     v.add_argument("--tokenizer", required=True, metavar="DIR")
     v.add_argument("--tokens", required=True, type=int, help="training tokens to write")
-    v.add_argument("--out", required=True, metavar="DIR")
+    add_out(v)
 
     v = verbs.add(
         "images",
@@ -45,7 +45,7 @@ def add(verbs: Verbs) -> None:
     v.add_argument("name", nargs="?", help="images of the configuration, e.g. digits or cifar10")
     v.add_argument("--source", help="hub:ORG/NAME@COMMIT, mirror:PATH, file:PATH or pypi:NAME==VERSION")
     v.add_argument("--spec", metavar="JSON", help="{data, cache, mirror} instead of the above")
-    v.add_argument("--out", required=True, metavar="DIR")
+    add_out(v)
 
     v = verbs.add(
         "boxes",
@@ -56,12 +56,12 @@ def add(verbs: Verbs) -> None:
     v.add_argument("name", nargs="?", help="boxes of the configuration, e.g. shapes (drawn) or coco")
     v.add_argument("--source", help="file:FOLDER or mirror:FOLDER in COCO's layout, or hub:ORG/NAME@COMMIT")
     v.add_argument("--spec", metavar="JSON", help="{data, cache, mirror} instead of the above")
-    v.add_argument("--out", required=True, metavar="DIR")
+    add_out(v)
 
     v = verbs.add("text", _text, "prepare one small set of documents", "masa text held_out --out held_out.json")
     v.add_argument("name", help="a text of the configuration")
     v.add_argument("--spec", metavar="JSON", help="{text, cache, mirror}; default: from the configuration")
-    v.add_argument("--out", required=True, metavar="FILE")
+    add_out(v, "FILE", lock="beside")
 
     v = verbs.add(
         "pretrained",
@@ -71,7 +71,7 @@ def add(verbs: Verbs) -> None:
     )
     v.add_argument("name", help="a pretrained model of the configuration")
     v.add_argument("--spec", metavar="JSON", help="{model, cache, mirror}; default: from the configuration")
-    v.add_argument("--out", required=True, metavar="DIR")
+    add_out(v)
 
 
 def _fetch(given: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from masa.cli.base import Verbs
+from masa.cli.base import Verbs, add_out
 from masa.runs.files import PROJECT
 from masa.study import config
 
@@ -30,7 +30,7 @@ def add(verbs: Verbs) -> None:
     v.add_argument("--check", action="store_true", help="gguf: compare llama.cpp's greedy tokens with transformers'")
     v.add_argument("--converter", metavar="PATH", help="gguf: a checkout of llama.cpp instead of the pinned converter")
     v.add_argument("--json", action="store_true", help="print the account of all files as JSON")
-    v.add_argument("--out", required=True, metavar="DIR")
+    add_out(v, lock="beside")
 
 
 def _export(given: argparse.Namespace) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from masa import __version__
 from masa.cli import compare, compress, data, export, lm_eval, page, plan, report, status, train
-from masa.cli.base import EXIT, Parser, Verbs
+from masa.cli.base import EXIT, Parser, Verbs, held
 from masa.errors import Interrupted, MasaError, redact
 from masa.runs import devices, faults, memory
 from masa.training import launch
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             log.parent.mkdir(parents=True, exist_ok=True)
             log.write_text("")
         leases = given.gpu and getattr(given, "device", "auto") == "auto"
-        with devices.leased(given.gpus or 1) if leases else nullcontext():
+        with held(given), devices.leased(given.gpus or 1) if leases else nullcontext():
             given.call(given)
     except Interrupted as error:
         return _fail(f"masa: {error}", log, 75)
@@ -70,6 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return 0
     except Exception as error:
+        out = getattr(given, "out", None)
+        if out and (fault := faults.cannot_write(error, Path(out), below=Path(out))):
+            return _fail(f"masa: error: {fault}", log, 2)
         if memory.is_exhausted(error):
             message = (
                 f"out of memory ({error or 'no more is given'}). The peak was {memory.peak()}. Run fewer jobs at once"

@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from masa.cli.base import Verbs, read_spec
+from masa.cli.base import Verbs, add_out, read_spec
 from masa.errors import MasaError
+from masa.runs.hold import exclusive
+from masa.runs.outputs import tried
 from masa.study import config
 
 
@@ -17,7 +19,7 @@ def add(verbs: Verbs) -> None:
     """Add the verb."""
     v = verbs.add("report", _report, "write one HTML page of all results, finished or not", "masa report")
     v.add_argument("--results", metavar="DIR", help="what the page is about; default: from the configuration")
-    v.add_argument("--out", metavar="FILE", help="default: report.html in that directory")
+    add_out(v, "FILE", "default: report.html in that directory", lock=None, required=False)
     v.add_argument("--spec", metavar="JSON", help="the whole configuration as data; files then give but the order")
     v.add_argument("--json", action="store_true", help="print the page's file and what was found wrong, as JSON")
 
@@ -29,8 +31,9 @@ def _report(given: argparse.Namespace) -> None:
     if given.spec is not None:
         c = _in_order(_whole(given.spec), c)
     results = Path(given.results or c["results"])
-    out = Path(given.out) if given.out else results / "report.html"
-    found = build.write(c, results, out, given.configfile)
+    out = tried(Path(given.out) if given.out else results / "report.html", False)
+    with exclusive(out, wait=not given.no_wait, beside=True):
+        found = build.write(c, results, out, given.configfile)
     for problem in found.problems:
         print(f"masa: warning: {problem}", file=sys.stderr)
     if given.json:

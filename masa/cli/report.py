@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from masa.cli.base import Verbs, spec_of
+from masa.cli.base import Verbs, add_out, spec_of
 from masa.errors import MasaError
+from masa.runs.hold import exclusive
 from masa.study import config, experiments
 from masa.study.artefacts import OWN_TABLES, artefact_spec, table_names, table_spec
 from masa.study.inputs import parameters_spec
@@ -19,7 +20,7 @@ def add(verbs: Verbs) -> None:
     """Add the verbs of this module."""
     v = verbs.add("parameters", _parameters, "count parameters without memory", "masa parameters --out parameters.json")
     v.add_argument("--spec", metavar="JSON", help="list of resolved runs; default: from the configuration")
-    v.add_argument("--out", required=True, metavar="FILE")
+    add_out(v, "FILE", lock="beside")
 
     v = verbs.add("tables", _tables, "make tables from evaluations", "masa tables table1 table2 --out tables")
     _add_artefacts(v, "tables")
@@ -32,7 +33,7 @@ def _add_artefacts(v: argparse.ArgumentParser, kind: str) -> None:
     v.add_argument("names", nargs="*", metavar="NAME", help=f"{kind} of the configuration (default: all of them)")
     v.add_argument("--spec", metavar="JSON", help="the only one as data; default: from the configuration")
     v.add_argument("--results", metavar="DIR", help="where the evaluations are; default: from the configuration")
-    v.add_argument("--out", required=True, metavar="DIR")
+    add_out(v, lock=None)
 
 
 def _parameters(given: argparse.Namespace) -> None:
@@ -84,4 +85,6 @@ def _each(
     }
     results = Path(given.results or c["results"])
     for name, found in specs.items():
-        print(f"{name}: {make(name, found, results, Path(given.out))}", file=sys.stderr)
+        with exclusive(Path(given.out) / name, wait=not given.no_wait, beside=True):  # others are made beside it
+            said = make(name, found, results, Path(given.out))
+        print(f"{name}: {said}", file=sys.stderr)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from masa.cli.base import Verbs
+from masa.cli.base import Verbs, add_out
 from masa.errors import MasaError
 from masa.study import config
 
@@ -41,7 +41,7 @@ def add(verbs: Verbs) -> None:
     )
     v.add_argument("runs", nargs="*", metavar="RUN", help="as of `masa status`; default: all that lie in the results")
     _add_common(v)
-    v.add_argument("--out", required=True, metavar="DIR", help="for `tensorboard --logdir`; one folder a run")
+    add_out(v, "DIR", "for `tensorboard --logdir`; one folder a run")
 
 
 def _add_common(v: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from masa.cli.base import Verbs, add_gpus, spec_of
+from masa.cli.base import Verbs, add_gpus, add_out, spec_of
 from masa.errors import MasaError
 from masa.runs import card, devices, memory
 from masa.study import config, experiments, kinds
@@ -58,7 +58,7 @@ def add(verbs: Verbs) -> None:
     v.add_argument("--benchmarks", metavar="DIR")
     v.add_argument("--images", metavar="DIR", help="of a Vision Transformer")
     v.add_argument("--boxes", metavar="DIR", help="of a detector")
-    v.add_argument("--out", required=True, metavar="DIR")
+    add_out(v)
 
     v = verbs.add(
         "throughput",
@@ -70,18 +70,29 @@ def add(verbs: Verbs) -> None:
     which = v.add_mutually_exclusive_group(required=True)
     which.add_argument("--scale", help="a scale of the configuration")
     which.add_argument("--spec", metavar="JSON", help="{runs, settings, threads}")
-    v.add_argument("--out", required=True, metavar="FILE")
+    add_out(v, "FILE", lock="beside")
 
 
 def _add_run(v: argparse.ArgumentParser) -> None:
     which = v.add_mutually_exclusive_group(required=True)
     which.add_argument("--run", metavar="SCALE/EXPERIMENT/seedN", help="a run of the configuration")
     which.add_argument("--spec", metavar="JSON", help="a resolved run, as JSON or as a file")
-    v.add_argument("--out", required=True, metavar="DIR", help="the run's directory; the same again goes on from it")
-    add_gpus(v, "one a process, or what plan.gpus says of a --run")
+    add_out(v, "DIR", "the run's directory; the same again goes on from it, or says that it is finished", lock=None)
     v.add_argument(
-        "--no-wait", action="store_true", help="stop where another process trains in DIR, which is else waited for"
+        "--restart",
+        nargs="?",
+        const="always",
+        choices=("always", "changed"),
+        help="begin anew; the run in DIR is kept in DIR/before until the new one has finished. changed: only where "
+        "what differs changes bits",
     )
+    v.add_argument(
+        "--extend",
+        metavar="RUN_DIR",
+        help="train a finished run on to the steps that are asked for now, in another DIR: the rate warms up and falls "
+        "again over the steps that are left",
+    )
+    add_gpus(v, "one a process, or what plan.gpus says of a --run")
 
 
 def _pretrain(given: argparse.Namespace) -> None:
@@ -97,7 +108,9 @@ def _pretrain(given: argparse.Namespace) -> None:
             train = import_module(kind.training).pretrain
             peak = readings.peak(spec, name) if (name := card.name()) else None
             try:
-                train(spec, data, Path(given.out), wait=not given.no_wait, peak=peak)
+                extend = Path(given.extend) if given.extend else None
+                how = {"wait": not given.no_wait, "restart": given.restart, "extend": extend}
+                train(spec, data, Path(given.out), peak=peak, **how)
             except memory.OutOfMemory as error:
                 raise MasaError(f"{error} {estimated_need(spec)}".rstrip()) from error
 

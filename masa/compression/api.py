@@ -139,7 +139,6 @@ def _report(
     spec, after = model.sharing.spec, count_parameters(model)
     achieved = 1 - stored / problem.dense
     assert stored <= problem.budget, f"{spec.method} stored {stored} numbers for a budget of {problem.budget}"
-    known = ("samples", "length", "tokens_sha256", "model_sha256")
     return CompressionReport(
         method=spec.method,
         options=compressor.get_params(),
@@ -156,7 +155,7 @@ def _report(
         seconds=round(seconds, 3),
         peak_rss_bytes=peak,
         regularisation=problem.regularisation,
-        calibration={k: getattr(problem.calibration, k) for k in known} if problem.calibration else None,
+        calibration=problem.calibration.made_of() if problem.calibration else None,
         shapes={p: list(problem.shape.shapes[p]) for p in spec.projections},
         learned=compressor.learned(),
     )

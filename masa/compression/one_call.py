@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from typing import Any
 
@@ -20,7 +19,6 @@ from masa.sharing.projections import model_shape
 from masa.sharing.spec import ATTENTION
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_log = logging.getLogger("masa")
 
 
 def compress(
@@ -93,16 +91,11 @@ def compress(
                 f"{method!r} needs data to calibrate on: texts, a Dataset, a DataLoader or token ids (N, T)."
             )
         tokens = tokens_of(data, model, tokenizer, column, samples, check_length(model, length), seed)
-        if tokens.numel() < 2 * shape.hidden_size:
-            _log.warning(
-                "masa: %d tokens are few to calibrate a width of %d on; %d or more would be better.",
-                *(tokens.numel(), shape.hidden_size, 16 * shape.hidden_size),
-            )
     with terminal(progress is not None) as shown:
         told: dict[str, Any] = {"projections": projections, "batch_size": batch_size, "progress": progress or shown}
         if tokens is not None:
             gradients = min(GRADIENT_SAMPLES, len(tokens)) if needs_gradients(method) else 0
-            statistics = calibrate(model, tokens, gradient_samples=gradients, **told)
+            statistics = calibrate(model, tokens, gradient_samples=gradients, seed=seed, **told)
         model, report = api.compress(model, compressor, statistics, reduction, tokens=tokens, **told)
     model.compression_report = report
     return model

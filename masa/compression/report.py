@@ -24,7 +24,7 @@ class CompressionReport:
         seconds, peak_rss_bytes: of the fit alone, a part done for an earlier reduction included; the peak is the
             process's.
         regularisation: matrix -> jitter relative to mean(diag H), only where one was needed.
-        calibration: samples, length and sha256 of tokens and model, or None.
+        calibration: what the statistics were made of (:meth:`masa.compression.Calibration.made_of`), or None.
         shapes: projection -> (out, in).
         learned: ranks, groups, shared heads, relative error: what the method found.
     """

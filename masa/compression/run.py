@@ -11,6 +11,7 @@ import torch
 
 from masa.compression.api import compress
 from masa.compression.base import make_compressor
+from masa.compression.calibration.statistics import Calibration
 from masa.compression.calibration.texts import load_tokens
 from masa.compression.names import GRADIENT_SAMPLES, needs_gradients
 from masa.compression.scoring import perplexity
@@ -19,6 +20,7 @@ from masa.data.texts import Documents, template_of
 from masa.errors import MasaError
 from masa.models.pretrained import load_pretrained, save_plain
 from masa.runs.files import whole_folder
+from masa.runs.outputs import tried
 from masa.runs.run import write_json
 from masa.sharing.checkpoint import save
 from masa.sharing.spec import ATTENTION
@@ -88,15 +90,18 @@ def run_compress(
             f"{gradients}--out statistics`, then pass --calibration statistics."
         )
     where = {"column": column, "subset": subset, "split": split}
+    target = tried(Path(output), folder=True, option="output")
+    _check_output(target)
     documents = Documents(evaluate, **where).check() if evaluate is not None else None
-    _check_output(Path(output))
-    with whole_folder(Path(output)) as folder:
+    with whole_folder(target) as folder:
         loaded, tokenizer = load_pretrained(model, revision=revision, device=device)
         if documents and tokenizer is None:
             raise MasaError(f"{model} holds no tokenizer, which evaluation on text needs.")
         if documents:
             documents.chat = template_of(tokenizer)
         tokens = load_tokens(calibration) if calibration is not None else None
+        if tokens is not None:
+            Calibration.load(calibration).check_tokens(tokens)
         window = min(window, getattr(loaded.config, "max_position_embeddings", window))
         scores = {}
         with terminal(quiet) as progress:
@@ -112,6 +117,7 @@ def run_compress(
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         summary = report.to_dict() | scores | {"model": str(model), "output": str(output)}
+        summary |= {"threads": torch.get_num_threads()}
         summary |= {"total_seconds": round(time.perf_counter() - started, 2)}
         write_json(folder / ACCOUNT, summary)
     return summary

@@ -29,6 +29,7 @@ from masa.errors import MasaError
 from masa.evaluation import language
 from masa.models.pretrained import load_pretrained
 from masa.runs import run
+from masa.runs.files import sha256_of, whole_folder
 from masa.runs.fingerprint import fingerprint
 from masa.sharing import checkpoint
 from masa.sharing.fold import fold
@@ -42,6 +43,8 @@ def sweep(
     texts: Mapping[str, Path],
     tasks: Mapping[str, Any],
     out: Path,
+    calibration_text: Path | None = None,
+    wait: bool = True,
 ) -> dict[str, Any]:
     """Compress and score at every reduction of ``spec``; write ``out/PERCENT/metrics.json`` and ``out/manifest.json``.
 
@@ -52,16 +55,19 @@ def sweep(
         texts: name -> file of :func:`masa.data.excerpts.prepare`; the first is the held-out text.
         tasks: manifest of :func:`masa.data.benchmarks.prepare`.
         out: of this method.
+        calibration_text: what the statistics are to be of.
+        wait: for another process that writes ``out``.
 
     Raises:
-        MasaError: see :func:`masa.compression.compress`; a held-out text that is unavailable.
+        MasaError: see :func:`masa.compression.compress`; a held-out text that is unavailable; statistics of other
+            samples, tokens or text than ``spec["calibration"]`` and ``calibration_text`` say.
     """
     torch.set_num_threads(spec["threads"])
     pretrained = run.read_json(model_dir / "manifest.json")
     documents = {name: excerpts.load(path) for name, path in texts.items()}
     if "unavailable" in next(iter(documents.values())):
         raise MasaError(f"The held-out text is unavailable: {next(iter(documents.values()))['unavailable']}")
-    calibration = Calibration.load(calibration_dir) if calibration_dir else None
+    calibration = _calibration(calibration_dir, spec, calibration_text)
     inputs = {
         "model": run.digest(pretrained["sha256"]),
         "calibration": calibration.digest() if calibration else None,
@@ -70,28 +76,43 @@ def sweep(
     compressor = None if spec["method"] == ORIGINAL else make_compressor(spec["method"], **spec["options"])
     code, records = fingerprint(*modules(spec["method"])), {}
     tasks = task_data.current({t: tasks[t] for t in spec["evaluation"]["tasks"] if t in tasks})
-    with run.exclusive(out, wait=True):  # what another process has finished by then is not done again
+    with run.exclusive(out, wait):  # what another process has finished by then is not done again
         for percent in spec["reductions"]:
-            chosen = {k: v for k, v in spec.items() if k not in ("reductions", "tasks_at")}
+            chosen = {k: v for k, v in spec.items() if k not in ("reductions", "tasks_at", "calibration")}
             chosen["tasks"] = [t for t in spec["evaluation"]["tasks"] if percent in spec["tasks_at"]]
             data = {t: task_data.public(tasks[t]) if t in tasks else None for t in chosen["tasks"]}
             identity = run.digest([chosen, percent, inputs, code, data])
             file = out / f"{percent:g}" / "metrics.json"
             if not (file.is_file() and run.read_json(file).get("identity") == identity):
                 wanted = {t: tasks[t] for t in chosen["tasks"] if t in tasks}
-                shutil.rmtree(file.parent / "model", ignore_errors=True)
                 try:
                     record = _one(model_dir, spec, compressor, percent, calibration, documents, wanted, file.parent)
                 except MasaError as error:
                     raise MasaError(f"{spec['run']} at {percent:g} %: {error}") from error
-                record |= {"identity": identity, "provenance": run.provenance(inputs)}
+                made = {"calibration": calibration.made_of()} if calibration else {}
+                record |= {"identity": identity, "provenance": run.provenance(inputs) | made}
                 run.write_json(file, record)
+                if not spec["keep_models"]:  # of the record that this one replaces
+                    shutil.rmtree(file.parent / "model", ignore_errors=True)
             records[f"{percent:g}"] = identity
         for old in out.iterdir():  # what an earlier configuration asked for, and nothing else
             if old.name not in records and re.fullmatch(r"[0-9.]+", old.name) and (old / "metrics.json").is_file():
                 shutil.rmtree(old)
         run.write_json(out / "manifest.json", {"run": spec["run"], "records": records})
     return records
+
+
+def _calibration(directory: Path | None, spec: Mapping[str, Any], text: Path | None) -> Calibration | None:
+    """The statistics, which are what the spec asks for and of the tokens beside them."""
+    if directory is None:
+        return None
+    found = Calibration.load(directory)
+    found.expect(spec.get("calibration") or {}, "calibration.")
+    if text is not None:
+        found.expect({"text_sha256": sha256_of(text)}, "calibration.")
+    if (tokens := load_tokens(directory)) is not None:
+        found.check_tokens(tokens)
+    return found
 
 
 def _compressed(
@@ -149,8 +170,9 @@ def _one(
         model, report, healing = _compressed(model, model_dir, spec, compressor, percent, calibration, tokens, show)
         counts = count_parameters(model).to_dict()
         if spec["keep_models"]:
-            checkpoint.save(model, folder / "model")
-            tokenizer.save_pretrained(folder / "model")
+            with whole_folder(folder / "model") as kept:
+                checkpoint.save(model, kept)
+                tokenizer.save_pretrained(kept)
         settings = spec["evaluation"]
         model = fold(model).to(getattr(torch, settings["dtype"]))
         scores = {

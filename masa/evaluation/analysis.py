@@ -83,7 +83,7 @@ def read_run(run_dir: Path, manifest: Mapping[str, Any], out: Path) -> nn.Module
         MasaError: a file of the checkpoint is damaged, or it holds another number of attention parameters than the
             manifest says.
     """
-    again = f"train it again with `masa pretrain` (delete {run_dir / 'manifest.json'} first)"
+    again = "train it again with `masa pretrain` and --restart"
     try:
         expected, sums = manifest["parameters"]["attention"], dict(manifest["sha256"])
     except (KeyError, TypeError, ValueError) as error:

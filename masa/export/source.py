@@ -64,7 +64,7 @@ class Source:
         """
         from masa.sharing import checkpoint
 
-        verify(self.model, self.sha256, "train it again with `masa pretrain` (delete its manifest.json first)")
+        verify(self.model, self.sha256, "train it again with `masa pretrain` and --restart")
         return checkpoint.load(self.model)
 
 

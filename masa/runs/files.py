@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from masa.errors import MasaError
-from masa.runs.faults import writing
+from masa.runs.faults import CannotWrite, writing
+from masa.runs.outputs import resolved
 
 _CLONE = Path(__file__).resolve().parents[2]
 PROJECT = _CLONE if (_CLONE / "config" / "config.yaml").is_file() else Path.cwd()
@@ -85,7 +86,11 @@ def whole_files(directory: Path, named: Path | None = None) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """:func:`whole_file` for a folder: what is yielded takes the place of ``path`` if the block ends without error."""
+    """:func:`whole_file` for a folder: what is yielded takes the place of ``path`` if the block ends without error.
+
+    Of a link, the folder that it leads to is replaced.
+    """
+    path = resolved(path)
     with writing(path, below=path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -96,5 +101,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
             if path.exists():
                 shutil.rmtree(path)
             temporary.replace(path)
+    except CannotWrite as fault:  # of one of its files, where it will be
+        raise CannotWrite(fault.number, path) if temporary in fault.path.parents else fault from fault
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

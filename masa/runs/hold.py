@@ -1,4 +1,4 @@
-"""One process a run directory: a lock that the system drops with its holder, and waiting for it."""
+"""One process an output: a lock that the system drops with its holder, and waiting for it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
@@ -47,43 +47,78 @@ os.register_at_fork(after_in_child=_let_go)
 
 
 @contextmanager
-def exclusive(out: Path, wait: bool = False) -> Iterator[bool]:
-    """Hold the run directory; yields whether another process had to be waited for.
+def exclusive(out: Path, wait: bool = False, *, beside: bool = False, keep: bool = True) -> Iterator[bool]:
+    """Hold an output, so that nobody else writes it meanwhile; yields whether another process had to be waited for.
 
     Args:
-        out: made if needed.
+        out: a folder, made if needed; if nothing is put into it, it goes again.
         wait: for as long as another process holds it, saying so every minute; a stop signal ends the waiting.
+        beside: ``out`` is a file, or a folder that is replaced as a whole: the lock lies beside it instead of in it.
+        keep: leave the lock's file behind, which says who wrote last.
 
     Raises:
         MasaError: another live process holds it, and ``wait`` is false.
         Interrupted: a stop signal came while waiting.
     """
-    with writing(out, below=out):
-        out.mkdir(parents=True, exist_ok=True)
-    path, waited = out / ".lock", False
-    while True:
-        with writing(path):
-            lock = path.open("a+")
-        with lock:
-            if not _taken(lock):
-                if not wait:
-                    raise MasaError(f"{out} is being written by {_holder(lock)}; wait for it.")
-                _wait(lock, out)
-                waited = True
-            if not (path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat())):
-                out.mkdir(parents=True, exist_ok=True)  # removed while we waited: what we hold is not there any more
-                continue
-            with writing(path):
-                lock.truncate(0)
-                since = datetime.now().astimezone().isoformat(timespec="seconds")
-                lock.write(f"process {os.getpid()} on {os.uname().nodename} since {since}")
-                lock.flush()
-            _held.add(lock)
+    path, waited = (out.with_name(f".{out.name}.lock") if beside else out / ".lock"), False
+    missing: list[Path] = []  # folders that are made here
+    try:
+        while True:
+            missing = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()] or missing
+            with _opened(path, out) as lock:
+                if not _taken(lock):
+                    if not wait:
+                        raise MasaError(f"{out} is being written by {_holder(lock)}; wait for it.")
+                    _wait(lock, out)
+                    waited = True
+                if not _is_ours(lock, path):
+                    continue  # removed while we waited: what we hold is not there any more
+                with writing(path):
+                    lock.truncate(0)
+                    since = datetime.now().astimezone().isoformat(timespec="seconds")
+                    lock.write(f"process {os.getpid()} on {os.uname().nodename} since {since}")
+                    lock.flush()
+                _held.add(lock)
+                try:
+                    yield waited
+                finally:
+                    _held.discard(lock)
+                    _tidy(lock, path, keep and not beside, bool(missing))
+                return
+    finally:
+        for folder in missing:  # the innermost first
             try:
-                yield waited
-            finally:
-                _held.discard(lock)
-            return
+                folder.rmdir()
+            except OSError:  # it is used
+                break
+
+
+def _opened(path: Path, out: Path) -> IO[str]:
+    """The lock's file, whose folder may be tidied away between two moments."""
+    for _ in range(1000):
+        with writing(out, below=path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with writing(path):
+                return path.open("a+")
+        except FileNotFoundError:
+            continue
+    raise MasaError(f"{path} cannot be made: its folder is removed again and again, or it is a link to nowhere.")
+
+
+def _is_ours(lock: IO[str], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(lock.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _tidy(lock: IO[str], path: Path, keep: bool, new: bool) -> None:
+    """Remove the lock's file, still held, unless it is to be kept beside what was written."""
+    with suppress(OSError):
+        empty = new and not any(other.name != path.name for other in path.parent.iterdir())
+        if (empty or not keep) and _is_ours(lock, path):
+            path.unlink()
 
 
 def _taken(lock: IO[str]) -> bool:

@@ -77,7 +77,9 @@ def exhausted(spec: Mapping[str, Any], stage: str, then: str) -> OutOfMemory:
     """
     size = spec["training"]["micro_batch_size"]
     lower = (
-        f"Lower training.micro_batch_size (now {size}; the batch and its result stay what they are)" if size > 1 else ""
+        f"Lower training.micro_batch_size (now {size}; the batch stays what it is) and add --restart"
+        if size > 1
+        else ""
     )
     lower = lower or "training.micro_batch_size is 1 already, so lower the size of the model or of its inputs"
     return OutOfMemory(

@@ -6,6 +6,7 @@ import hashlib
 import json
 import platform
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -70,7 +71,7 @@ def digest(data: Any) -> str:
 
 
 def provenance(inputs: Mapping[str, str], packages: Sequence[str] = ()) -> dict[str, Any]:
-    """What a result was made with: package versions, git revision, machine, GPU, and the sha256 of its inputs.
+    """What a result was made with: package versions, git revision, machine, GPU, threads, and the sha256 of its inputs.
 
     Args:
         packages: further packages whose versions matter.
@@ -84,9 +85,16 @@ def provenance(inputs: Mapping[str, str], packages: Sequence[str] = ()) -> dict[
         "platform": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu(),
         **card.used(),
+        "threads": _threads(),
         "revision": _git_revision(),
         "inputs": dict(inputs),
     }
+
+
+def _threads() -> int | None:
+    """Of the CPU, as torch has them now; None where nothing imported it. Sums depend on their number."""
+    torch = sys.modules.get("torch")
+    return None if torch is None else torch.get_num_threads()
 
 
 def _version(package: str) -> str | None:

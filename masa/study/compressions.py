@@ -14,6 +14,9 @@ from masa.study.sections.compression import Compression
 
 Config = Mapping[str, Any]
 
+CALIBRATION = ("samples", "length", "seed", "gradient_samples", "projections")
+"""What statistics say of themselves, and a compression compares."""
+
 _DEFAULTS = Compression.defaults()
 
 
@@ -118,11 +121,14 @@ def run_spec(config: Config, model: str, name: str) -> dict[str, Any]:
                 if name in artefact.get("tasks", ()):
                     with_tasks |= set(reductions(config, artefact, name))
     entry, section = config["compressions"][name], config["compression"]
+    chosen = _calibration(config, name)
+    calibration = {k: v for k, v in config["calibrations"][chosen].items() if k in CALIBRATION} if chosen else None
     return {
         "run": f"{model}/{name}",
         "method": entry["method"],
         "options": entry.get("options") or {},
         "projections": _projections(entry),
+        "calibration": calibration,
         "heal": entry.get("heal"),
         "reductions": sorted(wanted),
         "tasks_at": sorted(with_tasks),

@@ -13,7 +13,7 @@ import yaml
 
 from masa.errors import MasaError
 from masa.runs.files import PROJECT
-from masa.settings import alternatives, read, resolved, schema_of
+from masa.settings import alternatives, read, resolved, schema_of, typed
 from masa.study import checks, experiments
 from masa.study.sections.root import Configuration
 
@@ -99,6 +99,11 @@ def check(config: Config) -> None:
     """
     read(Configuration, config)
     checks.check(config)
+
+
+def override(config: Config, given: Mapping[str, Any]) -> None:
+    """Merge what Snakemake's ``--config`` gave, whose nested values arrive as text, by the types of their keys."""
+    _merge(config, typed(Configuration, given))
 
 
 def schema() -> dict[str, Any]:

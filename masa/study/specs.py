@@ -100,7 +100,7 @@ SPECS: dict[str, Any] = {
         **{"name": Name, "title": str, "rows": _some(_ROW)},
     ),
     "sweep": _form(
-        {"heal": _ANY | None},
+        {"heal": _ANY | None, "calibration": _ANY | None},
         run=RelativePath,
         method=str,
         projections=Letters,

@@ -20,17 +20,15 @@ from masa.training.peak import Peak
 from masa.training.watch import Trainer
 
 
-def pretrain(
-    spec: Mapping[str, Any], boxes: Path, out: Path, wait: bool = False, peak: Peak | None = None
-) -> dict[str, Any]:
+def pretrain(spec: Mapping[str, Any], boxes: Path, out: Path, peak: Peak | None = None, **how: Any) -> dict[str, Any]:
     """Train one detector from scratch, or go on with a run that was interrupted.
 
     Args:
         spec: see :func:`masa.models.yolos.resolve_run`.
         boxes: box directory (:func:`masa.data.boxes.prepare`).
         out: run directory.
-        wait: for another process that trains in the same directory.
         peak: what the progress lines say that speed is a share of.
+        **how: ``wait``, ``restart`` and ``extend`` of :func:`masa.training.trainer.train`.
 
     Returns:
         The manifest.
@@ -57,6 +55,7 @@ def pretrain(
         return {"validation_loss": found.loss} | ({"validation_map": precision} if precision >= 0 else {})
 
     data = data_digest(manifest)
+    code = fingerprint("masa.training.detection")
     task = trainer.Task(
         build=build,
         data=TrainingBoxes(training, recipe["steps"] * recipe["batch_size"], seed, recipe["horizontal_flip"]),
@@ -64,14 +63,15 @@ def pretrain(
         unit="images",
         units_per_step=recipe["batch_size"],
         inputs={"boxes": data},
-        identity=run.digest([spec, data, fingerprint("masa.training.detection")]),
+        code=code,
+        identity=run.digest([spec, data, code]),
         trainer=DetectionTrainer,
         collate=collate,
         packages=detector.PACKAGES,
         casts_once=False,
         peak=peak,
     )
-    return trainer.train(spec, task, out, wait)
+    return trainer.train(spec, task, out, **how)
 
 
 class DetectionTrainer(Trainer):

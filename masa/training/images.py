@@ -21,17 +21,15 @@ from masa.training.peak import Peak
 from masa.training.watch import Trainer
 
 
-def pretrain(
-    spec: Mapping[str, Any], images: Path, out: Path, wait: bool = False, peak: Peak | None = None
-) -> dict[str, Any]:
+def pretrain(spec: Mapping[str, Any], images: Path, out: Path, peak: Peak | None = None, **how: Any) -> dict[str, Any]:
     """Train one Vision Transformer, or go on with a run that was interrupted.
 
     Args:
         spec: see :func:`masa.models.vit.resolve_run`.
         images: image directory (:func:`masa.data.images.prepare`).
         out: run directory.
-        wait: for another process that trains in the same directory.
         peak: what the progress lines say that speed is a share of.
+        **how: ``wait``, ``restart`` and ``extend`` of :func:`masa.training.trainer.train`.
 
     Returns:
         The manifest.
@@ -58,6 +56,7 @@ def pretrain(
         return scores | ({"validation_top5": top5} if top5 is not None else {})
 
     data = data_digest(manifest)
+    code = fingerprint("masa.training.images")
     task = trainer.Task(
         build=lambda: timm_vit.build(
             spec["model"], spec["sharing"], manifest["classes"], manifest["mean"], manifest["std"]
@@ -67,7 +66,8 @@ def pretrain(
         unit="images",
         units_per_step=recipe["batch_size"],
         inputs={"images": data},
-        identity=run.digest([spec, data, fingerprint("masa.training.images")]),
+        code=code,
+        identity=run.digest([spec, data, code]),
         trainer=partial(ImageTrainer, recipe["label_smoothing"]),
         collate=Collate(seed, spec["model"]["num_classes"], recipe["mixup"]),
         packages=timm_vit.PACKAGES,
@@ -75,7 +75,7 @@ def pretrain(
         final=final,
         peak=peak,
     )
-    return trainer.train(spec, task, out, wait)
+    return trainer.train(spec, task, out, **how)
 
 
 class ImageTrainer(Trainer):

@@ -19,17 +19,15 @@ from masa.training.attention import without_mask
 from masa.training.peak import Peak
 
 
-def pretrain(
-    spec: Mapping[str, Any], tokens: Path, out: Path, wait: bool = False, peak: Peak | None = None
-) -> dict[str, Any]:
+def pretrain(spec: Mapping[str, Any], tokens: Path, out: Path, peak: Peak | None = None, **how: Any) -> dict[str, Any]:
     """Train one language model, or go on with a run that was interrupted.
 
     Args:
         spec: from :func:`masa.study.experiments.run_spec`.
         tokens: token directory (:func:`masa.data.tokenize.tokenize`).
         out: run directory.
-        wait: for another process that trains in the same directory.
         peak: what the progress lines say that speed is a share of.
+        **how: ``wait``, ``restart`` and ``extend`` of :func:`masa.training.trainer.train`.
 
     Returns:
         The manifest.
@@ -50,6 +48,7 @@ def pretrain(
     def score(model: nn.Module) -> dict[str, float]:
         return {"validation_loss": held_out_loss(model, held_out, recipe["context"]).mean}
 
+    code = fingerprint("masa.training.language")
     task = trainer.Task(
         build=lambda: without_mask(language.build(spec["model"], spec["sharing"], recipe["context"])),
         data=PackedTokens(tokens, recipe["context"], recipe["steps"] * recipe["batch_size"], spec["seed"]),
@@ -57,7 +56,8 @@ def pretrain(
         unit="tokens",
         units_per_step=recipe["batch_size"] * recipe["context"],
         inputs={"tokens": run.digest(manifest["train"]), "tokenizer": manifest["tokenizer"]},
-        identity=run.digest([spec, manifest["train"], manifest["tokenizer"], fingerprint("masa.training.language")]),
+        code=code,
+        identity=run.digest([spec, manifest["train"], manifest["tokenizer"], code]),
         peak=peak,
     )
-    return trainer.train(spec, task, out, wait)
+    return trainer.train(spec, task, out, **how)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import FullyShardedDataParallelPlugin, PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, broadcast_object_list
 from torch import nn
 from transformers import Trainer
 
@@ -24,22 +24,50 @@ def is_sharded(spec: Mapping[str, Any]) -> bool:
     return spec["training"].get("parallel", "ddp") == "fsdp" and PartialState().num_processes > 1
 
 
-def arguments(spec: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-    """What Hugging Face's TrainingArguments need to know.
-
-    The blocks are gathered one at a time; what they share (MASA's atoms, embeddings) belongs to the root and stays
-    gathered through the step.
+def check(spec: Mapping[str, Any]) -> None:
+    """See that a run that cuts its weights into parts can.
 
     Raises:
         MasaError: an average of the weights, which is not kept in parts, or an optimiser that needs whole matrices.
     """
     if not is_sharded(spec):
-        return {"ddp_find_unused_parameters": False}  # none is
+        return
     if spec["training"].get("ema_decay"):
         raise MasaError(f"{spec['run']}: training.ema_decay needs training.parallel: ddp.")
     name, optimizer = optimizers.of(spec["training"])
     if not optimizer.sharded:
         raise MasaError(f"{spec['run']}: training.optimizer: {name} needs whole matrices; set training.parallel: ddp.")
+
+
+def agreed(decide: Callable[[], Any]) -> Any:
+    """What the first process decides, in all of them; all must call it.
+
+    Raises:
+        MasaError: what the first one raised, in all of them, so that none waits for the others.
+    """
+    state = PartialState()
+    if state.num_processes == 1:
+        return decide()
+    found: list[Any] = [None, None]
+    if state.is_main_process:
+        try:
+            found[0] = decide()
+        except MasaError as error:
+            found[1] = str(error)
+    broadcast_object_list(found)
+    if found[1] is not None:
+        raise MasaError(found[1])
+    return found[0]
+
+
+def arguments(spec: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """What Hugging Face's TrainingArguments need to know.
+
+    The blocks are gathered one at a time; what they share (MASA's atoms, embeddings) belongs to the root and stays
+    gathered through the step.
+    """
+    if not is_sharded(spec):
+        return {"ddp_find_unused_parameters": False}  # none is
     block = type(blocks(model)[0]).__name__
     return {
         "fsdp": True,

@@ -7,13 +7,11 @@ import pickle
 import re
 import shutil
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from masa.errors import MasaError
 from masa.runs import run
-from masa.runs.files import sha256_of, whole_file
+from masa.runs.files import sha256_of
 
 COMPLETE = "complete.json"
 """File that a checkpoint gets last: the sha256 of all others."""
@@ -22,24 +20,12 @@ KEPT = 2
 """Whole checkpoints that are kept."""
 
 
-def prepare(out: Path, checkpoints: Path, spec: Mapping[str, Any], identity: str) -> None:
-    """Drop what an earlier, different spec or data left in the run directory, and checkpoints that are not whole."""
-    (out / "manifest.json").unlink(missing_ok=True)
-    marker = checkpoints / "identity"
-    if not marker.is_file() or marker.read_bytes() != identity.encode():
-        _remove(checkpoints)
-        (out / "metrics.jsonl").unlink(missing_ok=True)
-        with whole_file(marker) as path:
-            path.write_text(identity)
+def drop_damaged(checkpoints: Path, name: str) -> None:
+    """Drop checkpoints that are not whole, and say so."""
     for folder in every(checkpoints):
         if damage := _damage(folder):
-            print(f"{spec['run']}: {damage}; the checkpoint is dropped", file=sys.stderr)
-            _remove(folder)
-    for place in (out, out / "model", checkpoints):
-        for left in place.glob(".*.*"):  # temporary folders of sources.whole_file that a kill left behind
-            if left.is_dir():
-                shutil.rmtree(left, ignore_errors=True)
-    run.write_json(out / "spec.json", spec)
+            print(f"{name}: {damage}; the checkpoint is dropped", file=sys.stderr)
+            remove(folder)
 
 
 def every(checkpoints: Path) -> list[Path]:
@@ -59,7 +45,7 @@ def finish(checkpoints: Path, folder: Path) -> None:
     run.write_json(folder / COMPLETE, {str(path.relative_to(folder)): sha256_of(path) for path in files})
     for old in every(checkpoints)[KEPT:]:
         (old / COMPLETE).unlink(missing_ok=True)  # first, so that a kill leaves none that looks whole and is not
-        _remove(old)
+        remove(old)
 
 
 def drop_unfinished(checkpoints: Path) -> None:
@@ -73,6 +59,12 @@ def then(checkpoints: Path) -> str:
     """What the same command will do, for messages: "go on from step 12"."""
     last = newest(checkpoints)
     return f"go on from step {_step(last):,}" if last else "begin anew (there is no checkpoint yet)"
+
+
+def reached(checkpoints: Path) -> str:
+    """How far an unfinished run is, for messages: "interrupted, with a checkpoint of step 12"."""
+    last = newest(checkpoints)
+    return f"interrupted, with a checkpoint of step {_step(last):,}" if last else "interrupted before a checkpoint"
 
 
 def explain(error: Exception, folder: Path | None) -> None:
@@ -102,27 +94,16 @@ def explain(error: Exception, folder: Path | None) -> None:
             ) from error
 
 
-def finished(out: Path, identity: str) -> dict[str, Any] | None:
-    """The manifest of a run that is whole and the same, or None."""
-    try:
-        manifest = run.read_json(out / "manifest.json")
-        same = manifest["identity"] == identity
-        whole = all(sha256_of(out / "model" / name) == value for name, value in manifest["sha256"].items())
-    except (MasaError, OSError, KeyError, TypeError, AttributeError):
-        return None
-    return manifest if same and whole else None
-
-
-def _step(folder: Path) -> int:
-    return int(folder.name.rpartition("-")[2])
-
-
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """Remove a folder, or a file in its place."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.rpartition("-")[2])
 
 
 def _damage(folder: Path) -> str | None:

@@ -1,8 +1,8 @@
 """The training loop that all kinds of models share: Hugging Face's Trainer, one recipe, and runs that can be resumed.
 
 A run directory holds ``spec.json`` (everything resolved), ``metrics.jsonl`` (append-only), ``model/`` (factored
-checkpoint), ``provenance.json``, ``manifest.json`` (written last: its presence means that the run is whole) and, while
-it is running, ``checkpoints/``.
+checkpoint), ``provenance.json``, ``identity.json`` (what decides the bits), ``manifest.json`` (written last: its
+presence means that the run is whole) and, while it is running, ``checkpoints/``.
 
 In several processes (:mod:`masa.training.launch`) the same call trains one model: each takes its part of every batch,
 the first writes.
@@ -11,7 +11,6 @@ the first writes.
 from __future__ import annotations
 
 import math
-import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,7 +31,7 @@ from masa.runs import faults, memory, run
 from masa.runs.files import sha256_of
 from masa.sharing import checkpoint
 from masa.sharing.share import ParameterCount, count_parameters
-from masa.training import launch, optimizers, parallel, resuming
+from masa.training import earlier, extending, launch, optimizers, parallel, resuming
 from masa.training.fused import FusedKernels, fits
 from masa.training.log import RunLog
 from masa.training.peak import Peak
@@ -51,7 +50,8 @@ class Task:
         score: held-out numbers of a model; their names begin with ``validation_`` and one is ``validation_loss``.
         unit, units_per_step: what speed is counted in, "tokens" or "images".
         inputs: sha256 of what it was trained on.
-        identity: changes with anything that decides the run's bits; another identity is another run.
+        identity: changes with the spec, the inputs and the code; another identity is another run.
+        code: the meaning of the code that trains.
         trainer, collate: makes the Trainer, and batches, where the loss or the batches are not Hugging Face's own.
         packages: whose versions are stored beside those of all runs.
         callbacks: called before the run's log at every event.
@@ -67,6 +67,7 @@ class Task:
     units_per_step: int
     inputs: Mapping[str, str]
     identity: str
+    code: str = ""
     trainer: Callable[..., Trainer] = Trainer
     collate: Callable[[list], dict] | None = None
     packages: Sequence[str] = ()
@@ -89,8 +90,19 @@ def set_up(spec: Mapping[str, Any]) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # a kernel for each tensor, to find what we do not do
 
 
-def train(spec: Mapping[str, Any], task: Task, out: Path, wait: bool = False) -> dict[str, Any]:
-    """Train one model, or go on with a run that was interrupted.
+def train(
+    spec: Mapping[str, Any],
+    task: Task,
+    out: Path,
+    *,
+    wait: bool = False,
+    restart: earlier.Restart = None,
+    extend: Path | None = None,
+) -> dict[str, Any]:
+    """Train one model, go on with a run that was interrupted, or see that it is finished.
+
+    Nothing in ``out`` is touched before all of this is known: that the model can be built, and that what lies there is
+    nothing, this run, or one that may be set aside.
 
     Args:
         spec: ``run``, ``seed`` and ``training``, everything resolved.
@@ -98,35 +110,47 @@ def train(spec: Mapping[str, Any], task: Task, out: Path, wait: bool = False) ->
         out: run directory.
         wait: for another process that trains in the same directory; if that one finishes this very run, nothing is
             left to do. Not where a run has several processes, which would lose each other meanwhile.
+        restart: what becomes of another run there (:data:`masa.training.earlier.Restart`).
+        extend: directory of a finished run, which is trained on (:func:`masa.training.extending.extended`).
 
     Returns:
         The manifest.
 
     Raises:
-        MasaError: numbers that are not finite (step and batch are named), a disk that cannot be written, no memory, a
-            killed worker, or another process that trains in the same directory.
+        MasaError: another run in the directory (what differs is said), numbers that are not finite (step and batch are
+            named), a disk that cannot be written, no memory, a killed worker, or another process that trains in the
+            same directory.
     """
     processes = PartialState(cpu=not torch.cuda.is_available())
+    _check(spec)
+    if extend is not None:
+        spec, task = extending.extended(spec, task, extend)
     alone = processes.num_processes == 1
+    asked = earlier.Asked(spec, task.inputs, task.code, task.identity)
     with run.exclusive(out, wait and alone) if processes.is_main_process else nullcontext() as waited:
-        if waited and (manifest := resuming.finished(out, task.identity)):
-            print(f"{spec['run']}: the process that was waited for has finished this run", file=sys.stderr)
-            return manifest
-        checkpoints = out / "checkpoints"
-        stage: list[Any] = ["preparing the run directory"]
-        with _explained(spec, checkpoints, stage):
+        how = parallel.agreed(lambda: earlier.decide(out, asked, restart))
+        if not isinstance(how, str):
+            if waited:
+                print(f"{spec['run']}: the process that was waited for has finished this run", file=sys.stderr)
             if processes.is_main_process:
-                resuming.prepare(out, checkpoints, spec, task.identity)
+                earlier.again(out, how, spec)
+            return how
+        checkpoints = out / "checkpoints"
+        stage: list[Any] = ["building the model"]
+        with _explained(spec, checkpoints, stage):
+            set_seed(spec["seed"])
+            model = task.build()
+            stage.append("preparing the run directory")
+            if processes.is_main_process:
+                earlier.take(out, asked, how)
             processes.wait_for_everyone()
-            stage.append("building the model")
-            _train(spec, task, out, checkpoints, stage)
+            _train(spec, task, model, out, stage)
         processes.wait_for_everyone()
     return run.read_json(out / "manifest.json")
 
 
-def _train(spec: Mapping[str, Any], task: Task, out: Path, checkpoints: Path, stage: list) -> None:
-    set_seed(spec["seed"])
-    model = task.build()
+def _train(spec: Mapping[str, Any], task: Task, model: nn.Module, out: Path, stage: list) -> None:
+    checkpoints = out / "checkpoints"
     counts = count_parameters(model)
     trainer, log = _trainer(spec, task, model, out, checkpoints)
     stage.append(log)
@@ -172,8 +196,8 @@ def _explained(spec: Mapping[str, Any], checkpoints: Path, stage: list) -> Itera
         if killed := faults.killed_worker(error):
             raise MasaError(
                 f"{spec['run']}: a data loader's worker ({killed}) while {stage[-1].stage}; most likely the machine's "
-                "memory ran out. Lower training.workers or training.micro_batch_size, or run fewer jobs at once, and "
-                f"run the same command again to {then}."
+                "memory ran out. Lower training.workers, or training.micro_batch_size with --restart, or run fewer "
+                f"jobs at once, and run the same command again to {then}."
             ) from error
         raise
 
@@ -182,6 +206,7 @@ def _finish(
     spec: Mapping[str, Any], task: Task, log: RunLog, counts: ParameterCount, model: nn.Module, out: Path
 ) -> None:
     """Store the model, what it was made with, and the manifest, which is the sign that all is there."""
+    extends = {"extends": spec["extends"]} if "extends" in spec else {}
     checkpoint.save(task.final(model).eval(), out / "model")
     run.write_json(
         out / "provenance.json",
@@ -191,7 +216,8 @@ def _finish(
             "threads": spec["training"]["threads"],
             "dtype": log.dtype,
             "processes": PartialState().num_processes,
-        },
+        }
+        | extends,
     )
     result = {
         "run": spec["run"],
@@ -199,26 +225,35 @@ def _finish(
         "parameters": counts.to_dict(),
         "training": log.summary(),
         "sha256": {name: sha256_of(out / "model" / name) for name in ("model.safetensors", "config.json")},
-    }
-    run.write_json(out / "manifest.json", result)
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    } | extends
+    earlier.finish(out, earlier.Asked(spec, task.inputs, task.code, task.identity), result)
 
 
-def _arguments(spec: Mapping[str, Any], model: nn.Module, checkpoints: Path, autocast: bool) -> TrainingArguments:
-    recipe, cuda = spec["training"], torch.cuda.is_available()
-    world = PartialState().num_processes
+def _check(spec: Mapping[str, Any]) -> None:
+    """See that a recipe fits the processes that were started; before anything is touched.
+
+    Raises:
+        MasaError: it does not.
+    """
+    recipe, world = spec["training"], PartialState().num_processes
     nodes, processes = launch.layout(spec)
     if world != nodes * processes:
         raise MasaError(
             f"{spec['run']} asks for {nodes} x {processes} processes (training.nodes, training.processes_per_node), "
             f"but {world} were started."
         )
-    passes, rest = divmod(recipe["batch_size"], recipe["micro_batch_size"] * world)
-    if rest or not passes:
+    if recipe["batch_size"] % (recipe["micro_batch_size"] * world):
         raise MasaError(
             f"{spec['run']}: batch_size = {recipe['batch_size']} is not a multiple of micro_batch_size x processes = "
             f"{recipe['micro_batch_size']} x {world}."
         )
+    compiles(recipe)
+    parallel.check(spec)
+
+
+def _arguments(spec: Mapping[str, Any], model: nn.Module, checkpoints: Path, autocast: bool) -> TrainingArguments:
+    recipe, cuda = spec["training"], torch.cuda.is_available()
+    passes = recipe["batch_size"] // (recipe["micro_batch_size"] * PartialState().num_processes)
     return TrainingArguments(
         output_dir=str(checkpoints),
         max_steps=recipe["steps"],

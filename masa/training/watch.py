@@ -15,8 +15,8 @@ from masa.errors import MasaError
 from masa.sharing.saving import as_trained
 
 MEND = (
-    "Lower training.learning_rate or training.max_grad_norm, or look at that data; the last checkpoint before it, if "
-    "there is one, is kept."
+    "Lower training.learning_rate or training.max_grad_norm and add --restart, or look at that data; the last "
+    "checkpoint before it, if there is one, is kept."
 )
 
 

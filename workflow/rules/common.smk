@@ -32,6 +32,7 @@ from masa.study.cost import shares
 from masa.training import launch
 
 try:
+    settings.override(config, workflow.config_settings.config or {})
     settings.check(config)
 except MasaError as error:
     raise WorkflowError(f"Configuration: {error}") from None
@@ -267,6 +268,12 @@ def local_image_files(section, name):
     except MasaError as error:
         raise WorkflowError(f"{section}.{name}: {error}") from None
     return [str(path) for path in image_sets.standing_for(root)]
+
+
+def calibration_text_of(wildcards):
+    """The text of those statistics."""
+    name = compressions.calibration_of(config, f"{wildcards.model}/{wildcards.name}")
+    return [f"{DATA}/texts/{config['calibrations'][name]['text']}.json"] if name else []
 
 
 # what artefacts.OWN_TABLES are made from

@@ -84,6 +84,7 @@ rule compress:
         ),
         benchmarks=rules.benchmarks.output[0],
         calibration=calibration_of,
+        calibration_text=calibration_text_of,
     output:
         f"{RESULTS}/compression/{{model}}/{{name}}/manifest.json",
     log:
@@ -105,7 +106,8 @@ rule compress:
         benchmarks=lambda wildcards, input: Path(input.benchmarks).parent,
         calibration=lambda wildcards, input: [
             f"--calibration={Path(file).parent}" for file in input.calibration
-        ],
+        ]
+        + [f"--calibration-text={file}" for file in input.calibration_text],
         out=lambda wildcards, output: Path(output[0]).parent,
     message:
         "Compressing {wildcards.model} by {wildcards.name}"

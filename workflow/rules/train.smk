@@ -22,4 +22,4 @@ rule pretrain:
         "Training {wildcards.run}"
     shell:
         "masa {params.verb:q} --spec {params.spec:q} --{params.kind:q} {params.data:q} --out {params.out:q}"
-        " --gpus {resources.gpu_percent:q}% --log {log:q}"
+        " --restart changed --gpus {resources.gpu_percent:q}% --log {log:q}"

@@ -27,6 +27,8 @@ from masa.sharing.spec import ATTENTION, PROJECTIONS
 USUAL_LENGTH = 512
 """Tokens of a calibration sequence."""
 
+_log = logging.getLogger("masa")
+
 Progress = Callable[[str, int, int], None]
 """Called with (what, done, of)."""
 
@@ -44,6 +46,8 @@ def calibrate(
     batch_size: int = 4,
     dtype: torch.dtype | None = None,
     gradient_samples: int = 0,
+    seed: int | None = None,
+    text_sha256: str | None = None,
     progress: Progress = lambda what, done, of: None,
 ) -> Calibration:
     """Collect, in one pass, what every compression method needs.
@@ -57,10 +61,11 @@ def calibrate(
         dtype: of the computation; by default the model's. float32 for a model stored in bfloat16 costs one block.
         gradient_samples: run this many of the sequences, the first ones, backward too, for the methods that weigh
             outputs by the loss's gradients (:mod:`masa.compression.calibration.gradients`).
+        seed, text_sha256: of the choice of ``tokens`` and of the text that they are from; kept with the statistics.
         progress: called with ("calibrating", done, of).
 
     Returns:
-        The statistics.
+        The statistics. Fewer tokens than their rank takes are said in the log.
 
     Raises:
         MasaError: no tokens, ids outside the vocabulary, a NaN or infinity in weights or activations (the message
@@ -77,6 +82,7 @@ def calibrate(
         )
     if line := family.passed_over(projections):
         _log.warning("masa: %s", line)
+    _say_if_few(tokens.numel(), max(inp for p in projections for _, inp in family.shapes(p)))
     if directory is not None:
         Path(directory).mkdir(parents=True, exist_ok=True)
         (Path(directory) / "calibration.json").unlink(missing_ok=True)
@@ -86,6 +92,9 @@ def calibrate(
         inputs=list(dict.fromkeys(INPUT_OF[p] for p in projections)),
         tokens_sha256=tokens_sha256(tokens),
         model_sha256=model_sha256(model),
+        seed=seed,
+        text_sha256=text_sha256,
+        threads=torch.get_num_threads(),
         directory=Path(directory) if directory is not None else None,
     )
     model.eval()
@@ -199,6 +208,16 @@ def check_weights(family: Family, block: nn.Module, layer: int, letters: str) ->
     for letter in not_finite({p: family.layer(block, layer, p).weight for p in letters}):
         path = family.place(layer, letter).path
         raise MasaError(f"NaN or infinity in the weight of projection {letter!r} ({path}) of layer {layer}.")
+
+
+def _say_if_few(tokens: int, width: int) -> None:
+    """H = X^T X of T tokens has a rank of at most T; with fewer than its width, directions are missing."""
+    if tokens < 2 * width:
+        _log.warning(
+            "masa: %d tokens are few to calibrate a width of %d on (H has a rank of at most %d); %d or more would be "
+            "better.",
+            *(tokens, width, min(tokens, width), 16 * width),
+        )
 
 
 def check_length(model: nn.Module, length: int | None = None) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,11 @@ from masa.data import tokenizers
 from masa.data.texts import Documents
 from masa.errors import MasaError, unknown
 from masa.models.pretrained import load_pretrained
+from masa.runs.faults import writing
+from masa.runs.files import sha256_of
+from masa.runs.hold import exclusive
+from masa.runs.outputs import tried
+from masa.runs.run import digest
 from masa.sharing.spec import ATTENTION
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -41,6 +46,7 @@ def run_calibrate(
     threads: int | None = None,
     device: str = "auto",
     quiet: bool = False,
+    wait: bool = True,
 ) -> dict[str, Any]:
     """Load a model, draw N x T tokens from texts and write calibration statistics and tokens.
 
@@ -61,54 +67,93 @@ def run_calibrate(
         threads: of the CPU; by default torch's own choice.
         device: "auto" (a GPU where there is one), "cpu", "cuda:1", …; on the CPU weights are read from the mapped file.
         quiet: no progress.
+        wait: for another process that writes the same directory, such as one whose workflow was killed.
 
     Returns:
         Summary: samples, length, start_token (that every document begins with, or None), tokens_per_second, seconds,
         peak_rss_bytes, hashes, directory.
 
     Raises:
-        MasaError: see :func:`masa.compression.calibrate`; or too little text.
+        MasaError: see :func:`masa.compression.calibrate`; too little text; an output that cannot be written, or, unless
+            ``wait``, that another process writes.
     """
+    folder = tried(Path(output), folder=True, option="output")
+    where = {"column": column, "subset": subset, "split": split}
+    with exclusive(folder, wait=wait, keep=False):
+        return _collect(
+            *(model, folder, text, where, samples, length, seed, revision, projections, batch_size, dtype),
+            *(gradient_samples, threads, device, quiet),
+        )
+
+
+def _collect(
+    model: str,
+    folder: Path,
+    text: str | Path | Sequence[str],
+    where: Mapping[str, str | None],
+    samples: int,
+    length: int | None,
+    seed: int,
+    revision: str | None,
+    projections: str,
+    batch_size: int,
+    dtype: str | None,
+    gradient_samples: int,
+    threads: int | None,
+    device: str,
+    quiet: bool,
+) -> dict[str, Any]:
+    """:func:`run_calibrate` in a folder that is held."""
     started = time.perf_counter()
     if threads:
         torch.set_num_threads(threads)
     reset_peak_rss()
-    Documents(text, column, subset=subset, split=split).check()  # before the model is read
+    Documents(text, **where).check()  # before the model is read
     loaded, tokenizer = load_pretrained(model, revision=revision, device=device)
     if tokenizer is None:
         raise MasaError(f"{model} holds no tokenizer, which calibration on text needs.")
     length = check_length(loaded, length)
-    documents = Documents(text, column, subset=subset, split=split, tokenizer=tokenizer)
+    documents = Documents(text, **where, tokenizer=tokenizer)
     tokens = draw_tokens(tokenizer, documents, samples, length, seed)
     start = tokenizers.start_of(tokenizer)
-    folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "calibration.json").unlink(missing_ok=True)  # written last: with it, everything is there
-    save_tokens(tokens, folder)
+    with writing(folder / "tokens.safetensors", below=folder):
+        save_tokens(tokens, folder)
     with terminal(quiet) as progress:
         found = calibrate(
             loaded,
             tokens,
-            directory=output,
+            directory=folder,
             projections=projections,
             batch_size=batch_size,
             dtype=_dtype(dtype),
             gradient_samples=gradient_samples,
+            seed=seed,
+            text_sha256=_text_sha256(text),
             progress=progress,
         )
     return {
         "model": model,
-        "directory": str(output),
+        "directory": str(folder),
         "samples": samples,
         "length": length,
         "seed": seed,
         "start_token": None if start is None else tokenizer.convert_ids_to_tokens(start),
+        "threads": found.threads,
         "tokens_sha256": found.tokens_sha256,
+        "text_sha256": found.text_sha256,
         "model_sha256": found.model_sha256,
         "tokens_per_second": found.tokens_per_second,
         "seconds": round(time.perf_counter() - started, 2),
         "peak_rss_bytes": peak_rss(),
     }
+
+
+def _text_sha256(text: str | Path | Sequence[str]) -> str | None:
+    """Of a file, or of documents; None of anything else that has a name alone."""
+    if not isinstance(text, str | Path):
+        return digest([str(document) for document in text])
+    return sha256_of(Path(text)) if Path(text).is_file() else None
 
 
 def _dtype(name: str | None) -> torch.dtype | None:

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,12 +16,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from masa.errors import MasaError, unknown
-from masa.runs.files import sha256_of
+from masa.runs.files import sha256_of, whole_file
 from masa.runs.run import write_json
 
 FORMAT = 1
 INPUT_OF = {"q": "qkv", "k": "qkv", "v": "qkv", "o": "o", "g": "gu", "u": "gu", "d": "d"}
 """Projection letter -> the input that it reads; q, k and v read the same, and so do the FFN's gate and up."""
+
+MADE_OF = ("samples", "length", "seed", "gradient_samples", "inputs", "tokens_sha256", "text_sha256", "model_sha256")
+MADE_OF += ("threads",)
+LATER = ("seed", "text_sha256", "threads")
+"""Of those, what statistics of an earlier version do not say."""
 
 
 @dataclass
@@ -36,6 +42,8 @@ class Calibration:
         drift: (L - 1,) ``KL(p_l || p_l+1)`` between consecutive blocks' mean outputs read through the final norm and
             the head.
         gradient_samples: sequences with gradients (:mod:`masa.compression.calibration.gradients`), or 0.
+        seed, text_sha256: of the choice of the tokens, and of the text that they are from, where that is known.
+        threads: of the CPU, on which the last bits of sums depend.
         sha256: layer file -> checksum, as saved; each is verified when the file is first read.
         directory: where the layers' files are; None keeps them in memory.
     """
@@ -49,6 +57,9 @@ class Calibration:
     tokens_per_second: float = 0.0
     drift: list[float] = field(default_factory=list)
     gradient_samples: int = 0
+    seed: int | None = None
+    text_sha256: str | None = None
+    threads: int | None = None
     sha256: dict[str, str] = field(default_factory=dict)
     directory: Path | None = None
     _verified: set[str] = field(default_factory=set, repr=False)
@@ -87,8 +98,7 @@ class Calibration:
         if self.directory is None:  # of all layers they can take more than a GPU that holds the model has left
             self._layers[layer] = self._layers.get(layer, {}) | {name: t.cpu() for name, t in tensors.items()}
         else:
-            for name, part in _parts(layer, tensors).items():
-                save_file(part, self.directory / name)
+            _write(self.directory, layer, tensors)
 
     def save(self, directory: str | Path | None = None) -> Path:
         """Write ``calibration.json`` and one safetensors file a layer; a directory given at the start holds both.
@@ -102,13 +112,12 @@ class Calibration:
         target = Path(directory or self.directory or "")
         if directory is None and self.directory is None:
             raise MasaError("This calibration is in memory: save(directory) needs a directory.")
-        target.mkdir(parents=True, exist_ok=True)
         if self.directory is not None and target.resolve() != self.directory.resolve():
             for file in self.directory.glob("*-[0-9][0-9][0-9].safetensors"):
-                shutil.copyfile(file, target / file.name)
+                with whole_file(target / file.name) as path:
+                    shutil.copyfile(file, path)
         for layer, tensors in self._layers.items():
-            for name, part in _parts(layer, tensors).items():
-                save_file(part, target / name)
+            _write(target, layer, tensors)
         self.sha256 = {file.name: sha256_of(file) for file in sorted(target.glob("*-[0-9][0-9][0-9].safetensors"))}
         self._verified.clear()
         data = {k: v for k, v in asdict(self).items() if k not in ("directory", "_layers", "_verified")}
@@ -147,6 +156,36 @@ class Calibration:
         told = [self.tokens_sha256, self.model_sha256, self.inputs, self.gradient_samples, self.drift]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
+    def made_of(self) -> dict[str, Any]:
+        """What a result that was made with these statistics says of them."""
+        return {key: getattr(self, key) for key in MADE_OF}
+
+    def expect(self, wanted: Mapping[str, Any], where: str = "") -> None:
+        """Refuse statistics that are not what is asked for, as an earlier calibration may have left them.
+
+        Args:
+            wanted: keys of :meth:`made_of`, and ``projections``, with their values; others are left alone.
+            where: what a key is named below in the message, e.g. "calibrations.attention.".
+
+        Raises:
+            MasaError: the first that differs, with both values and the mend.
+        """
+        found = self.made_of()
+        for key, value in wanted.items():
+            if key == "projections":
+                have: Any = self.inputs
+                differs = set(self.inputs) != {INPUT_OF.get(letter) for letter in value}
+            else:
+                have = found.get(key, value)
+                differs = have != value and not (have is None and key in LATER)
+            if differs:
+                place = self.directory / "calibration.json" if self.directory else "the calibration"
+                raise MasaError(
+                    f"{place} is not of what is asked for: {where}{key} is {value}, these statistics are of {have}. An "
+                    "earlier `masa calibrate` wrote them last. Delete that file and run the same command of the "
+                    "workflow again, or call `masa calibrate` again."
+                )
+
     def check(self, model: nn.Module, tokens: Tensor | None) -> None:
         """Refuse statistics of another model, or tokens other than those of the calibration.
 
@@ -158,8 +197,21 @@ class Calibration:
                 f"The calibration belongs to another model (sha256 {self.model_sha256[:12]}…, this one has "
                 f"{found[:12]}…; a model converted to another dtype is another model). Calibrate this one."
             )
-        if tokens is not None and tokens_sha256(tokens) != self.tokens_sha256:
-            raise MasaError("The tokens are not those of the calibration (sha256 differs). Pass the same ones.")
+        if tokens is not None:
+            self.check_tokens(tokens)
+
+    def check_tokens(self, tokens: Tensor) -> None:
+        """Refuse tokens other than those of the calibration.
+
+        Raises:
+            MasaError: they are.
+        """
+        if tokens_sha256(tokens) != self.tokens_sha256:
+            where = f"{self.directory / 'tokens.safetensors'}: the" if self.directory else "The"
+            raise MasaError(
+                f"{where} tokens are not those of the calibration (sha256 differs). Pass the same ones, or make both "
+                "anew with `masa calibrate`."
+            )
 
     def _read(self, layer: int, name: str) -> Tensor:
         if self.directory is None:
@@ -183,6 +235,13 @@ class Calibration:
 
 def _name(layer: int, gradients: bool = False) -> str:
     return f"{'gradients' if gradients else 'layer'}-{layer:03d}.safetensors"
+
+
+def _write(directory: Path, layer: int, tensors: Mapping[str, Tensor]) -> None:
+    """One layer's files, each whole or not there."""
+    for name, part in _parts(layer, tensors).items():
+        with whole_file(directory / name) as path:
+            save_file(part, path)
 
 
 def _parts(layer: int, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

@@ -13,7 +13,7 @@ from masa.study.cost.report import duration
 from masa.study.status.holder import Holder, holder_of
 from masa.study.status.numbers import interval, is_number, newest, seconds_per_step
 from masa.study.status.tail import last_records
-from masa.training import resuming
+from masa.training import earlier, resuming
 
 STATES = ("running", "silent", "failed", "interrupted", "waiting", "done")
 """In the order in which they are shown."""
@@ -213,7 +213,9 @@ def _of_manifest(manifest: Mapping[str, Any], numbers: Mapping[str, Any]) -> dic
 
 
 def differs(expected: Mapping[str, Any], spec: Mapping[str, Any]) -> bool:
-    """Whether a run was trained as the configuration does not say any more; epochs become steps in training.
+    """Whether a run was trained as the configuration does not say any more, in what changes bits.
+
+    Epochs become steps in training.
 
     Args:
         expected: what the configuration says; spec: the ``spec.json`` of the training.
@@ -223,7 +225,7 @@ def differs(expected: Mapping[str, Any], spec: Mapping[str, Any]) -> bool:
         return True
     if expected["training"].get("steps") is None:
         expected["training"]["steps"] = recipe.get("steps")
-    return any(spec.get(key) != expected.get(key) for key in ("seed", "model", "sharing", "training"))
+    return bool(earlier.changed(spec, expected)[0])
 
 
 def _steps(spec: Mapping[str, Any] | None) -> int | None:
