@@ -18,9 +18,12 @@ from torch import nn
 
 from masa.data import sources
 from masa.errors import MasaError, unknown
-from masa.models.reading import check_finite, check_gguf, read_folder
+from masa.models.gguf_reading import parts_of, read_gguf, read_tokenizer
+from masa.models.reading import read_folder
 from masa.runs import files
+from masa.runs.run import digest as digest_of
 from masa.runs.run import read_json, write_json
+from masa.sharing.checkpoint import quietly
 from masa.sharing.projections import family_of
 from masa.sharing.weight_files import WEIGHTS, weight_files
 
@@ -99,33 +102,17 @@ def convert_gguf(file: str | Path, folder: str | Path) -> Path:
     Raises:
         MasaError: the file is missing, transformers cannot read it, or what it needs for that is not installed.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     file, folder = Path(file), Path(folder)
     if not file.is_file():
         raise MasaError(f"GGUF file {file} does not exist.")
     if find_spec("gguf") is None:
         raise MasaError(f"{file} is read with the package gguf, which is not installed: pip install 'masa[gguf]'.")
-    check_gguf(file)
     if folder.exists():
         raise MasaError(f"{folder} exists already; the converted model needs a folder of its own.")
-    where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name, "trust_remote_code": False}
-    try:
-        read, found = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(**where)
-    except Exception as error:  # a broken file may fail anywhere in the reader
-        raise MasaError(f"{file} cannot be read as a GGUF model: {error}") from error
-    if missing := sorted(found["missing_keys"]):
-        raise MasaError(f"{file} lacks weights of its model: {missing[:3]} ({len(missing)} in all).")
-    check_finite(read, file)
-    config = read.config
-    if hasattr(config, "quantization_config"):  # it is float32 now, and save_pretrained would refuse
-        del config.quantization_config
-    model = type(read)(config)
-    model.load_state_dict(read.state_dict())
-    model.tie_weights()
-    with files.whole_folder(folder) as temporary:
-        model.save_pretrained(temporary)
+    model, weights = read_gguf(file)
+    tokenizer = read_tokenizer(file)
+    with files.whole_folder(folder) as temporary, quietly():
+        model.save_pretrained(temporary, state_dict=weights)
         tokenizer.save_pretrained(temporary)
     return folder
 
@@ -198,7 +185,9 @@ def _converted(file: Path, cache: Path) -> Path:
     """The folder made of a GGUF file; its name tells the content, so that another file is never taken for it."""
     if not file.is_file():
         raise MasaError(f"GGUF file {file} does not exist.")
-    folder = cache / f"{file.stem}-{files.sha256_of(file)[:12]}"
+    parts = parts_of(file)
+    digest = files.sha256_of(file) if len(parts) == 1 else digest_of({p.name: files.sha256_of(p) for p in parts})
+    folder = cache / f"{parts[0].stem}-{digest[:12]}"
     return folder if (folder / WEIGHTS).is_file() else convert_gguf(file, folder)
 
 

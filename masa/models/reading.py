@@ -128,32 +128,3 @@ def _untied_as_stored(model: nn.Module) -> nn.Module:
         model.config.tie_word_embeddings = False
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
     return model
-
-
-def check_gguf(file: Path) -> None:
-    """See that transformers' reader will read all that a GGUF file says.
-
-    Raises:
-        MasaError: a part of several, or scaled RoPE, which that reader drops.
-    """
-    from gguf import GGUFReader
-
-    try:
-        reader = GGUFReader(file)
-    except Exception as error:  # a broken file may fail anywhere in the reader
-        raise MasaError(f"{file} cannot be read as a GGUF model: {error}") from error
-    values = {name: field.contents() for name, field in reader.fields.items()}
-    parts = values.get("split.count", 1)
-    if isinstance(parts, int) and parts > 1:
-        raise MasaError(
-            f"{file} is part {int(values.get('split.no', 0)) + 1} of {parts}, and only whole files are read. Put them "
-            "together with llama.cpp's llama-gguf-split --merge, or give the original folder."
-        )
-    kind = next((v for name, v in values.items() if name.endswith(".rope.scaling.type")), "none")
-    scaled = [f"rope.scaling.type = {kind}"] if kind not in ("none", "") else []
-    scaled += [tensor.name for tensor in reader.tensors if tensor.name.startswith("rope_f")]
-    if scaled:
-        raise MasaError(
-            f"{file} scales RoPE ({', '.join(scaled)}), which transformers' reader of GGUF files does not take over: "
-            "its logits would be wrong. Give the original folder instead."
-        )
