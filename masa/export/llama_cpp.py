@@ -27,10 +27,20 @@ TEXTS = (
 )
 """Digits, spaces, line breaks, contractions, scripts and code: where tokenizers differ."""
 
-PROMPTS = ("The name of the", "Returns a list of all", "In the year 1984, the", "If this parameter is not")
+PROMPTS = (
+    "The name of the",
+    "Returns a list of all",
+    "In the year 1984, the",
+    "If this parameter is not",
+    " ".join(TEXTS),
+)
 TOKENS = 32
 NEAR_TIE = 0.01
 """Nats between two tokens below which rounding may decide, and a difference is reported as a tie."""
+LIKELY = 20
+"""So many of the likeliest tokens at every place are compared by their log-probabilities."""
+TOLERANCE = {"float32": 0.05, "float16": 0.1, "bfloat16": 0.3}
+"""Nats by which these may differ, by the dtype that llama.cpp multiplies in. A model read wrong is off by more."""
 
 
 def require() -> None:
@@ -40,7 +50,10 @@ def require() -> None:
         MasaError: it is not.
     """
     if find_spec("xllamacpp") is None:
-        raise MasaError(f"--check needs llama.cpp's Python binding xllamacpp, which is not installed: {EXTRA}.")
+        raise MasaError(
+            f"The check of a GGUF file needs llama.cpp's Python binding xllamacpp, which is not installed: {EXTRA}. Or "
+            "go without: --no-check."
+        )
 
 
 def usage(name: str, source: Source) -> str:
@@ -82,16 +95,27 @@ class LlamaCpp:
         """Token ids of a text, without special tokens at its ends."""
         return self._post("/tokenize", {"content": text, "add_special": False, "parse_special": False})["tokens"]
 
-    def continue_(self, ids: list[int], tokens: int) -> list[tuple[int, float | None]]:
-        """Greedy tokens after ``ids`` with their log-probabilities, until one that ends the text.
+    def continue_(self, ids: list[int], tokens: int) -> list[tuple[int, dict[int, float]]]:
+        """Greedy tokens after ``ids``, until one that ends the text, with the log-probabilities of the likeliest.
 
-        llama.cpp tells no probability of a token that is half a character; there all are None.
+        llama.cpp tells no probabilities at a token that is half a character; there all are empty.
         """
-        asked = {"prompt": ids, "n_predict": tokens, "temperature": 0, "top_k": 1, "n_probs": 1, "return_tokens": True}
-        answer = self._post("/completion", asked | {"cache_prompt": False})
-        found = [step["logprob"] for step in answer.get("completion_probabilities") or []]
+        asked = {"prompt": ids, "n_predict": tokens, "temperature": 0, "top_k": 1, "return_tokens": True}
+        answer = self._post("/completion", asked | {"n_probs": LIKELY, "cache_prompt": False})
+        steps = answer.get("completion_probabilities") or []
+        found = [{top["id"]: top["logprob"] for top in step["top_logprobs"]} for step in steps]
         made = answer["tokens"]
-        return list(zip(made, found if len(found) == len(made) else [None] * len(made), strict=True))
+        return list(zip(made, found if len(found) == len(made) else [{}] * len(made), strict=True))
+
+    def log_probabilities(self, ids: list[int], forced: int) -> dict[int, float]:
+        """Log-probability of every token after ``ids``.
+
+        Args:
+            forced: a token that is a whole character, which is "said" so that the probabilities are told.
+        """
+        asked = {"prompt": ids, "n_predict": 1, "temperature": 0, "logit_bias": [[forced, 1e4]], "n_probs": 10**6}
+        answer = self._post("/completion", asked | {"cache_prompt": False})
+        return {top["id"]: top["logprob"] for top in answer["completion_probabilities"][0]["top_logprobs"]}
 
     def _post(self, path: str, asked: dict[str, Any]) -> dict[str, Any]:
         request = urllib.request.Request(
@@ -116,7 +140,8 @@ def check(file: Path, plain: Path, dtype: str, prompts: tuple[str, ...] = PROMPT
 
     Returns:
         ``texts`` tokenised alike, greedy ``tokens`` compared over all ``prompts``, ``ties`` (differences below
-        :data:`NEAR_TIE`), and ``largest_logprob_difference`` in nats of the tokens that are equal.
+        :data:`NEAR_TIE`), and ``largest_logprob_difference`` in nats, of the
+        :data:`LIKELY` likeliest tokens at every place.
 
     Raises:
         MasaError: a text is split otherwise, or a greedy token is another and no near tie; the message shows it.
@@ -154,24 +179,31 @@ def check(file: Path, plain: Path, dtype: str, prompts: tuple[str, ...] = PROMPT
             raise MasaError(
                 f"After {prompt!r} llama.cpp stops at token {len(theirs)}, transformers at {len(expected)}."
             )
-        for place, (token, logprob) in enumerate(theirs[: len(expected)]):
+        for place, (token, likeliest) in enumerate(theirs[: len(expected)]):
             chances = made.logits[place][0].log_softmax(-1)
+            gaps = [abs(float(chances[other]) - value) for other, value in likeliest.items() if value > -10]
+            largest = max(largest, *gaps, 0.0)
+            if largest > TOLERANCE[dtype]:
+                raise MasaError(
+                    f"After {prompt[:40]!r} and {place} equal tokens, log-probabilities of llama.cpp and transformers "
+                    f"differ by {largest:.3g} nats ({dtype}): {file.name} does not compute what the model does."
+                )
             if token != expected[place]:
                 gap = float(chances[expected[place]] - chances[token])
                 if gap > NEAR_TIE:
                     raise MasaError(
-                        f"After {prompt!r} and {place} equal tokens, transformers says {expected[place]} and llama.cpp "
-                        f"{token}, {gap:.3g} nats apart ({dtype}): {file.name} does not compute what the model does."
+                        f"After {prompt[:40]!r} and {place} equal tokens, transformers says {expected[place]} and "
+                        f"llama.cpp {token}, {gap:.3g} nats apart ({dtype}): {file.name} does not compute what the "
+                        "model does."
                     )
                 ties.append({"prompt": prompt, "token": place, "nats": gap})
                 break  # the texts are different ones from here on
             compared += 1
-            if logprob is not None:
-                largest = max(largest, abs(float(chances[token]) - logprob))
     return {
         "texts": len(TEXTS) + len(prompts),
         "prompts": len(prompts),
         "tokens": compared,
         "ties": ties,
+        "program": "llama.cpp",
         "largest_logprob_difference": largest,
     }

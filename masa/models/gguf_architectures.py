@@ -1,7 +1,6 @@
 """The architectures of GGUF files that are read, as data: what llama.cpp computes for each of them.
 
-A new one is one entry of :data:`ARCHITECTURES`. Keys that all have in common are in :mod:`masa.models.gguf_config`; how a
-tensor is laid out in the file is undone by transformers' own processor of that architecture, or by one of those here.
+A new one is one entry of :data:`ARCHITECTURES`. Keys that all have in common are in :mod:`masa.models.gguf_config`.
 """
 
 from __future__ import annotations
@@ -146,6 +145,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
     "attention.clamp_kqv": (0,),
     "attention.max_alibi_bias": (0, 8.0),  # 8: BLOOM's, which has no other
+    "attention.layer_norm_epsilon": (np.float32(1e-5).item(),),  # OLMo's, which transformers has as a constant
     "attention.scale": (0,),
     "attention.sliding_window": (0,),
     "attn_logit_softcapping": (0,),

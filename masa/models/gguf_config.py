@@ -111,7 +111,9 @@ def _refuse_others(file: Path, arch: str, left: Mapping[str, Any], found: Mappin
     for key, value in left.items():
         if value in NEUTRAL.get(key, ()) or (key in same and value == same[key]):
             continue
-        raise MasaError(f"{file}: {arch}.{key} = {_short(value)} is not taken over, and would change the model. {WAY_OUT}")
+        raise MasaError(
+            f"{file}: {arch}.{key} = {_short(value)} is not taken over, and would change the model. {WAY_OUT}"
+        )
 
 
 def _window(file: Path, arch: str, entry: Architecture, keys: Mapping[str, Any], found: dict[str, Any]) -> set[str]:
@@ -172,7 +174,9 @@ def _scaling(file: Path, keys: Mapping[str, Any], found: Mapping[str, Any], fact
         raise MasaError(f"{file}: rope.scaling.{odd[0]} = {scale[odd[0]]} is not taken over. {WAY_OUT}")
     if by_key == "yarn":
         if scale.get("yarn_ext_factor", 1.0) != 1.0:
-            raise MasaError(f"{file}: rope.scaling.yarn_ext_factor = {scale['yarn_ext_factor']} is not taken over. {WAY_OUT}")
+            raise MasaError(
+                f"{file}: rope.scaling.yarn_ext_factor = {scale['yarn_ext_factor']} is not taken over. {WAY_OUT}"
+            )
         attention *= float(scale.get("yarn_attn_factor") or 1.0)
         yarn = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
         yarn |= {f"beta_{end}": float(scale.get(f"yarn_beta_{end}") or v) for end, v in (("fast", 32.0), ("slow", 1.0))}

@@ -21,7 +21,9 @@ PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 """llama.cpp's names of the parts of one file."""
 
 _FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
-_NOT_READ = re.compile(r"(rope_freqs|rope_factors_(long|short))\.weight|.*\.rotary_emb\.inv_freq|blk\.\d+\.attn_rot_embd.*")
+_NOT_READ = re.compile(
+    r"(rope_freqs|rope_factors_(long|short))\.weight|.*\.rotary_emb\.inv_freq|blk\.\d+\.attn_rot_embd.*"
+)
 
 
 def parts_of(file: Path) -> list[Path]:
@@ -116,7 +118,9 @@ def _weights(file: Path, arch: str, model: Any, tensors: Mapping[str, Any]) -> d
     expected, found = {name: tuple(t.shape) for name, t in model.state_dict().items()}, {}
     left = [name for name in tensors if name not in names and not _NOT_READ.fullmatch(name)]
     if left:
-        raise MasaError(f"{file} holds tensors that {arch} has no place for here: {left[:3]} ({len(left)} in all). {WAY_OUT}")
+        raise MasaError(
+            f"{file} holds tensors that {arch} has no place for here: {left[:3]} ({len(left)} in all). {WAY_OUT}"
+        )
     for name, tensor in tensors.items():
         if name not in names:
             continue
@@ -142,7 +146,9 @@ def _dequantised(file: Path, tensor: Any) -> Any:
     try:
         return dequantize(tensor.data, tensor.tensor_type).astype("float32", copy=False)
     except (NotImplementedError, ValueError) as error:
-        raise MasaError(f"{file}: {tensor.name} is stored as {tensor.tensor_type.name}, which gguf cannot read.") from error
+        raise MasaError(
+            f"{file}: {tensor.name} is stored as {tensor.tensor_type.name}, which gguf cannot read."
+        ) from error
 
 
 def _opened(file: Path) -> Any:

@@ -18,6 +18,8 @@ from torch import nn
 
 from masa.data import sources
 from masa.errors import MasaError, unknown
+from masa.models.beside import PATTERNS
+from masa.models.both_versions import write_for_both
 from masa.models.gguf_reading import parts_of, read_gguf, read_tokenizer
 from masa.models.reading import read_folder
 from masa.runs import files
@@ -57,6 +59,22 @@ def load_pretrained(
     Raises:
         MasaError: nothing there, a broken file, a missing weight, or an architecture that masa does not know.
     """
+    path = locate(name, revision=revision, cache=cache)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else None
+    model = _load_folder(path, dtype)
+    try:
+        return (model.to(device) if device else model), _load_tokenizer(path)
+    except (RuntimeError, AssertionError) as error:
+        raise MasaError(f"device = {device!r} cannot be used ({error}); leave it out, or say cpu or cuda.") from error
+
+
+def locate(name: str | Path, *, revision: str | None = None, cache: str | Path | None = None) -> Path:
+    """The folder of a pretrained model, fetched or converted where it must be; arguments as :func:`load_pretrained`.
+
+    Raises:
+        MasaError: nothing there.
+    """
     path = Path(name)
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -68,13 +86,7 @@ def load_pretrained(
         raise MasaError(f"revision = {revision!r} belongs to a hub id, but {path} is a local folder. Remove it.")
     elif (path / MANIFEST).is_file() and not (path / "config.json").is_file():
         path = _kept(path / MANIFEST)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else None
-    model = _load_folder(path, dtype)
-    try:
-        return (model.to(device) if device else model), _load_tokenizer(path)
-    except (RuntimeError, AssertionError) as error:
-        raise MasaError(f"device = {device!r} cannot be used ({error}); leave it out, or say cpu or cuda.") from error
+    return path
 
 
 def _kept(manifest: Path) -> Path:
@@ -118,17 +130,14 @@ def convert_gguf(file: str | Path, folder: str | Path) -> Path:
 
 
 def save_plain(model: nn.Module, directory: str | Path, tokenizer: Any = None) -> Path:
-    """Fold and write a folder that plain ``transformers`` loads, with the tokenizer if given."""
+    """Fold and write a folder that plain ``transformers`` loads, 4 and 5, with the tokenizer if given."""
     from masa.sharing.fold import fold
 
     fold(model).save_pretrained(directory)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
+    write_for_both(Path(directory))
     return Path(directory)
-
-
-PATTERNS = ["*.json", "model*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja"]
-"""What is fetched of a hub model; some have a second copy of their weights under another name."""
 
 
 def fetch(name: str, spec: Mapping[str, Any], cache: Path, mirror: str | None, out: Path) -> dict[str, Any]:

@@ -104,6 +104,14 @@ def _check_complete(folder: Path, model: nn.Module, found: Mapping[str, Any]) ->
         )
 
 
+def not_finite(tensor: torch.Tensor) -> bool:
+    """Whether it holds NaN or infinity; no mask of its size is made."""
+    if not tensor.is_floating_point() or not tensor.numel() or tensor.is_meta:
+        return False
+    low, high = torch.aminmax(tensor.detach())
+    return not bool(torch.isfinite(low) and torch.isfinite(high))
+
+
 def check_finite(model: nn.Module, where: Path) -> None:
     """Look at every number once.
 
@@ -111,10 +119,7 @@ def check_finite(model: nn.Module, where: Path) -> None:
         MasaError: one is NaN or infinite; the tensor and its file are named.
     """
     for name, tensor in model.state_dict().items():
-        if not tensor.is_floating_point() or not tensor.numel():
-            continue
-        low, high = torch.aminmax(tensor.detach())
-        if not (torch.isfinite(low) and torch.isfinite(high)):
+        if not_finite(tensor):
             files = sorted(where.glob("*.safetensors")) if where.is_dir() else []
             holder = next((file for file in files if name in heads([file])), where)
             raise MasaError(f"{holder}: {name} holds NaN or infinity; fetch the model again, or save it without.")
