@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from masa.errors import MasaError
+from masa.errors import BEYOND, MasaError
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def perplexity(
     total, tokens = sum(nll), sum(counts)
     words = sum(len(document.split()) for document in documents)
     if not math.isfinite(total):
-        raise MasaError("The model's likelihood is not finite; its weights or the documents are broken.")
+        raise MasaError(f"The model's likelihood is not finite: its weights or the documents are broken, or {BEYOND}.")
     return Perplexity(
         token_perplexity=_exp(total / tokens),
         word_perplexity=_exp(total / words),

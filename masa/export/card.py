@@ -63,23 +63,12 @@ def write(source: Source, kind: Any, usage: str, account: Mapping[str, Any], lic
         eval_results=results or None,
     )
     config = json.loads((source.model / "config.json").read_text(encoding="utf-8"))
-    spec = source.description["spec"]
     ModelCard.from_template(
         card_data,
         template_str=TEMPLATE,
         name=source.name,
         summary=_summary(source, fact),
-        facts=_table(
-            {"method": source.method}
-            | {k: v for k, v in spec.items() if k != "method" and v is not None}
-            | {
-                "attention reduction": f"{fact['attention_reduction']:.2%}",
-                "parameters, factored": fact["total"],
-                "parameters in this folder, folded": fact["folded"],
-                "weights": account["dtype"],
-            }
-            | {_GGUF[key]: value for key, value in account.get("gguf", {}).items()}
-        ),
+        facts=_table(_facts(source, account)),
         usage=usage,
         data=_table(kind.describe_data(source) or _calibration(source)),
         data_notes=_data_notes(source),
@@ -97,6 +86,22 @@ def write(source: Source, kind: Any, usage: str, account: Mapping[str, Any], lic
         compressed=source.compression is not None,
         license=license,
     ).save(out)
+
+
+def _facts(source: Source, account: Mapping[str, Any]) -> dict[str, Any]:
+    """The method, its hyperparameters and the sizes."""
+    fact, spec = account["parameters"], source.description["spec"]
+    return (
+        {"method": source.method}
+        | {k: v for k, v in spec.items() if k != "method" and v is not None}
+        | {
+            "attention reduction": f"{fact['attention_reduction']:.2%}",
+            "parameters, factored": fact["total"],
+            "parameters in this folder, folded": fact["folded"],
+            "weights": account["dtype"],
+        }
+        | {_GGUF[key]: value for key, value in account.get("gguf", {}).items()}
+    )
 
 
 def _summary(source: Source, count: Mapping[str, Any]) -> str:

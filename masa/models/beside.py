@@ -23,6 +23,7 @@ LICENCES = ("licen[sc]e*", "*_licen[sc]e*", "notice*", "copying*", "use_policy*"
 WANTED = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.spm", f"{TEMPLATES}/*.jinja", *LICENCES)
 """What belongs to a model beside its weights, in small letters."""
 
+CODE = "code, which is not trusted"
 NO_MEANING = "has no meaning in this format"
 
 _OTHERS = {
@@ -69,20 +70,21 @@ def reason_to_leave(name: str) -> str | None:
     if small.endswith(_FORMATS):
         return "weights"
     if small.endswith((".py", ".ipynb", ".sh", ".so")):
-        return "code"
+        return CODE
     wanted = any(fnmatch.fnmatch(small, pattern) for pattern in WANTED)
     return (
         None if wanted and ("/" not in name or small.startswith(f"{TEMPLATES}/")) else "not known to belong to a model"
     )
 
 
-def hand_on(source: Path, out: Path, only: Iterable[str] = ("*",)) -> dict[str, Any]:
+def hand_on(source: Path, out: Path, only: Iterable[str] = ("*",), code: bool = False) -> dict[str, Any]:
     """Copy what goes along, byte for byte, over what is there; a link is followed.
 
     Args:
         source: the model folder.
         out: the new one.
         only: patterns in small letters, where not all of it has a meaning.
+        code: Python goes along, too: the model cannot be read without it.
 
     Returns:
         ``files``: name -> sha256, and ``left``: name -> reason.
@@ -93,6 +95,8 @@ def hand_on(source: Path, out: Path, only: Iterable[str] = ("*",)) -> dict[str, 
         if any(part.startswith(".") for part in Path(name).parts) or not path.is_file():
             continue
         why = reason_to_leave(name)
+        if code and why == CODE and name.endswith(".py"):
+            why = None
         if why is None and not any(fnmatch.fnmatch(name.lower(), pattern) for pattern in only):
             why = NO_MEANING
         if why is not None:

@@ -1,7 +1,7 @@
 """Pretrained causal LMs from a Hugging Face folder, a hub id or a GGUF file, with memory-mapped weights.
 
 A GGUF file is dequantised once and kept as a plain safetensors folder; from then on it is a model like any other.
-Remote code is never run.
+Code that a folder brings is run only where that is asked for.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ def load_pretrained(
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     cache: str | Path | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[nn.Module, Any]:
     """Load a pretrained causal LM and its tokenizer, in ``eval()`` mode.
 
@@ -52,6 +53,7 @@ def load_pretrained(
         device: move the model there; "auto" is a GPU where there is one. By default it stays where its file is mapped.
         cache: where the safetensors folder made of a GGUF file is kept, named by the file's content; by default beside
             the file.
+        trust_remote_code: run Python that the folder brings; else none is ever run.
 
     Returns:
         (model, tokenizer); the tokenizer is None where the folder holds none.
@@ -59,17 +61,19 @@ def load_pretrained(
     Raises:
         MasaError: nothing there, a broken file, a missing weight, or an architecture that masa does not know.
     """
-    path = locate(name, revision=revision, cache=cache)
+    path = locate(name, revision=revision, cache=cache, code=trust_remote_code)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else None
-    model = _load_folder(path, dtype)
+    model = _load_folder(path, dtype, trust_remote_code)
     try:
-        return (model.to(device) if device else model), _load_tokenizer(path)
+        return (model.to(device) if device else model), _load_tokenizer(path, trust_remote_code)
     except (RuntimeError, AssertionError) as error:
         raise MasaError(f"device = {device!r} cannot be used ({error}); leave it out, or say cpu or cuda.") from error
 
 
-def locate(name: str | Path, *, revision: str | None = None, cache: str | Path | None = None) -> Path:
+def locate(
+    name: str | Path, *, revision: str | None = None, cache: str | Path | None = None, code: bool = False
+) -> Path:
     """The folder of a pretrained model, fetched or converted where it must be; arguments as :func:`load_pretrained`.
 
     Raises:
@@ -81,7 +85,7 @@ def locate(name: str | Path, *, revision: str | None = None, cache: str | Path |
             raise MasaError(f"GGUF file {path} does not exist.")
         path = _converted(path, Path(cache) if cache else path.parent)
     elif not path.is_dir():
-        path = _download(str(name), revision)
+        path = _download(str(name), revision, code)
     elif revision is not None:
         raise MasaError(f"revision = {revision!r} belongs to a hub id, but {path} is a local folder. Remove it.")
     elif (path / MANIFEST).is_file() and not (path / "config.json").is_file():
@@ -206,11 +210,11 @@ def _settings(folder: Path) -> list[Path]:
     return [folder / name for name in names if (folder / name).is_file()]
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _download(name: str, revision: str | None, code: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=PATTERNS))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=[*PATTERNS, *(["*.py"] if code else [])]))
     except Exception as error:  # of the network or of the hub, in many classes
         raise MasaError(
             f"{name!r} is neither a local folder nor a model that the hub gave ({type(error).__name__}: {error}). "
@@ -218,20 +222,38 @@ def _download(name: str, revision: str | None) -> Path:
         ) from error
 
 
-def _load_folder(folder: Path, dtype: torch.dtype | None) -> nn.Module:
+def _load_folder(folder: Path, dtype: torch.dtype | None, trust_remote_code: bool = False) -> nn.Module:
+    if (folder / "adapter_config.json").is_file():  # transformers would fetch its base, and read that
+        raise MasaError(
+            f"{folder} holds an adapter (adapter_config.json), no model by itself: merge it into its base with PEFT's "
+            "merge_and_unload, save that, and give its folder."
+        )
     if not (folder / "config.json").is_file():
-        raise MasaError(f"{folder} has no config.json: a model folder has config.json and safetensors weights.")
-    model = read_folder(folder, weight_files(folder, "masa pretrained"), dtype)
+        raise MasaError(
+            f"{folder} has no config.json: a model folder has config.json and safetensors weights.{_hint(folder)}"
+        )
+    model = read_folder(folder, weight_files(folder, "masa pretrained"), dtype, trust_remote_code)
     family_of(model)
     return model
 
 
-def _load_tokenizer(folder: Path) -> Any:
+def _hint(folder: Path) -> str:
+    """What a folder is that is no model of transformers', as a sentence."""
+    if (folder / "model_index.json").is_file():
+        return " It is a pipeline of diffusers."
+    if found := sorted(folder.glob("*.gguf")):
+        return f" It holds GGUF files: name one, as {found[0]}."
+    if found := sorted(path.parent for path in folder.glob("*/config.json")):
+        return f" There is one in {found[0]}."
+    return " It holds a tokenizer alone." if any(folder.glob("tokenizer*")) else ""
+
+
+def _load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
         return None
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # of a corrupt tokenizer.json the reader raises nothing more particular
         raise MasaError(f"No tokenizer could be read from {folder} ({error}); fetch it again.") from error

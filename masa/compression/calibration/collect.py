@@ -35,6 +35,7 @@ def run_calibrate(
     gradient_samples: int = 0,
     threads: int | None = None,
     device: str = "auto",
+    trust_remote_code: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Load a model, draw N x T tokens from texts and write calibration statistics and tokens.
@@ -52,6 +53,7 @@ def run_calibrate(
         gradient_samples: sequences whose gradients are collected too, for the methods that need them.
         threads: of the CPU; by default torch's own choice.
         device: "auto" (a GPU where there is one), "cpu", "cuda:1", …; on the CPU weights are read from the mapped file.
+        trust_remote_code: run Python that the model's folder brings.
         quiet: no progress.
 
     Returns:
@@ -64,7 +66,7 @@ def run_calibrate(
     if threads:
         torch.set_num_threads(threads)
     reset_peak_rss()
-    loaded, tokenizer = load_pretrained(model, revision=revision, device=device)
+    loaded, tokenizer = load_pretrained(model, revision=revision, device=device, trust_remote_code=trust_remote_code)
     if tokenizer is None:
         raise MasaError(f"{model} holds no tokenizer, which calibration on text needs.")
     length = check_length(loaded, length)
