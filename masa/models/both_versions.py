@@ -51,6 +51,8 @@ def versions(folder: Path) -> str:
     tokenizer = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
     if config.get("rope_parameters") and "rope_theta" not in earlier_names(config):
         return "5 alone, which says RoPE layer by layer"
+    if config.get("model_type") == "phi3" and config["rope_parameters"].get("rope_type") == "longrope":
+        return "5 alone; 4.57 refuses its RoPE scaling, whose fields have other names there"
     if _tokenizer(tokenizer) != tokenizer:
         return "4.57 and 5; the tokenizer's settings, unchanged, by 5 alone"
     return "4.57 and 5"

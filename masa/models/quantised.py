@@ -55,7 +55,7 @@ def cannot(folder: Path, method: str, why: str) -> MasaError:
     """The refusal."""
     return MasaError(
         f"{folder} is quantised ({method}) and cannot be read as plain numbers here: {' '.join(why.split())[:300]}. "
-        "Give the original folder, or load it with transformers, call model.dequantize(), save that, and give its folder."
+        "Give the original folder, or load it with transformers, call model.dequantize(), save that, and give that."
     )
 
 
