@@ -65,7 +65,7 @@ def reason_to_leave(name: str) -> str | None:
         ('weights', None)
     """
     small = name.lower()
-    if why := next((why for pattern, why in _OTHERS.items() if fnmatch.fnmatch(small, pattern)), None):
+    if why := next((why for pattern, why in _OTHERS.items() if fnmatch.fnmatch(Path(small).name, pattern)), None):
         return why
     if small.endswith(_FORMATS):
         return "weights"
