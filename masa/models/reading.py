@@ -21,8 +21,9 @@ from masa.runs.run import read_json
 from masa.sharing.checkpoint import quietly
 from masa.sharing.weight_files import heads, stored_tensor
 
-WRAPPERS = {r"^(module\.)+": "", r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.": ""}
-"""What torch.compile, DataParallel, FSDP and checkpointing put into names -> what is read in its place."""
+_WRAPPER = "(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)"
+WRAPPERS = {rf"^((module|{_WRAPPER})\.)+": ""} | {rf"({_WRAPPER}\.){{1,{9 - place}}}": "" for place in range(3)}
+"""What torch.compile, DataParallel, FSDP and checkpointing put into names, in up to three places, and nothing instead."""
 
 
 def read_folder(
