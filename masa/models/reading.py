@@ -23,7 +23,7 @@ from masa.sharing.weight_files import heads, stored_tensor
 
 _WRAPPER = "(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)"
 WRAPPERS = {rf"^((module|{_WRAPPER})\.)+": ""} | {rf"({_WRAPPER}\.){{1,{9 - place}}}": "" for place in range(3)}
-"""What torch.compile, DataParallel, FSDP and checkpointing put into names, in up to three places, and nothing instead."""
+"""What torch.compile, DataParallel, FSDP and checkpointing put into names (up to three places) -> nothing."""
 
 
 def read_folder(
