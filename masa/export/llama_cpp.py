@@ -146,16 +146,9 @@ def check(file: Path, plain: Path, dtype: str, prompts: tuple[str, ...] = PROMPT
     Raises:
         MasaError: a text is split otherwise, or a greedy token is another and no near tie; the message shows it.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     print("export: transformers and llama.cpp continue the same texts", file=sys.stderr, flush=True)
-    tokenizer = AutoTokenizer.from_pretrained(plain, local_files_only=True, trust_remote_code=False)
-    tokenizer.model_max_length = 10**9  # no warning: the texts are split, not read
-    model = AutoModelForCausalLM.from_pretrained(
-        plain, dtype=torch.float32, local_files_only=True, trust_remote_code=False
-    ).eval()
-    context = min(model.config.max_position_embeddings, 512)
+    model, tokenizer = _plain(plain)
+    context = min(getattr(model.config, "max_position_embeddings", None) or 512, 512)
     llama = LlamaCpp(file, context)
     for text in (*TEXTS, *prompts):
         ours, theirs = tokenizer(text, add_special_tokens=False)["input_ids"], llama.tokenize(text)
@@ -165,40 +158,15 @@ def check(file: Path, plain: Path, dtype: str, prompts: tuple[str, ...] = PROMPT
     for prompt in prompts:
         ids = tokenizer(prompt, add_special_tokens=False)["input_ids"][: context // 2]
         count = min(tokens, context - len(ids))
-        made = model.generate(
-            torch.tensor([ids]),
-            max_new_tokens=count,
-            do_sample=False,
-            return_dict_in_generate=True,
-            output_logits=True,
-            pad_token_id=tokenizer.eos_token_id,
-        )
-        expected = made.sequences[0, len(ids) :].tolist()
+        expected, chances = _continued(model, ids, count)
         theirs = llama.continue_(ids, count)
-        if len(theirs) < len([token for token in expected if token != tokenizer.eos_token_id]):
+        if len(theirs) < len([token for token in expected if token not in model.generation_config.eos_token_id]):
             raise MasaError(
-                f"After {prompt!r} llama.cpp stops at token {len(theirs)}, transformers at {len(expected)}."
+                f"After {prompt[:40]!r} llama.cpp stops at token {len(theirs)}, transformers at {len(expected)}."
             )
-        for place, (token, likeliest) in enumerate(theirs[: len(expected)]):
-            chances = made.logits[place][0].log_softmax(-1)
-            gaps = [abs(float(chances[other]) - value) for other, value in likeliest.items() if value > -10]
-            largest = max(largest, *gaps, 0.0)
-            if largest > TOLERANCE[dtype]:
-                raise MasaError(
-                    f"After {prompt[:40]!r} and {place} equal tokens, log-probabilities of llama.cpp and transformers "
-                    f"differ by {largest:.3g} nats ({dtype}): {file.name} does not compute what the model does."
-                )
-            if token != expected[place]:
-                gap = float(chances[expected[place]] - chances[token])
-                if gap > NEAR_TIE:
-                    raise MasaError(
-                        f"After {prompt[:40]!r} and {place} equal tokens, transformers says {expected[place]} and "
-                        f"llama.cpp {token}, {gap:.3g} nats apart ({dtype}): {file.name} does not compute what the "
-                        "model does."
-                    )
-                ties.append({"prompt": prompt, "token": place, "nats": gap})
-                break  # the texts are different ones from here on
-            compared += 1
+        equal, gap, tie = _compared(f"{file.name}, after {prompt[:40]!r}", expected, chances, theirs, dtype)
+        compared, largest = compared + equal, max(largest, gap)
+        ties += [] if tie is None else [{"prompt": prompt, "token": equal, "nats": tie}]
     return {
         "texts": len(TEXTS) + len(prompts),
         "prompts": len(prompts),
@@ -207,3 +175,51 @@ def check(file: Path, plain: Path, dtype: str, prompts: tuple[str, ...] = PROMPT
         "program": "llama.cpp",
         "largest_logprob_difference": largest,
     }
+
+
+def _plain(folder: Path) -> tuple[Any, Any]:
+    """transformers' model in float32, which generates without penalties of its own, and its tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    where = {"local_files_only": True, "trust_remote_code": False}
+    tokenizer = AutoTokenizer.from_pretrained(folder, **where)
+    tokenizer.model_max_length = 10**9  # no warning: the texts are split, not read
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **where).eval()
+    ends = model.generation_config.eos_token_id
+    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.eos_token_id)
+    return model, tokenizer
+
+
+def _continued(model: Any, ids: list[int], count: int) -> tuple[list[int], list[Any]]:
+    """transformers' greedy tokens, and the log-probabilities (V,) at each."""
+    import torch
+
+    how = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    made = model.generate(torch.tensor([ids]), max_new_tokens=count, **how)
+    return made.sequences[0, len(ids) :].tolist(), [logits[0].log_softmax(-1) for logits in made.logits]
+
+
+def _compared(
+    where: str, expected: list[int], chances: list[Any], theirs: list[tuple[int, dict[int, float]]], dtype: str
+) -> tuple[int, float, float | None]:
+    """How many greedy tokens are equal, the largest difference in nats, and the near-tie that ended it, if one did."""
+    largest = 0.0
+    for place, (token, likeliest) in enumerate(theirs[: len(expected)]):
+        gaps = [abs(float(chances[place][other]) - value) for other, value in likeliest.items() if value > -10]
+        largest = max(largest, *gaps, 0.0)
+        if largest > TOLERANCE[dtype]:
+            raise MasaError(
+                f"{where} and {place} equal tokens: log-probabilities of llama.cpp and transformers differ by "
+                f"{largest:.3g} nats ({dtype}). The file does not compute what the model does."
+            )
+        if token != expected[place]:
+            gap = float(chances[place][expected[place]] - chances[place][token])
+            if gap > NEAR_TIE:
+                raise MasaError(
+                    f"{where} and {place} equal tokens: transformers says {expected[place]} and llama.cpp {token}, "
+                    f"{gap:.3g} nats apart ({dtype}). The file does not compute what the model does."
+                )
+            return place, largest, gap  # the texts are different ones from here on
+    return min(len(theirs), len(expected)), largest, None
