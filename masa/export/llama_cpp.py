@@ -160,7 +160,9 @@ def check(file: Path, plain: Path, dtype: str, prompts: tuple[str, ...] = PROMPT
         count = min(tokens, context - len(ids))
         expected, chances = _continued(model, ids, count)
         theirs = llama.continue_(ids, count)
-        if len(theirs) < len([token for token in expected if token not in model.generation_config.eos_token_id]):
+        if len(theirs) < len(
+            [token for token in expected if token not in (model.generation_config.eos_token_id or ())]
+        ):
             raise MasaError(
                 f"After {prompt[:40]!r} llama.cpp stops at token {len(theirs)}, transformers at {len(expected)}."
             )
@@ -188,7 +190,7 @@ def _plain(folder: Path) -> tuple[Any, Any]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **where).eval()
     ends = model.generation_config.eos_token_id
     ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
-    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.eos_token_id)
+    model.generation_config = GenerationConfig(eos_token_id=ends or None, pad_token_id=tokenizer.eos_token_id)
     return model, tokenizer
 
 
