@@ -10,6 +10,9 @@ from collections.abc import Iterable
 PLAIN = r"(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._-]*"
 """A name that may become a file, a wildcard of the workflow or a word on a command line (the schema's ``name``)."""
 
+BEYOND = "if it is beyond float16, compute in another dtype: --dtype bfloat16 or float32 (dtype=)"
+"""The mend of numbers that a dtype cannot hold, for messages."""
+
 _SECRET_NAME = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|API_?KEY|ACCESS_?KEY)(_|$)", re.I)
 _IN_A_URL = re.compile(r"(?<=://)[^/\s@'\"]+@")
 

@@ -504,7 +504,7 @@ def test_what_is_missing_for_gguf_is_named(results, tmp_path, monkeypatch):
         ("tiny/mas/seed0", {}, "Did you mean 'tiny/masa/seed0'"),
         ("tiny/masa/seed0", {"format": "gguff"}, "Did you mean 'gguf'"),
         ("tiny/masa/seed0", {"options": Options(dtype="float61")}, "Did you mean 'float16'"),
-        ("tiny/masa/seed0", {"options": Options(check=True)}, "belong to --format gguf"),
+        ("tiny/masa/seed0", {"options": Options(converter=Path("x"))}, "belongs to --format gguf"),
         ("tiny/masa/seed0", {"tokenizer": "nowhere"}, "nowhere/tokenizer.json does not exist"),
         ("tiny/masa/seed0", {"data": "nowhere"}, "nowhere/manifest.json does not exist"),
         ("runs/tiny/masa", {}, "It holds the runs seed0: name one of them"),

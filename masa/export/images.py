@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from masa.data.pixels import data_digest as data_digest
@@ -14,6 +15,8 @@ from masa.models import timm_vit
 
 FORMATS = ("hf",)
 LIBRARY, TASK = "timm", "image-classification"
+READ = 'import timm\nmodel = timm.create_model("local-dir:.", pretrained=True)'
+LOGITS = ""
 
 
 def write(model: nn.Module, folder: Path, source: Source) -> None:
@@ -35,6 +38,12 @@ def picture_rows(data: Mapping[str, Any] | None, sums: tuple[str, ...]) -> dict[
         checks = ", ".join(str(split[key]) for key in sums if key in split)
         rows[f"{name} images"] = f"{split['images']:,} (sha256 {checks})"
     return rows | {"mean": data["mean"], "standard deviation": data["std"]}
+
+
+def example(model: nn.Module) -> torch.Tensor:
+    """Images (2, channels, height, width) to compare logits on."""
+    channels, height, width = model.pretrained_cfg["input_size"]
+    return torch.rand(2, channels, height, width, generator=torch.Generator().manual_seed(0))
 
 
 def usage(source: Source) -> str:

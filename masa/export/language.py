@@ -6,23 +6,33 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from masa.data.tokens import load_tokenizer
+from masa.data.tokens import TOKENIZER_FILES, load_tokenizer
 from masa.errors import MasaError
 from masa.export.source import Source
+from masa.models.beside import hand_on
+from masa.models.both_versions import versions, write_for_both
 from masa.runs import run
 from masa.runs.files import sha256_of
 
 FORMATS = ("hf", "gguf")
 LIBRARY, TASK = "transformers", "text-generation"
+READ = (
+    "from transformers import AutoModelForCausalLM\n"
+    'model = AutoModelForCausalLM.from_pretrained(".", local_files_only=True)'
+)
+LOGITS = ".logits"
 
 
-def write(model: nn.Module, folder: Path, source: Source) -> dict[str, Any] | None:
-    """Write the folded model and its tokenizer.
+def write(model: nn.Module, folder: Path, source: Source) -> dict[str, Any]:
+    """Write the folded model and its tokenizer, readable by transformers 4 and 5, and what else its folder has.
 
     Returns:
-        What is known of the tokenizer; None if there is none.
+        ``transformers``: the versions that read the folder as it is meant;
+        ``tokenizer``: what is known of it, None if there is none; ``handed_on``: see
+        :func:`masa.models.beside.hand_on`.
 
     Raises:
         MasaError: a tokenizer with more tokens than the model has embeddings.
@@ -31,17 +41,32 @@ def write(model: nn.Module, folder: Path, source: Source) -> dict[str, Any] | No
     config.use_cache = True  # training switches it off, and generation would be slow without
     model.generation_config.use_cache = True
     model.save_pretrained(folder)
-    if source.tokenizer is None:
-        return None
-    tokenizer = load_tokenizer(source.tokenizer)
+    write_for_both(folder)
+    known = None if source.tokenizer is None else _tokenizer(source.tokenizer, config, source)
+    if source.spec is None:
+        handed = hand_on(source.model, folder)
+        if source.tokenizer not in (None, source.model):
+            handed["files"] |= hand_on(source.tokenizer, folder, TOKENIZERS)["files"]
+        return {"tokenizer": known, "handed_on": handed, "transformers": versions(folder)}
+    if known is not None:
+        tokenizer = load_tokenizer(source.tokenizer)
+        tokenizer.model_max_length = config.max_position_embeddings
+        tokenizer.save_pretrained(folder)
+        write_for_both(folder)
+    return {"tokenizer": known, "transformers": versions(folder)}
+
+
+TOKENIZERS = ("tokenizer*", "*token*.json", "vocab*", "merges.txt", "*.model", "*.spm", "*.tiktoken", "*.jinja")
+"""Files of a tokenizer that is not in the model's own folder."""
+
+
+def _tokenizer(folder: Path, config: Any, source: Source) -> dict[str, Any]:
+    tokenizer = load_tokenizer(folder)
     if len(tokenizer) > config.vocab_size:
-        raise MasaError(
-            f"{source.tokenizer} has {len(tokenizer)} tokens, but the model's vocabulary is {config.vocab_size}."
-        )
-    tokenizer.model_max_length = config.max_position_embeddings
-    tokenizer.save_pretrained(folder)
+        raise MasaError(f"{folder} has {len(tokenizer)} tokens, but the model's vocabulary is {config.vocab_size}.")
+    file = next(folder / name for name in TOKENIZER_FILES if (folder / name).is_file())
     return {
-        "sha256": sha256_of(source.tokenizer / "tokenizer.json"),
+        "sha256": sha256_of(file),
         "vocab_size": len(tokenizer),
         "eos_token": tokenizer.eos_token,
         "eos_token_id": tokenizer.eos_token_id,
@@ -70,6 +95,12 @@ def describe_data(source: Source) -> dict[str, Any]:
         "held-out documents": held_out["documents"],
         "sha256 of the tokenizer": source.data["tokenizer"],
     }
+
+
+def example(model: nn.Module) -> torch.Tensor:
+    """Ids (2, T) to compare logits on."""
+    length = min(64, getattr(model.config, "max_position_embeddings", None) or 64)
+    return torch.randint(model.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
 
 
 def usage(source: Source) -> str:

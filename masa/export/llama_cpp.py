@@ -28,10 +28,20 @@ TEXTS = (
 )
 """Digits, spaces, line breaks, contractions, scripts and code: where tokenizers differ."""
 
-PROMPTS = ("The name of the", "Returns a list of all", "In the year 1984, the", "If this parameter is not")
+PROMPTS = (
+    "The name of the",
+    "Returns a list of all",
+    "In the year 1984, the",
+    "If this parameter is not",
+    " ".join(TEXTS),
+)
 TOKENS = 32
 NEAR_TIE = 0.01
 """Nats between two tokens below which rounding may decide, and a difference is reported as a tie."""
+LIKELY = 20
+"""So many of the likeliest tokens at every place are compared by their log-probabilities."""
+TOLERANCE = {"float32": 0.05, "float16": 0.1, "bfloat16": 0.3}
+"""Nats by which these may differ, by the dtype that llama.cpp multiplies in. A model read wrong is off by more."""
 
 
 def require() -> None:
@@ -41,7 +51,10 @@ def require() -> None:
         MasaError: it is not.
     """
     if find_spec("xllamacpp") is None:
-        raise MasaError(f"--check needs llama.cpp's Python binding xllamacpp, which is not installed: {EXTRA}.")
+        raise MasaError(
+            f"The check of a GGUF file needs llama.cpp's Python binding xllamacpp, which is not installed: {EXTRA}. Or "
+            "go without: --no-check."
+        )
 
 
 def usage(name: str, source: Source) -> str:
@@ -83,16 +96,27 @@ class LlamaCpp:
         """Token ids of a text, without special tokens at its ends."""
         return self._post("/tokenize", {"content": text, "add_special": False, "parse_special": False})["tokens"]
 
-    def continue_(self, ids: list[int], tokens: int) -> list[tuple[int, float | None]]:
-        """Greedy tokens after ``ids`` with their log-probabilities, until one that ends the text.
+    def continue_(self, ids: list[int], tokens: int) -> list[tuple[int, dict[int, float]]]:
+        """Greedy tokens after ``ids``, until one that ends the text, with the log-probabilities of the likeliest.
 
-        llama.cpp tells no probability of a token that is half a character; there all are None.
+        llama.cpp tells no probabilities at a token that is half a character; there all are empty.
         """
-        asked = {"prompt": ids, "n_predict": tokens, "temperature": 0, "top_k": 1, "n_probs": 1, "return_tokens": True}
-        answer = self._post("/completion", asked | {"cache_prompt": False})
-        found = [step["logprob"] for step in answer.get("completion_probabilities") or []]
+        asked = {"prompt": ids, "n_predict": tokens, "temperature": 0, "top_k": 1, "return_tokens": True}
+        answer = self._post("/completion", asked | {"n_probs": LIKELY, "cache_prompt": False})
+        steps = answer.get("completion_probabilities") or []
+        found = [{top["id"]: top["logprob"] for top in step["top_logprobs"]} for step in steps]
         made = answer["tokens"]
-        return list(zip(made, found if len(found) == len(made) else [None] * len(made), strict=True))
+        return list(zip(made, found if len(found) == len(made) else [{}] * len(made), strict=True))
+
+    def log_probabilities(self, ids: list[int], forced: int) -> dict[int, float]:
+        """Log-probability of every token after ``ids``.
+
+        Args:
+            forced: a token that is a whole character, which is "said" so that the probabilities are told.
+        """
+        asked = {"prompt": ids, "n_predict": 1, "temperature": 0, "logit_bias": [[forced, 1e4]], "n_probs": 10**6}
+        answer = self._post("/completion", asked | {"cache_prompt": False})
+        return {top["id"]: top["logprob"] for top in answer["completion_probabilities"][0]["top_logprobs"]}
 
     def _post(self, path: str, asked: dict[str, Any]) -> dict[str, Any]:
         request = urllib.request.Request(
@@ -117,21 +141,15 @@ def check(file: Path, plain: Path, dtype: str, prompts: tuple[str, ...] = PROMPT
 
     Returns:
         ``texts`` tokenised alike, greedy ``tokens`` compared over all ``prompts``, ``ties`` (differences below
-        :data:`NEAR_TIE`), and ``largest_logprob_difference`` in nats of the tokens that are equal.
+        :data:`NEAR_TIE`), and ``largest_logprob_difference`` in nats, of the
+        :data:`LIKELY` likeliest tokens at every place.
 
     Raises:
         MasaError: a text is split otherwise, or a greedy token is another and no near tie; the message shows it.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-
     print("export: transformers and llama.cpp continue the same texts", file=sys.stderr, flush=True)
-    tokenizer = load_tokenizer(plain)
-    tokenizer.model_max_length = 10**9  # no warning: the texts are split, not read
-    model = AutoModelForCausalLM.from_pretrained(
-        plain, dtype=torch.float32, local_files_only=True, trust_remote_code=False
-    ).eval()
-    context = min(model.config.max_position_embeddings, 512)
+    model, tokenizer = _plain(plain)
+    context = min(getattr(model.config, "max_position_embeddings", None) or 512, 512)
     llama = LlamaCpp(file, context)
     for text in (*TEXTS, *prompts):
         ours, theirs = tokenizer(text, add_special_tokens=False)["input_ids"], llama.tokenize(text)
@@ -141,38 +159,70 @@ def check(file: Path, plain: Path, dtype: str, prompts: tuple[str, ...] = PROMPT
     for prompt in prompts:
         ids = tokenizer(prompt, add_special_tokens=False)["input_ids"][: context // 2]
         count = min(tokens, context - len(ids))
-        made = model.generate(
-            torch.tensor([ids]),
-            max_new_tokens=count,
-            do_sample=False,
-            return_dict_in_generate=True,
-            output_logits=True,
-            pad_token_id=tokenizer.eos_token_id,
-        )
-        expected = made.sequences[0, len(ids) :].tolist()
+        expected, chances = _continued(model, ids, count)
         theirs = llama.continue_(ids, count)
-        if len(theirs) < len([token for token in expected if token != tokenizer.eos_token_id]):
+        if len(theirs) < len(
+            [token for token in expected if token not in (model.generation_config.eos_token_id or ())]
+        ):
             raise MasaError(
-                f"After {prompt!r} llama.cpp stops at token {len(theirs)}, transformers at {len(expected)}."
+                f"After {prompt[:40]!r} llama.cpp stops at token {len(theirs)}, transformers at {len(expected)}."
             )
-        for place, (token, logprob) in enumerate(theirs[: len(expected)]):
-            chances = made.logits[place][0].log_softmax(-1)
-            if token != expected[place]:
-                gap = float(chances[expected[place]] - chances[token])
-                if gap > NEAR_TIE:
-                    raise MasaError(
-                        f"After {prompt!r} and {place} equal tokens, transformers says {expected[place]} and llama.cpp "
-                        f"{token}, {gap:.3g} nats apart ({dtype}): {file.name} does not compute what the model does."
-                    )
-                ties.append({"prompt": prompt, "token": place, "nats": gap})
-                break  # the texts are different ones from here on
-            compared += 1
-            if logprob is not None:
-                largest = max(largest, abs(float(chances[token]) - logprob))
+        equal, gap, tie = _compared(f"{file.name}, after {prompt[:40]!r}", expected, chances, theirs, dtype)
+        compared, largest = compared + equal, max(largest, gap)
+        ties += [] if tie is None else [{"prompt": prompt, "token": equal, "nats": tie}]
     return {
         "texts": len(TEXTS) + len(prompts),
         "prompts": len(prompts),
         "tokens": compared,
         "ties": ties,
+        "program": "llama.cpp",
         "largest_logprob_difference": largest,
     }
+
+
+def _plain(folder: Path) -> tuple[Any, Any]:
+    """transformers' model in float32, which generates without penalties of its own, and its tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    where = {"local_files_only": True, "trust_remote_code": False}
+    tokenizer = load_tokenizer(folder)
+    tokenizer.model_max_length = 10**9  # no warning: the texts are split, not read
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **where).eval()
+    ends = model.generation_config.eos_token_id
+    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    model.generation_config = GenerationConfig(eos_token_id=ends or None, pad_token_id=tokenizer.eos_token_id)
+    return model, tokenizer
+
+
+def _continued(model: Any, ids: list[int], count: int) -> tuple[list[int], list[Any]]:
+    """transformers' greedy tokens, and the log-probabilities (V,) at each."""
+    import torch
+
+    how = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    made = model.generate(torch.tensor([ids]), max_new_tokens=count, **how)
+    return made.sequences[0, len(ids) :].tolist(), [logits[0].log_softmax(-1) for logits in made.logits]
+
+
+def _compared(
+    where: str, expected: list[int], chances: list[Any], theirs: list[tuple[int, dict[int, float]]], dtype: str
+) -> tuple[int, float, float | None]:
+    """How many greedy tokens are equal, the largest difference in nats, and the near-tie that ended it, if one did."""
+    largest = 0.0
+    for place, (token, likeliest) in enumerate(theirs[: len(expected)]):
+        gaps = [abs(float(chances[place][other]) - value) for other, value in likeliest.items() if value > -10]
+        largest = max(largest, *gaps, 0.0)
+        if largest > TOLERANCE[dtype]:
+            raise MasaError(
+                f"{where} and {place} equal tokens: log-probabilities of llama.cpp and transformers differ by "
+                f"{largest:.3g} nats ({dtype}). The file does not compute what the model does."
+            )
+        if token != expected[place]:
+            gap = float(chances[place][expected[place]] - chances[place][token])
+            if gap > NEAR_TIE:
+                raise MasaError(
+                    f"{where} and {place} equal tokens: transformers says {expected[place]} and llama.cpp {token}, "
+                    f"{gap:.3g} nats apart ({dtype}). The file does not compute what the model does."
+                )
+            return place, largest, gap  # the texts are different ones from here on
+    return min(len(theirs), len(expected)), largest, None

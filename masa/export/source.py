@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from masa.data.tokens import TOKENIZER_FILES
 from masa.errors import MasaError
 from masa.evaluation.metrics import is_of
 from masa.runs import run
@@ -147,8 +148,8 @@ def _checkpoint(folder: Path, tokenizer: Path | None) -> Source:
     elif folder.name == "model" and (folder.parent / "metrics.json").is_file():
         metrics = run.read_json(folder.parent / "metrics.json")
         compression, name = metrics.get("compression"), metrics.get("run", name)
-    if tokenizer is not None and not (tokenizer / "tokenizer.json").is_file():
-        raise MasaError(f"--tokenizer {tokenizer} holds no tokenizer.json.")
+    if tokenizer is not None and not _has_tokenizer(tokenizer):
+        raise MasaError(f"--tokenizer {tokenizer} holds no {' and no '.join(TOKENIZER_FILES)}.")
     return Source(
         name=name,
         model=folder,
@@ -158,8 +159,12 @@ def _checkpoint(folder: Path, tokenizer: Path | None) -> Source:
         provenance=metrics.get("provenance") if metrics else None,
         metrics=metrics,
         compression=compression,
-        tokenizer=tokens if (tokens / "tokenizer.json").is_file() else None,
+        tokenizer=tokens if _has_tokenizer(tokens) else None,
     )
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
 def _description(folder: Path) -> Mapping[str, Any]:

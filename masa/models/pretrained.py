@@ -1,7 +1,7 @@
 """Pretrained causal LMs from a Hugging Face folder, a hub id or a GGUF file, with memory-mapped weights.
 
 A GGUF file is dequantised once and kept as a plain safetensors folder; from then on it is a model like any other.
-Remote code is never run.
+Code that a folder brings is run only where that is asked for.
 """
 
 from __future__ import annotations
@@ -18,9 +18,14 @@ from torch import nn
 
 from masa.data import sources, tokenizers
 from masa.errors import MasaError, unknown
-from masa.models.reading import check_finite, check_gguf, read_folder
+from masa.models.beside import PATTERNS
+from masa.models.both_versions import write_for_both
+from masa.models.gguf_reading import parts_of, read_gguf, read_tokenizer
+from masa.models.reading import read_folder
 from masa.runs import files
+from masa.runs.run import digest as digest_of
 from masa.runs.run import read_json, write_json
+from masa.sharing.checkpoint import quietly
 from masa.sharing.projections import family_of
 from masa.sharing.weight_files import WEIGHTS, weight_files
 
@@ -34,6 +39,7 @@ def load_pretrained(
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     cache: str | Path | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[nn.Module, Any]:
     """Load a pretrained causal LM and its tokenizer, in ``eval()`` mode.
 
@@ -47,6 +53,7 @@ def load_pretrained(
         device: move the model there; "auto" is a GPU where there is one. By default it stays where its file is mapped.
         cache: where the safetensors folder made of a GGUF file is kept, named by the file's content; by default beside
             the file.
+        trust_remote_code: run Python that the folder brings; else none is ever run.
 
     Returns:
         (model, tokenizer); the tokenizer is None where the folder holds none.
@@ -54,24 +61,36 @@ def load_pretrained(
     Raises:
         MasaError: nothing there, a broken file, a missing weight, or an architecture that masa does not know.
     """
+    path = locate(name, revision=revision, cache=cache, code=trust_remote_code)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else None
+    model = _load_folder(path, dtype, trust_remote_code)
+    try:
+        return (model.to(device) if device else model), _load_tokenizer(path, trust_remote_code)
+    except (RuntimeError, AssertionError) as error:
+        raise MasaError(f"device = {device!r} cannot be used ({error}); leave it out, or say cpu or cuda.") from error
+
+
+def locate(
+    name: str | Path, *, revision: str | None = None, cache: str | Path | None = None, code: bool = False
+) -> Path:
+    """The folder of a pretrained model, fetched or converted where it must be; arguments as :func:`load_pretrained`.
+
+    Raises:
+        MasaError: nothing there.
+    """
     path = Path(name)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise MasaError(f"GGUF file {path} does not exist.")
         path = _converted(path, Path(cache) if cache else path.parent)
     elif not path.is_dir():
-        path = _download(str(name), revision)
+        path = _download(str(name), revision, code)
     elif revision is not None:
         raise MasaError(f"revision = {revision!r} belongs to a hub id, but {path} is a local folder. Remove it.")
     elif (path / MANIFEST).is_file() and not (path / "config.json").is_file():
         path = _kept(path / MANIFEST)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else None
-    model = _load_folder(path, dtype)
-    try:
-        return (model.to(device) if device else model), _load_tokenizer(path)
-    except (RuntimeError, AssertionError) as error:
-        raise MasaError(f"device = {device!r} cannot be used ({error}); leave it out, or say cpu or cuda.") from error
+    return path
 
 
 def _kept(manifest: Path) -> Path:
@@ -99,49 +118,30 @@ def convert_gguf(file: str | Path, folder: str | Path) -> Path:
     Raises:
         MasaError: the file is missing, transformers cannot read it, or what it needs for that is not installed.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     file, folder = Path(file), Path(folder)
     if not file.is_file():
         raise MasaError(f"GGUF file {file} does not exist.")
     if find_spec("gguf") is None:
         raise MasaError(f"{file} is read with the package gguf, which is not installed: pip install 'masa[gguf]'.")
-    check_gguf(file)
     if folder.exists():
         raise MasaError(f"{folder} exists already; the converted model needs a folder of its own.")
-    where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name, "trust_remote_code": False}
-    try:
-        read, found = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(**where)
-    except Exception as error:  # a broken file may fail anywhere in the reader
-        raise MasaError(f"{file} cannot be read as a GGUF model: {error}") from error
-    if missing := sorted(found["missing_keys"]):
-        raise MasaError(f"{file} lacks weights of its model: {missing[:3]} ({len(missing)} in all).")
-    check_finite(read, file)
-    config = read.config
-    if hasattr(config, "quantization_config"):  # it is float32 now, and save_pretrained would refuse
-        del config.quantization_config
-    model = type(read)(config)
-    model.load_state_dict(read.state_dict())
-    model.tie_weights()
-    with files.whole_folder(folder) as temporary:
-        model.save_pretrained(temporary)
+    model, weights = read_gguf(file)
+    tokenizer = read_tokenizer(file)
+    with files.whole_folder(folder) as temporary, quietly():
+        model.save_pretrained(temporary, state_dict=weights)
         tokenizer.save_pretrained(temporary)
     return folder
 
 
 def save_plain(model: nn.Module, directory: str | Path, tokenizer: Any = None) -> Path:
-    """Fold and write a folder that plain ``transformers`` loads, with the tokenizer if given."""
+    """Fold and write a folder that plain ``transformers`` loads, 4 and 5, with the tokenizer if given."""
     from masa.sharing.fold import fold
 
     fold(model).save_pretrained(directory)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
+    write_for_both(Path(directory))
     return Path(directory)
-
-
-PATTERNS = ["*.json", "model*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja"]
-"""What is fetched of a hub model; some have a second copy of their weights under another name."""
 
 
 def fetch(name: str, spec: Mapping[str, Any], cache: Path, mirror: str | None, out: Path) -> dict[str, Any]:
@@ -198,7 +198,9 @@ def _converted(file: Path, cache: Path) -> Path:
     """The folder made of a GGUF file; its name tells the content, so that another file is never taken for it."""
     if not file.is_file():
         raise MasaError(f"GGUF file {file} does not exist.")
-    folder = cache / f"{file.stem}-{files.sha256_of(file)[:12]}"
+    parts = parts_of(file)
+    digest = files.sha256_of(file) if len(parts) == 1 else digest_of({p.name: files.sha256_of(p) for p in parts})
+    folder = cache / f"{parts[0].stem}-{digest[:12]}"
     return folder if (folder / WEIGHTS).is_file() else convert_gguf(file, folder)
 
 
@@ -208,11 +210,11 @@ def _settings(folder: Path) -> list[Path]:
     return [folder / name for name in names if (folder / name).is_file()]
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _download(name: str, revision: str | None, code: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=PATTERNS))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=[*PATTERNS, *(["*.py"] if code else [])]))
     except Exception as error:  # of the network or of the hub, in many classes
         raise MasaError(
             f"{name!r} is neither a local folder nor a model that the hub gave ({type(error).__name__}: {error}). "
@@ -220,13 +222,31 @@ def _download(name: str, revision: str | None) -> Path:
         ) from error
 
 
-def _load_folder(folder: Path, dtype: torch.dtype | None) -> nn.Module:
+def _load_folder(folder: Path, dtype: torch.dtype | None, trust_remote_code: bool = False) -> nn.Module:
+    if (folder / "adapter_config.json").is_file():  # transformers would fetch its base, and read that
+        raise MasaError(
+            f"{folder} holds an adapter (adapter_config.json), no model by itself: merge it into its base with PEFT's "
+            "merge_and_unload, save that, and give its folder."
+        )
     if not (folder / "config.json").is_file():
-        raise MasaError(f"{folder} has no config.json: a model folder has config.json and safetensors weights.")
-    model = read_folder(folder, weight_files(folder, "masa pretrained"), dtype)
+        raise MasaError(
+            f"{folder} has no config.json: a model folder has config.json and safetensors weights.{_hint(folder)}"
+        )
+    model = read_folder(folder, weight_files(folder, "masa pretrained"), dtype, trust_remote_code)
     family_of(model)
     return model
 
 
-def _load_tokenizer(folder: Path) -> Any:
-    return tokenizers.load_tokenizer(folder) if tokenizers.has_tokenizer(folder) else None
+def _hint(folder: Path) -> str:
+    """What a folder is that is no model of transformers', as a sentence."""
+    if (folder / "model_index.json").is_file():
+        return " It is a pipeline of diffusers."
+    if found := sorted(folder.glob("*.gguf")):
+        return f" It holds GGUF files: name one, as {found[0]}."
+    if found := sorted(path.parent for path in folder.glob("*/config.json")):
+        return f" There is one in {found[0]}."
+    return " It holds a tokenizer alone." if any(folder.glob("tokenizer*")) else ""
+
+
+def _load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
+    return tokenizers.load_tokenizer(folder, trust_remote_code) if tokenizers.has_tokenizer(folder) else None

@@ -15,22 +15,29 @@ from typing import Any
 import torch
 from torch import nn
 
-from masa.errors import MasaError
+from masa.errors import BEYOND, MasaError
+from masa.models import quantised
+from masa.runs.run import read_json
 from masa.sharing.checkpoint import quietly
-from masa.sharing.description import METHOD
-from masa.sharing.weight_files import heads
+from masa.sharing.weight_files import heads, stored_tensor
 
-PREFIXES = ("_orig_mod.", "module.")
-"""What torch.compile and DataParallel put before names."""
+_WRAPPER = "(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)"
+WRAPPERS = {rf"^((module|{_WRAPPER})\.)+": ""} | {rf"({_WRAPPER}\.){{1,{9 - place}}}": "" for place in range(3)}
+"""What torch.compile, DataParallel, FSDP and checkpointing put into names (up to three places) -> nothing."""
 
 
-def read_folder(folder: Path, files: list[Path], dtype: torch.dtype | None) -> nn.Module:
+def read_folder(
+    folder: Path, files: list[Path], dtype: torch.dtype | None, trust_remote_code: bool = False
+) -> nn.Module:
     """The causal LM of a folder; where its stored dtype stays, weights are views of the mapped files.
+
+    Quantised weights are multiplied out where transformers can do that on a CPU; then they are in memory.
 
     Args:
         folder: with config.json.
         files: its safetensors files.
         dtype: convert to this.
+        trust_remote_code: run Python that the folder brings.
 
     Raises:
         MasaError: config.json describes no causal LM, or the files do not hold exactly its weights.
@@ -38,56 +45,69 @@ def read_folder(folder: Path, files: list[Path], dtype: torch.dtype | None) -> n
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # a strange value may fail anywhere in the model's class
-        raise _no_model(folder, error) from error
+        raise _no_model(folder, error, trust_remote_code) from error
     stored = heads(files, "fetch it again")
-    _refuse_quantised(folder, config)
-    prefix = next((p for p in PREFIXES if stored and all(name.startswith(p) for name in stored)), None)
-    mapping = {f"^{re.escape(prefix)}": ""} if prefix else None
+    check_stored(files)
+    method = quantised.method_of(config)
+    options = quantised.options(folder, config, files) if method else {}
+    if not method:
+        quantised.refuse_bare(folder, files)
+    wrapped = any(re.search(pattern, name) for name in stored for pattern in WRAPPERS)
     with quietly():
         try:
             model, found = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=dtype or _dtype(stored),
                 use_safetensors=True,
-                trust_remote_code=False,
+                trust_remote_code=trust_remote_code,
                 ignore_mismatched_sizes=True,  # they are named below
                 output_loading_info=True,
-                key_mapping=mapping,
+                key_mapping=WRAPPERS if wrapped else None,
+                **options,
             )
         except Exception as error:
-            raise _no_model(folder, error) from error
+            if method:
+                raise quantised.cannot(folder, method, str(error)) from error
+            raise _no_model(folder, error, trust_remote_code) from error
+    if method:
+        quantised.forget(model, dtype or _dtype(stored))
     _check_complete(folder, model, found)
-    check_finite(model, folder)
+    check_finite(model, folder, dtype)
     return _untied_as_stored(model).eval()
 
 
-def _no_model(folder: Path, error: Exception) -> MasaError:
-    return MasaError(f"{folder / 'config.json'} does not describe a causal LM of transformers: {error}")
+def _no_model(folder: Path, error: Exception, trusted: bool) -> MasaError:
+    path = folder / "config.json"
+    config = read_json(path)
+    if isinstance(config, dict) and config.get("auto_map") and not trusted:
+        code = sorted({str(name).partition(".")[0] + ".py" for name in config["auto_map"].values()})
+        return MasaError(
+            f"{folder} is of a kind that transformers reads with the folder's own Python alone ({', '.join(code)}). "
+            "Look at it; if you trust it, say --trust-remote-code."
+        )
+    return MasaError(f"{path} does not describe a causal LM of transformers: {str(error).splitlines()[0]}")
+
+
+def check_stored(files: list[Path]) -> None:
+    """See that no tensor is stored twice.
+
+    Raises:
+        MasaError: two shards hold one of the same name; the message names them.
+    """
+    holders: dict[str, Path] = {}
+    for file in files:
+        for name in heads([file], "fetch it again"):
+            if name in holders:
+                raise MasaError(f"{name} is stored in {holders[name]} and in {file.name}; fetch the model again.")
+            holders[name] = file
 
 
 def _dtype(stored: Mapping[str, tuple[tuple[int, ...], torch.dtype | None]]) -> torch.dtype | str:
     """The one dtype of all weights; of a file that mixes them, the one that holds all of their numbers."""
     found = {dtype for _, dtype in stored.values() if dtype is not None}
     return functools.reduce(torch.promote_types, found) if found else "auto"
-
-
-def _refuse_quantised(folder: Path, config: Any) -> None:
-    """Weights that are no plain numbers: scales beside them are not to be lost."""
-    given = getattr(config, "quantization_config", None)
-    if given is None:
-        return
-    method = given.get("quant_method") if isinstance(given, Mapping) else getattr(given, "quant_method", None)
-    if method == METHOD:
-        raise MasaError(
-            f"{folder} is a factored folder of masa, whose matrices are not stored; write them out first: masa export "
-            f"{folder} --out PLAIN."
-        )
-    raise MasaError(
-        f"{folder} is quantised ({getattr(method, 'value', method)}), and only plain float weights are calibrated and "
-        "compressed. Load it with transformers, call model.dequantize(), save that, and give its folder."
-    )
 
 
 def _check_complete(folder: Path, model: nn.Module, found: Mapping[str, Any]) -> None:
@@ -104,20 +124,34 @@ def _check_complete(folder: Path, model: nn.Module, found: Mapping[str, Any]) ->
         )
 
 
-def check_finite(model: nn.Module, where: Path) -> None:
+def not_finite(tensor: torch.Tensor) -> bool:
+    """Whether it holds NaN or infinity; no mask of its size is made."""
+    if not tensor.is_floating_point() or not tensor.numel() or tensor.is_meta:
+        return False
+    low, high = torch.aminmax(tensor.detach())
+    return not bool(torch.isfinite(low) and torch.isfinite(high))
+
+
+def check_finite(model: nn.Module, where: Path, dtype: torch.dtype | None = None) -> None:
     """Look at every number once.
+
+    Args:
+        where: file or folder that it was read from.
+        dtype: that it was converted to.
 
     Raises:
         MasaError: one is NaN or infinite; the tensor and its file are named.
     """
     for name, tensor in model.state_dict().items():
-        if not tensor.is_floating_point() or not tensor.numel():
-            continue
-        low, high = torch.aminmax(tensor.detach())
-        if not (torch.isfinite(low) and torch.isfinite(high)):
+        if not_finite(tensor):
             files = sorted(where.glob("*.safetensors")) if where.is_dir() else []
-            holder = next((file for file in files if name in heads([file])), where)
-            raise MasaError(f"{holder}: {name} holds NaN or infinity; fetch the model again, or save it without.")
+            holder = next((file for file in files if name in heads([file])), None)
+            if dtype is not None and holder is not None and not not_finite(stored_tensor(holder, name)):
+                said = str(dtype).removeprefix("torch.")
+                raise MasaError(f"{holder}: {name} has numbers that {said} cannot hold; {BEYOND}.")
+            raise MasaError(
+                f"{holder or where}: {name} holds NaN or infinity; fetch the model again, or save it without."
+            )
 
 
 def _untied_as_stored(model: nn.Module) -> nn.Module:
@@ -128,32 +162,3 @@ def _untied_as_stored(model: nn.Module) -> nn.Module:
         model.config.tie_word_embeddings = False
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
     return model
-
-
-def check_gguf(file: Path) -> None:
-    """See that transformers' reader will read all that a GGUF file says.
-
-    Raises:
-        MasaError: a part of several, or scaled RoPE, which that reader drops.
-    """
-    from gguf import GGUFReader
-
-    try:
-        reader = GGUFReader(file)
-    except Exception as error:  # a broken file may fail anywhere in the reader
-        raise MasaError(f"{file} cannot be read as a GGUF model: {error}") from error
-    values = {name: field.contents() for name, field in reader.fields.items()}
-    parts = values.get("split.count", 1)
-    if isinstance(parts, int) and parts > 1:
-        raise MasaError(
-            f"{file} is part {int(values.get('split.no', 0)) + 1} of {parts}, and only whole files are read. Put them "
-            "together with llama.cpp's llama-gguf-split --merge, or give the original folder."
-        )
-    kind = next((v for name, v in values.items() if name.endswith(".rope.scaling.type")), "none")
-    scaled = [f"rope.scaling.type = {kind}"] if kind not in ("none", "") else []
-    scaled += [tensor.name for tensor in reader.tensors if tensor.name.startswith("rope_f")]
-    if scaled:
-        raise MasaError(
-            f"{file} scales RoPE ({', '.join(scaled)}), which transformers' reader of GGUF files does not take over: "
-            "its logits would be wrong. Give the original folder instead."
-        )

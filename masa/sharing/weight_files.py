@@ -29,7 +29,8 @@ def weight_files(folder: Path, made_by: str | None = None) -> list[Path]:
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
         raise MasaError(
-            f"{folder / WEIGHTS} is missing, and so is {INDEX}; only safetensors weights are read, never pickles."
+            f"{folder / WEIGHTS} is missing, and so is {INDEX}; only safetensors weights are read, never pickles. "
+            "Where you trust the folder, transformers turns one into the other: from_pretrained(…).save_pretrained(X)."
         )
     index = read_json(folder / INDEX, made_by)
     shards = index.get("weight_map") if isinstance(index, dict) else None
@@ -59,6 +60,27 @@ def heads(
                 part = opened.get_slice(name)
                 found[name] = tuple(part.get_shape()), _DTYPES.get(part.get_dtype())
     return found
+
+
+def kinds(files: Iterable[Path], mend: str = "fetch it again") -> dict[str, tuple[tuple[int, ...], str]]:
+    """Name -> shape, and dtype as safetensors calls it.
+
+    Raises:
+        MasaError: a file is corrupt or truncated.
+    """
+    found = {}
+    for file in files:
+        with _opened(file, mend) as opened:
+            for name in opened.keys():  # noqa: SIM118 (not a mapping)
+                part = opened.get_slice(name)
+                found[name] = tuple(part.get_shape()), part.get_dtype()
+    return found
+
+
+def stored_tensor(file: Path, name: str) -> torch.Tensor:
+    """One tensor of a file, mapped."""
+    with _opened(file) as opened:
+        return opened.get_tensor(name)
 
 
 def _opened(file: Path, mend: str = "fetch or train it again") -> Any:

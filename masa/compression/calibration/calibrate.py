@@ -20,7 +20,7 @@ from masa.compression.calibration.calls import Calls
 from masa.compression.calibration.gradients import BlockInputs, add_gradients
 from masa.compression.calibration.statistics import INPUT_OF, Calibration, model_sha256, tokens_sha256
 from masa.compression.calibration.stream import BlockStream, GramHooks, not_finite
-from masa.errors import MasaError
+from masa.errors import BEYOND, MasaError
 from masa.sharing.projections import Family, family_of
 from masa.sharing.spec import ATTENTION, PROJECTIONS
 
@@ -137,7 +137,7 @@ def _through_the_blocks(
         found = hooks.grams | {"output": means[-1]}
         for name in not_finite(found):
             where = "output" if name == "output" else f"activations that enter {'/'.join(name)}"
-            raise MasaError(f"NaN or infinity in the {where} of layer {layer}.")
+            raise MasaError(f"NaN or infinity in the {where} of layer {layer}; {BEYOND}.")
         result.add(layer, found)
     progress("calibrating", len(stream.blocks), len(stream.blocks))
     return means

@@ -45,6 +45,7 @@ def run_calibrate(
     gradient_samples: int = 0,
     threads: int | None = None,
     device: str = "auto",
+    trust_remote_code: bool = False,
     quiet: bool = False,
     wait: bool = True,
 ) -> dict[str, Any]:
@@ -66,6 +67,7 @@ def run_calibrate(
         gradient_samples: sequences whose gradients are collected too, for the methods that need them.
         threads: of the CPU; by default torch's own choice.
         device: "auto" (a GPU where there is one), "cpu", "cuda:1", …; on the CPU weights are read from the mapped file.
+        trust_remote_code: run Python that the model's folder brings.
         quiet: no progress.
         wait: for another process that writes the same directory, such as one whose workflow was killed.
 
@@ -82,7 +84,7 @@ def run_calibrate(
     with exclusive(folder, wait=wait, keep=False):
         return _collect(
             *(model, folder, text, where, samples, length, seed, revision, projections, batch_size, dtype),
-            *(gradient_samples, threads, device, quiet),
+            *(gradient_samples, threads, device, trust_remote_code, quiet),
         )
 
 
@@ -101,6 +103,7 @@ def _collect(
     gradient_samples: int,
     threads: int | None,
     device: str,
+    trust_remote_code: bool,
     quiet: bool,
 ) -> dict[str, Any]:
     """:func:`run_calibrate` in a folder that is held."""
@@ -109,7 +112,7 @@ def _collect(
         torch.set_num_threads(threads)
     reset_peak_rss()
     Documents(text, **where).check()  # before the model is read
-    loaded, tokenizer = load_pretrained(model, revision=revision, device=device)
+    loaded, tokenizer = load_pretrained(model, revision=revision, device=device, trust_remote_code=trust_remote_code)
     if tokenizer is None:
         raise MasaError(f"{model} holds no tokenizer, which calibration on text needs.")
     length = check_length(loaded, length)
