@@ -24,6 +24,11 @@ METHODS = {
     "matrix-pca-data": "matrix_pca",
     "matrix-pca-fisher": "matrix_pca",
     "matrix-pca-aligned": "aligned_pca",
+    "sparse-magnitude": "in_place",
+    "sparse-wanda": "in_place",
+    "sparse-gpt": "in_place",
+    "sparse-2-4": "in_place",
+    "sparse-fisher": "in_place",
 }
 """Method -> its module below :mod:`masa.compression.methods`."""
 
