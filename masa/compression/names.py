@@ -29,6 +29,10 @@ METHODS = {
     "sparse-gpt": "in_place",
     "sparse-2-4": "in_place",
     "sparse-fisher": "in_place",
+    "sparse-dictionary": "sparse_dictionary",
+    "sparse-dictionary-fisher": "sparse_dictionary",
+    "dictionary-pairs": "dictionary_pairs",
+    "dictionary-pairs-fisher": "dictionary_pairs",
 }
 """Method -> its module below :mod:`masa.compression.methods`."""
 

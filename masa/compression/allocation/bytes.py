@@ -120,13 +120,16 @@ def _spend(units: Sequence[Unit], chosen: list[list[Option]], budget: int) -> No
 def uniform(units: Sequence[Unit], budget: int, dense: int) -> list[Option]:
     """The best option of each matrix within its own share of the budget, ``budget / dense`` of its bytes.
 
-    Units hold options that were made for this share, the largest of which is the matrix as it is.
+    Units hold options that were made for this share, and each matrix as it is; what can be stored together is.
 
     Raises:
         MasaError: a matrix has none.
     """
     chosen, keep = [], budget / dense
     for unit in units:
+        if unit.joint:
+            chosen.append(min(unit.joint, key=lambda o: (o.cost, o.size)))
+            continue
         for options in unit.singles:
             whole = max(o.size for o in options if o.kind == "dense")
             within = [o for o in options if o.size <= keep * whole]

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from masa.compression.allocation.bytes import Option, Unit, allocate, uniform
+from masa.compression.allocation.bytes import Member, Option, Unit, allocate, uniform
 from masa.compression.base import Compressor, Problem
 from masa.compression.methods.fits import Fit, dense_fit, part_bytes, part_sources
 from masa.compression.methods.matrices import Matrix, check_cost
@@ -64,12 +64,8 @@ class ByteCompressor(Compressor):
         """
         raise NotImplementedError
 
-    def groups(self, problem: Problem) -> list[Unit]:
-        """Matrices that may be stored together; the singles of these units are filled in here."""
-        return []
-
     def fit_group(self, problem: Problem, option: Option) -> list[Fit]:
-        """Solve for an option of :meth:`groups`."""
+        """Solve for an option that stores several matrices together."""
         raise NotImplementedError
 
     def needs_loss(self) -> bool:
@@ -79,12 +75,12 @@ class ByteCompressor(Compressor):
     def matrix(self, problem: Problem, letter: str, layer: int) -> Matrix:
         return Matrix.of(problem, letter, layer, self.needs_loss())
 
-    def prepare(self, problem: Problem) -> dict[tuple[str, int], list[Option]] | None:
+    def prepare(self, problem: Problem) -> Any:
         """Options of every matrix for any budget; none for uniform shares, whose options are made for the budget."""
         check_cost(self.cost)
         if self.allocation not in ALLOCATIONS:
             raise unknown("allocation", self.allocation, ALLOCATIONS)
-        return None if self.allocation == "uniform" else self._options(problem, None)
+        return None if self.allocation == "uniform" else self.options(problem, None)
 
     def solve(self, problem: Problem, prepared: Any) -> list[WeightSource]:
         width = problem.weight(problem.projections[0], 0).element_size()
@@ -92,9 +88,7 @@ class ByteCompressor(Compressor):
             problem.projections, len(problem.layers), problem.weight(problem.projections[0], 0).dtype
         )
         dense = width * problem.dense
-        if prepared is None:
-            prepared = self._options(problem, [budget / dense])
-        units = self.units(problem, prepared)
+        units = self.units(problem, prepared, budget / dense)
         chosen = (uniform if self.allocation == "uniform" else allocate)(units, budget, dense)
         self.cost_ = sum(option.cost for option in chosen)
         self.chosen_ = dict(Counter(option.kind for option in chosen))
@@ -104,24 +98,31 @@ class ByteCompressor(Compressor):
         }
         return part_sources(problem, self._fits(problem, chosen))
 
-    def units(self, problem: Problem, prepared: dict[tuple[str, int], list[Option]]) -> list[Unit]:
-        """One a matrix."""
-        return [Unit([options]) for options in prepared.values()]
+    def units(self, problem: Problem, prepared: Any, share: float) -> list[Unit]:
+        """What competes, or takes ``share`` of its bytes each: one unit a matrix, unless several may be stored together.
 
-    def _options(self, problem: Problem, shares: Sequence[float] | None) -> dict[tuple[str, int], list[Option]]:
+        Args:
+            prepared: what :meth:`prepare` returned.
+        """
+        found = self.options(problem, [share]) if prepared is None else prepared
+        return [Unit([options]) for options in found.values()]
+
+    def options(self, problem: Problem, shares: Sequence[float] | None) -> dict[Member, list[Option]]:
+        """Of every matrix by itself: dense first, then what the families offer that is smaller.
+
+        Args:
+            shares: see :meth:`Family.options`.
+        """
         width = problem.weight(problem.projections[0], 0).element_size()
-        families, found = self.families(problem.regularisation), dict[tuple[str, int], list[Option]]()
+        families, found = self.families(problem.regularisation), dict[Member, list[Option]]()
         for layer in problem.layers:
             problem.progress("profiling", layer, len(problem.layers))
             for letter in problem.projections:
                 matrix = self.matrix(problem, letter, layer)
-                shape = problem.shape.shapes[letter]
-                whole = part_bytes({"kind": "dense"}, [shape], width)
-                options = [o for family in families for o in family.options(matrix, self.cost, shares, width)]
-                found[matrix.member] = [
-                    Option((matrix.member,), "dense", whole, 0.0),
-                    *(o for o in options if o.size < whole),
-                ]
+                whole = part_bytes({"kind": "dense"}, [problem.shape.shapes[letter]], width)
+                offered = [o for family in families for o in family.options(matrix, self.cost, shares, width)]
+                dense = Option((matrix.member,), "dense", whole, 0.0)
+                found[matrix.member] = [dense, *(o for o in offered if o.size < whole)]
         problem.progress("profiling", len(problem.layers), len(problem.layers))
         return found
 
