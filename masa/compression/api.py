@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,14 @@ from masa.compression.base import Compressor, Problem, make_compressor
 from masa.compression.calibration.calibrate import Progress, check_weights
 from masa.compression.calibration.statistics import Calibration
 from masa.compression.report import CompressionReport, peak_rss, reset_peak_rss
+from masa.compression.sizes import budget_of_size, letters
 from masa.errors import MasaError
 from masa.sharing.compression_spec import CompressionSpec
+from masa.sharing.part_sources import guard_bytes
 from masa.sharing.projections import SharedProjections, decoder, family_of, model_shape, separate
 from masa.sharing.share import ParameterCount, Sharing, count_parameters, install
 from masa.sharing.spec import ATTENTION
+from masa.sharing.weight_sources import WeightSource
 
 TOLERANCE = 0.005
 """Achieved reductions lie within this above the requested one."""
@@ -30,8 +33,9 @@ def compress(
     model: nn.Module,
     method: str | Mapping[str, Any] | Compressor,
     calibration: Calibration | str | Path | None = None,
-    reduction: float = 0.2,
+    reduction: float | None = None,
     *,
+    size: int | str | None = None,
     tokens: Tensor | None = None,
     projections: str = ATTENTION,
     batch_size: int = 4,
@@ -51,10 +55,12 @@ def compress(
             model, freshly loaded, solves only what depends on the reduction (``report.seconds`` counts the rest, too).
         calibration: statistics of this very model (checked by hash), or their directory; methods blind to data take
             None.
-        reduction: fraction of the numbers in ``projections`` to save, in (0, 1), everything stored counted. Never
-            missed; exceeded by at most 0.5 point unless the method's granularity is coarser (``report.on_target``).
+        reduction: fraction of the numbers in ``projections`` to save, in (0, 1), everything stored counted; by default
+            0.2. Never missed; exceeded by at most 0.5 point unless the method's granularity is coarser
+            (``report.on_target``).
+        size: of the whole model in bytes, as a number or as "900MB", "1.5GiB", in the place of ``reduction``.
         tokens: the calibration's (N, T) ids, for methods that run the model again.
-        projections: letters that are compressed.
+        projections: letters that are compressed, or "all" linear layers of the blocks.
         batch_size: samples at once, where the model runs.
         progress: called with (what, done, of).
         **options: hyperparameters of the method; none with an instance, which has its own.
@@ -72,14 +78,22 @@ def compress(
     if isinstance(method, Compressor) and options:
         raise MasaError(f"This {method.name!r} has its options already; give {', '.join(options)} when you make it.")
     compressor = method if isinstance(method, Compressor) else make_compressor(method, **options)
-    check_reduction(reduction)
+    if reduction is not None and size is not None:
+        raise MasaError("Say how small: either a reduction, of the compressed projections, or a size, of all.")
+    if size is None:
+        check_reduction(reduction := 0.2 if reduction is None else reduction)
     if getattr(model, "sharing", None) is not None:
         raise MasaError(f"This model shares weights already ({model.sharing.spec.method}); fold it first.")
     shape = model_shape(model, family_of(model))
+    projections = letters(shape, projections)
     _check_projections(model, projections)
     calibration = _checked(compressor, model, calibration, tokens)
     problem = Problem(model, shape, projections, 0, calibration, tokens, batch_size, progress)
-    problem.budget = int((1 - reduction) * problem.dense)
+    if reduction is None:
+        problem.budget = budget_of_size(model, shape, projections, size)
+        reduction = 1 - problem.budget / problem.dense
+    else:
+        problem.budget = int((1 - reduction) * problem.dense)
     before, dense_attention = count_parameters(model), shape.num_layers * sum(map(problem.numbers, ATTENTION))
 
     reset_peak_rss()
@@ -92,8 +106,7 @@ def compress(
     spec = CompressionSpec(compressor.name, float(reduction), projections, compressor.get_params())
     model.sharing = Sharing(spec, dense_attention)
     model.eval()
-    stored = sum(source.stored_numbers() for source in sources)
-    return model, _report(model, compressor, problem, before, stored, seconds, peak)
+    return model, _report(model, compressor, problem, before, sources, seconds, peak)
 
 
 def check_reduction(reduction: Any) -> None:
@@ -125,12 +138,14 @@ def _report(
     compressor: Compressor,
     problem: Problem,
     before: ParameterCount,
-    stored: int,
+    sources: Sequence[WeightSource],
     seconds: float,
     peak: int,
 ) -> CompressionReport:
     """What was saved; more than was asked for is a defect of the method."""
     spec, after = model.sharing.spec, count_parameters(model)
+    stored = sum(source.stored_numbers() for source in sources)
+    dtype = problem.dtype
     achieved = 1 - stored / problem.dense
     assert stored <= problem.budget, f"{spec.method} stored {stored} numbers for a budget of {problem.budget}"
     known = ("samples", "length", "tokens_sha256", "model_sha256")
@@ -146,6 +161,8 @@ def _report(
         parameters_after=after.total,
         stored=stored,
         dense=problem.dense,
+        stored_bytes=sum(s.stored_bytes() for s in sources) + guard_bytes(spec.projections, len(problem.layers), dtype),
+        dense_bytes=problem.dense * dtype.itemsize,
         on_target=achieved <= spec.reduction + TOLERANCE,
         seconds=round(seconds, 3),
         peak_rss_bytes=peak,

@@ -31,6 +31,8 @@ METHODS = {
     "sparse-fisher": "in_place",
     "sparse-dictionary": "sparse_dictionary",
     "sparse-dictionary-fisher": "sparse_dictionary",
+    "low-rank-sparse": "low_rank_sparse",
+    "low-rank-sparse-fisher": "low_rank_sparse",
     "dictionary-pairs": "dictionary_pairs",
     "dictionary-pairs-fisher": "dictionary_pairs",
 }

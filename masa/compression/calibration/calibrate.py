@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from masa.compression.calibration.gradients import BlockInputs, add_gradients
 from masa.compression.calibration.statistics import INPUT_OF, Calibration, model_sha256, tokens_sha256
 from masa.compression.calibration.stream import BlockStream, GramHooks, not_finite
+from masa.compression.sizes import letters
 from masa.errors import MasaError
 from masa.sharing.projections import Family, decoder, model_shape, separate
 from masa.sharing.spec import ATTENTION
@@ -47,7 +48,7 @@ def calibrate(
         model: a dense Llama- or Starcoder2-like model, in ``eval()`` or not; its weights may be memory-mapped.
         tokens: (N, T) token ids, all of equal length.
         directory: write each layer's statistics there as soon as they are known, and read them from there later.
-        projections: letters whose inputs are wanted; attention by default.
+        projections: letters whose inputs are wanted, or "all"; attention by default.
         batch_size: samples that run at once.
         dtype: of the computation; by default the model's. float32 for a model stored in bfloat16 costs one block.
         gradient_samples: run this many of the sequences, the first ones, backward too, for the methods that weigh
@@ -71,6 +72,7 @@ def calibrate(
             "(gradient_samples, the *-fisher methods). Choose another method, or calibrate the causal LM."
         )
     shape = model_shape(model, family)
+    projections = letters(shape, projections)
     if absent := set(projections) - set(shape.shapes):
         raise MasaError(f"This model has no projection {', '.join(sorted(absent))}; it has {', '.join(shape.shapes)}.")
     if directory is not None:

@@ -83,10 +83,8 @@ class ByteCompressor(Compressor):
         return None if self.allocation == "uniform" else self.options(problem, None)
 
     def solve(self, problem: Problem, prepared: Any) -> list[WeightSource]:
-        width = problem.weight(problem.projections[0], 0).element_size()
-        budget = width * problem.budget - guard_bytes(
-            problem.projections, len(problem.layers), problem.weight(problem.projections[0], 0).dtype
-        )
+        width = problem.dtype.itemsize
+        budget = width * problem.budget - guard_bytes(problem.projections, len(problem.layers), problem.dtype)
         dense = width * problem.dense
         units = self.units(problem, prepared, budget / dense)
         chosen = (uniform if self.allocation == "uniform" else allocate)(units, budget, dense)
@@ -113,7 +111,7 @@ class ByteCompressor(Compressor):
         Args:
             shares: see :meth:`Family.options`.
         """
-        width = problem.weight(problem.projections[0], 0).element_size()
+        width = problem.dtype.itemsize
         families, found = self.families(problem.regularisation), dict[Member, list[Option]]()
         for layer in problem.layers:
             problem.progress("profiling", layer, len(problem.layers))

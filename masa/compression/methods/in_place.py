@@ -203,7 +203,7 @@ class SparseTwoOfFour(ByteCompressor):
 class SparseFisher(SparseInPlace):
     """Entries by what the loss minds of them, w^2 E[x^2] E[g^2]; one threshold for the whole model (ours).
 
-    The entries that stay make up for those that go, in the metric of the loss. Needs a calibration with gradients.
+    The entries that stay make up for those that go. Needs a calibration with gradients.
 
     Args:
         cost, allocation, score, scope, compensation: of :class:`SparseInPlace`.
@@ -215,6 +215,6 @@ class SparseFisher(SparseInPlace):
         allocation: str = "global",
         score: str = "loss",
         scope: str = "matrix",
-        compensation: str = "loss",
+        compensation: str = "exact",
     ) -> None:
         super().__init__(cost, allocation, score, scope, compensation)

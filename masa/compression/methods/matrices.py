@@ -23,6 +23,7 @@ class Matrix:
         weight: W (out, in).
         inputs: E[x x^T] (in, in), or None for methods blind to data.
         outputs: E[g g^T] (out, out) of the loss's gradients, or None where the loss is not asked.
+        idle: nothing enters it, or the loss minds nothing of what leaves it: whatever it is stored as costs nothing.
     """
 
     letter: str
@@ -30,6 +31,7 @@ class Matrix:
     weight: Tensor
     inputs: Tensor | None = None
     outputs: Tensor | None = None
+    idle: bool = False
 
     @classmethod
     def of(cls, problem: Problem, letter: str, layer: int, loss: bool = False, damping: float = 0.01) -> Matrix:
@@ -46,7 +48,12 @@ class Matrix:
             assert found is not None
             outputs = found.gradient_gram(letter, layer).to(weight.device)
             outputs.diagonal().add_(damping * outputs.diagonal().mean())
-        return cls(letter, layer, weight, inputs, outputs)
+        idle = False
+        for metric in (inputs, outputs):
+            if metric is not None and not bool(metric.any()):
+                metric.fill_diagonal_(1.0)  # any will do
+                idle = True
+        return cls(letter, layer, weight, inputs, outputs, idle)
 
     @property
     def member(self) -> tuple[str, int]:
@@ -77,9 +84,11 @@ class Matrix:
         return self.error_cost(rule, self.weight - approximation.double())
 
     def error_cost(self, rule: str, error: Tensor) -> float:
-        """The same of ``error = W - V``."""
+        """The same of ``error = W - V``, relative to W where the rule is relative."""
         if rule == "weights":
             return float(error.norm() / self.weight.norm().clamp_min(1e-300))
+        if self.idle:
+            return 0.0
         spread = error if self.inputs is None else error @ self.inputs
         if rule == "whitened":
             return float((spread * error).sum()) / max(self.energy(), 1e-300)
@@ -96,6 +105,8 @@ class Matrix:
         squares = self.weight.square()
         if rule == "weights":
             return squares / squares.sum().clamp_min(1e-300)
+        if self.idle:
+            return torch.zeros_like(squares)
         if rule == "whitened":
             return squares * self.energies / max(self.energy(), 1e-300)
         return squares * self.energies * self.importance[:, None] / 2

@@ -63,7 +63,7 @@ def keep(values: Tensor, count: int, scope: str) -> Tensor:
     return keep_in_rows(values, count) if scope == "rows" else largest_overall(values, count)
 
 
-def compensated(matrix: Matrix, mask: Tensor, rule: str, log: dict[str, float], iterations: int = 30) -> Tensor:
+def compensated(matrix: Matrix, mask: Tensor, rule: str, log: dict[str, float], iterations: int = 10) -> Tensor:
     """W on the support ``mask``, with the entries that stay moved to make up for those that go.
 
     Args:

@@ -88,9 +88,7 @@ def written(code: Code, side: str) -> Tensor:
     return product.T if side == "in" else product
 
 
-def dictionary_sizes(
-    matrix: Matrix, side: str, share: float, ratio: float, width: int
-) -> tuple[int, int, int] | None:
+def dictionary_sizes(matrix: Matrix, side: str, share: float, ratio: float, width: int) -> tuple[int, int, int] | None:
     """k, the number of coefficients and the bytes of a dictionary with k / s = ``ratio`` within a share of the bytes.
 
     Returns:
