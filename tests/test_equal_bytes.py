@@ -87,7 +87,7 @@ def test_compensations_in_their_order():
     errors = [m.cost("whitened", found[rule]) for rule in ("exact", "columns", "none")]
     assert errors == sorted(errors) and len(set(errors)) == 3
     losses = {rule: m.cost("loss", w) for rule, w in found.items()}
-    assert min(losses, key=losses.get) == "loss" and losses["loss"] < 0.95 * losses["exact"]
+    assert min(losses, key=losses.get) == "loss" and losses["loss"] < 0.99 * losses["exact"]
     assert all(not bool(w[~mask].any()) for w in found.values())
 
 
@@ -270,7 +270,7 @@ def test_the_loss_decides_better_than_shares_do():
 
 
 def test_one_dictionary_may_serve_matrices_of_several_projections_and_is_stored_once(tmp_path):
-    model, report = compressed("dictionary-pairs", 0.3)
+    model, _ = compressed("dictionary-pairs", 0.3)
     masa.save(model, tmp_path)
     parts = [p for source in model.model.shared.values() for p in source.config()["parts"]]
     assert [len(p["of"]) for p in parts] == [2] * 21
@@ -291,7 +291,7 @@ def test_one_dictionary_may_serve_matrices_of_several_projections_and_is_stored_
 
 
 def test_odd_counts_one_layer_and_groups_of_four():
-    model, report = compress(
+    model, _ = compress(
         tiny_llama(num_hidden_layers=1), "dictionary-pairs", statistics(num_hidden_layers=1), 0.3, projections="all"
     )
     members = [p["of"] for source in model.model.shared.values() for p in source.config()["parts"]]

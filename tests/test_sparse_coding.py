@@ -91,11 +91,10 @@ def test_the_error_never_rises(metric, whole):
         assert int(mask.sum()) == 80 and not bool(codes[~mask].any())
         if not whole:
             assert torch.equal(mask.sum(0), code.mask.sum(0))
-        code = Code(code.atoms, codes, mask)
-        assert (now := seen.error(code)) <= error * (1 + 1e-12)
-        code, error = seen.refit(codes, mask), now
-        assert (now := seen.error(code)) <= error * (1 + 1e-9)
-        error = now
+        for half in (Code(code.atoms, codes, mask), seen.refit(codes, mask)):
+            code, now = half, seen.error(half)
+            assert now <= error * (1 + 1e-9)
+            error = now
     assert error < seen.error(seen.basis().code(8, 80, "matrix" if whole else "columns"))
 
 
@@ -197,7 +196,8 @@ def test_the_error_of_a_group_never_rises(sizes, metric):
     for _ in range(3):
         for half in (found.dictionary, found.pursued):
             code = half(code)
-            assert (now := found.error(code)) <= error * (1 + 1e-7)
+            now = found.error(code)
+            assert now <= error * (1 + 1e-7)
             error = now
         assert [int(mask.sum()) for mask in code.masks] == [4 * n for n in sizes]
     assert found.error(found.improve(code, 50)) <= error

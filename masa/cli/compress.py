@@ -132,7 +132,7 @@ def _account(summary: dict[str, Any]) -> str:
         f"{summary['method']}: {100 * summary['reduction_achieved']:.2f} % of {summary['projections']} saved "
         f"(asked for {100 * summary['reduction_requested']:g} %), {100 * summary['model_reduction']:.2f} % of all",
         f"parameters: {summary['parameters_before']:,} -> {summary['parameters_after']:,}",
-        f"bytes of {summary['projections']}: {summary['dense_bytes']:,} -> {summary['stored_bytes']:,}, positions counted",
+        f"bytes of {summary['projections']}: {summary['dense_bytes']:,} -> {summary['stored_bytes']:,}, all counted",
     ]
     if "perplexity_after" in summary:
         before, after = summary["perplexity_before"], summary["perplexity_after"]

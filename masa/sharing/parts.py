@@ -1,4 +1,4 @@
-"""Ways to store a matrix, or several with something in common: one class a kind, each called to multiply or to write out.
+"""Ways to store a matrix, or several with something in common: one class a kind, called to multiply or to write out.
 
 A matrix W (out, in) of one layer is the sum of its parts. To add a kind, subclass :class:`Part` and decorate it with
 :func:`part`; :mod:`masa.sharing.part_sources` does the rest.

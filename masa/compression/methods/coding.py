@@ -1,12 +1,12 @@
-"""Sparse coefficients for a given dictionary, and the best dictionary for given coefficients. Everything is float64.
+"""Sparse coefficients for a given dictionary, and the best dictionary for given ones. Everything is float64.
 
-Approximate X (m, n) by D C with D (m, k) and a sparse C (k, n), where errors E = X - D C count as ``tr(A E B E^T)`` with
-A (m, m) and B (n, n). B may be a vector (n,), its diagonal, or None, the identity: then columns of C are solved for
-each by itself, and B drops out of them.
+Approximate X (m, n) by D C with D (m, k) and a sparse C (k, n), where errors E = X - D C count as ``tr(A E B E^T)``
+with A (m, m) and B (n, n). B may be a vector (n,), its diagonal, or None, the identity: then columns of C are solved
+for each by itself, and B drops out of them.
 
 Hard-thresholding pursuit (Foucart 2011, arXiv 1008.1843): a gradient step, the largest entries stay, and a refit on
-these. Here gradients are scaled by the diagonal of the Gram matrix ``D^T A D``, and a step that does not lower the error
-is not taken, so that the error never rises.
+these. Here gradients are scaled by the diagonal of the Gram matrix ``D^T A D``, and a step that does not lower the
+error is not taken, so that the error never rises.
 """
 
 from __future__ import annotations

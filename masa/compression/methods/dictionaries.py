@@ -85,6 +85,7 @@ class Side:
         else:
             energy, short = torch.linalg.eigh(whitened.T @ whitened)
             kept = energy > len(energy) * EPS * energy[-1].clamp_min(TINY)
+            kept[-1] = True  # also of a matrix of zeros
             vectors = torch.linalg.qr(whitened @ short[:, kept].flip(1)).Q
         atoms = vectors if upper is None else torch.linalg.solve_triangular(upper, vectors, upper=True)
         return Basis(self, atoms, vectors.T @ x, atoms.norm(dim=0))
@@ -164,7 +165,7 @@ class Basis:
 
 def keep_in_columns(score: Tensor, count: int) -> Tensor:
     """The mask of ``count`` entries, equally many a column; what does not divide goes to the largest of the next."""
-    rows, columns = score.shape
+    columns = score.shape[1]
     each, rest = divmod(min(count, score.numel()), columns)
     counts = torch.full((columns,), each, device=score.device)
     if rest:

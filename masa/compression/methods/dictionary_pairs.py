@@ -1,4 +1,4 @@
-"""Pairs of matrices, or larger groups, that share a dictionary: GeoPair (arXiv 2609.25963), and ours under one budget."""
+"""Pairs of matrices, or larger groups, that share a dictionary: GeoPair (arXiv 2609.25963), and ours in one budget."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ class ByteCompressor(Compressor):
         return part_sources(problem, self._fits(problem, chosen))
 
     def units(self, problem: Problem, prepared: Any, share: float) -> list[Unit]:
-        """What competes, or takes ``share`` of its bytes each: one unit a matrix, unless several may be stored together.
+        """What competes, or takes ``share`` of its bytes: one unit a matrix, unless several may be stored together.
 
         Args:
             prepared: what :meth:`prepare` returned.

@@ -21,7 +21,7 @@ RANK_SHARES = (0.1, 0.25, 0.5)
 
 
 def truncated(matrix: Matrix, weight: Tensor, log: dict[str, float]) -> Truncation:
-    """The best approximations of a weight at every rank, in the metric of the matrix's data, and of the loss if read."""
+    """The best approximations of a weight at every rank, in the metric of its data, and of the loss if it is read."""
     root = None
     if matrix.outputs is not None:
         root = partial(cholesky, matrix.outputs, f"gradients of {matrix.name}", log)

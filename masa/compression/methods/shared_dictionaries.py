@@ -1,7 +1,7 @@
 """One dictionary for several matrices, each with its own metrics and sparse coefficients (GeoPair, arXiv 2609.25963).
 
-``min over D, C_i of sum_i tr(A_i E_i B_i E_i^T)`` with ``E_i = X_i - D C_i``; D lives in the original space. For one and
-two matrices D is exact; three terms have no basis in common, and their normal equations are solved by conjugate
+``min over D, C_i of sum_i tr(A_i E_i B_i E_i^T)`` with ``E_i = X_i - D C_i``; D lives in the original space. For one
+and two matrices D is exact; three terms have no basis in common, and their normal equations are solved by conjugate
 gradients. Everything is float64.
 """
 
@@ -134,23 +134,24 @@ class Group:
 
     def dictionary(self, code: SharedCode) -> SharedCode:
         """The best D for these coefficients."""
-        sides = self.sides
-        if len(sides) == 1:
-            side = sides[0]
-            atoms = refit_dictionary(side.x, code.codes[0], side.metric, self.name, side.log)
+        used = [(side, c) for side, c in zip(self.sides, code.codes, strict=True) if bool(c.any())]
+        if not used:
+            return code  # of matrices of zeros; any dictionary is the best
+        first = used[0][0]
+        if len(used) == 1:
+            atoms = refit_dictionary(first.x, used[0][1], first.metric, self.name, first.log)
             return SharedCode(atoms, code.codes, code.masks)
-        eye = torch.eye(len(sides[0].x), dtype=code.atoms.dtype, device=code.atoms.device)
-        lefts = [eye if side.left is None else side.left for side in sides]
-        weighed = [right(c, side.metric) for c, side in zip(code.codes, sides, strict=True)]
-        grams = [_ridged(w @ c.T) for w, c in zip(weighed, code.codes, strict=True)]
-        target = sum(
-            (left @ side.x @ w.T for left, side, w in zip(lefts, sides, weighed, strict=True)),
-            torch.zeros_like(code.atoms),
-        )
-        if len(sides) == 2:
-            atoms = sylvester((lefts[0], lefts[1]), (grams[0], grams[1]), target, self.name, sides[0].log)
+        eye = torch.eye(len(first.x), dtype=code.atoms.dtype, device=code.atoms.device)
+        lefts = [eye if side.left is None else side.left for side, _ in used]
+        weighed = [right(c, side.metric) for side, c in used]
+        grams = [_ridged(w @ c.T) for w, (_, c) in zip(weighed, used, strict=True)]
+        target = torch.zeros_like(code.atoms)
+        for left, (side, _), w in zip(lefts, used, weighed, strict=True):
+            target += left @ side.x @ w.T
+        if len(used) == 2:
+            atoms = sylvester((lefts[0], lefts[1]), (grams[0], grams[1]), target, self.name, first.log)
         else:
-            atoms = conjugate(lefts, grams, target, code.atoms, self.name, sides[0].log)
+            atoms = conjugate(lefts, grams, target, code.atoms, self.name, first.log)
         return SharedCode(atoms, code.codes, code.masks)
 
     def pursued(self, code: SharedCode, steps: int = 2, iterations: int = 10) -> SharedCode:

@@ -1,4 +1,4 @@
-"""A dictionary for each matrix, with sparse coefficients: ROCKET (arXiv 2602.11008), and ours in the metric of the loss."""
+"""A dictionary for each matrix, with sparse coefficients: ROCKET (arXiv 2602.11008), and ours for the loss."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Dictionary(Family):
             basis = side.basis()
             for share in SHARES if shares is None else shares:
                 for ratio in self.ratios:
-                    sizes = dictionary_sizes(matrix, name, share, ratio, width)
+                    sizes = dictionary_sizes(matrix, name, share, ratio, width, basis.codes.shape[0])
                     if sizes is None:
                         continue
                     atoms, count, size = sizes
@@ -88,12 +88,16 @@ def written(code: Code, side: str) -> Tensor:
     return product.T if side == "in" else product
 
 
-def dictionary_sizes(matrix: Matrix, side: str, share: float, ratio: float, width: int) -> tuple[int, int, int] | None:
+def dictionary_sizes(
+    matrix: Matrix, side: str, share: float, ratio: float, width: int, directions: int
+) -> tuple[int, int, int] | None:
     """k, the number of coefficients and the bytes of a dictionary with k / s = ``ratio`` within a share of the bytes.
 
+    Args:
+        directions: that the matrix has; there are no more atoms.
+
     Returns:
-        None where there is none: no atom or coefficient fits, or more atoms would be needed than the matrix has
-        directions.
+        None where no atom or coefficient fits, or where the shorter side would need more atoms than it is long.
     """
     out, inp = matrix.weight.shape
     m, n = (inp, out) if side == "in" else (out, inp)
@@ -101,6 +105,7 @@ def dictionary_sizes(matrix: Matrix, side: str, share: float, ratio: float, widt
     atoms = int(budget / (m * width + n / 8 + n * width / ratio))
     if not 1 <= atoms <= min(m, n):
         return None
+    atoms = min(atoms, directions)
     bare = part_bytes({"kind": "sparse-dictionary", "atoms": atoms, "counts": [0], "side": side}, [(out, inp)], width)
     count = min(int((budget - bare) // width), atoms * n)
     return (atoms, count, bare + count * width) if count >= 1 else None
