@@ -38,7 +38,7 @@ def reference(problem: Problem, factors, samples: int):
     for layer in problem.layers:
         block = stream.block(layer)
         handles = hooks.attach(block)
-        stream.run(block, keep=False)
+        stream.run(layer, block, keep=False)
         for handle in handles:
             handle.remove()
         block = copy.deepcopy(block)
@@ -47,7 +47,7 @@ def reference(problem: Problem, factors, samples: int):
             left = refit(problem.weight(letter, layer), right, hooks.grams[INPUT_OF[letter]], "", {}).float()
             refined[letter, (layer,)] = left, right
             block.get_submodule(paths[letter]).weight.copy_(left @ right)
-        stream.run(block)
+        stream.run(layer, block)
     return refined
 
 
@@ -56,8 +56,9 @@ def test_a_block_that_stops_early_gives_the_same_factors_and_runs_no_needless_ff
     problem, factors = problem_and_factors(projections)
     runs = {"mlp": 0, "down": 0}
     mlp = problem.model.model.layers[2].mlp
-    mlp.register_forward_pre_hook(lambda *_: runs.update(mlp=runs["mlp"] + 1))
-    mlp.down_proj.register_forward_hook(lambda *_: runs.update(down=runs["down"] + 1))
+    # one sequence is looked at first; it is no batch
+    mlp.register_forward_pre_hook(lambda m, args: runs.update(mlp=runs["mlp"] + (len(args[0]) > 1)))
+    mlp.down_proj.register_forward_hook(lambda m, args, y: runs.update(down=runs["down"] + (len(y) > 1)))
     found = sequential_update(problem, factors, 8)
     batches = 2  # 8 sequences, 4 at once; each runs dense, then compressed, on a copy with the same hooks
     assert runs == {"mlp": batches * (1 + ffn), "down": batches}

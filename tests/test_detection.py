@@ -12,6 +12,7 @@ from conftest import stop_and_resume
 from PIL import Image
 
 import masa
+import masa.compression
 from masa.data import boxed_images, boxes
 from masa.evaluation import detection as detection_evaluation
 from masa.evaluation import detections
@@ -191,7 +192,7 @@ def test_detection_tokens_differ_and_do_not_decay():
 
 
 def test_what_does_not_exist_for_a_detector():
-    with pytest.raises(masa.MasaError, match="'gqa' does not exist for YOLOS"):
+    with pytest.raises(masa.MasaError, match="'gqa' does not exist for YolosForObjectDetection"):
         detector.build(MODEL, {"method": "gqa", "num_key_value_heads": 2})
     with pytest.raises(masa.MasaError, match="is no language model"):
         masa.compression.compress(masa.fold(detector.build(MODEL, {"method": "vanilla"})), "matrix-pca")

@@ -13,7 +13,7 @@ from masa.errors import MasaError
 from masa.runs import run
 from masa.runs.files import verify
 from masa.sharing import checkpoint
-from masa.sharing.projections import bank_of, blocks, family_of
+from masa.sharing.projections import bank_of, family_of
 from masa.sharing.share import count_parameters
 from masa.sharing.spec import ATTENTION
 from masa.sharing.weight_sources import Atoms
@@ -36,8 +36,8 @@ def describe_weights(model: nn.Module) -> dict[str, Any]:
     """
     family = family_of(model)
     ranks, similarity = {}, {}
-    for letter in ATTENTION:
-        weights = [family.projection(block, letter).weight for block in blocks(model)]
+    for letter in (p for p in ATTENTION if p in family.paths):
+        weights = [family.at(layer, letter).weight for layer in family.layers(letter)]
         ranks[letter] = [round(effective_rank(w), 4) for w in weights]
         flat = nn.functional.normalize(torch.stack([w.flatten().float() for w in weights]), dim=1)
         cosines = (flat @ flat.T).abs()

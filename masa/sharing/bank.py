@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from masa.errors import MasaError
 from masa.sharing.weight_sources import Weights, WeightSource, call, wrapped
 
 
 class SharedProjections(nn.ModuleDict):
     """All weight sources of one model, registered once as ``shared`` on its decoder.
+
+    Args:
+        sources: of the model, no projection in two of them.
+        layers: letter -> the blocks that share it, where not all do; a source counts layers among these alone.
 
     While the sources are trained, the decoder's forward pass makes every source's weights once before the first block;
     a block that runs by itself makes its own weight afresh, and a checkpointed block recomputed in backward reads the
@@ -19,9 +24,10 @@ class SharedProjections(nn.ModuleDict):
     makes its own). Otherwise no weight is kept: every layer multiplies through its source.
     """
 
-    def __init__(self, sources: Iterable[WeightSource]) -> None:
+    def __init__(self, sources: Iterable[WeightSource], layers: Mapping[str, Sequence[int]] | None = None) -> None:
         super().__init__({source.projections: source for source in sources})
         self._source_of = {p: name for name, source in self.items() for p in source.projections}
+        self.layers = {p: tuple(found) for p, found in (layers or {}).items() if p in self._source_of}
         self._open: Weights | None = None
         self._last: Weights | None = None
         self._reentrant = self._held = False
@@ -31,12 +37,14 @@ class SharedProjections(nn.ModuleDict):
         """Letters of all shared projections."""
         return "".join(self._source_of)
 
-    def attach(self, module: nn.Module) -> None:
-        """Register on the decoder and open the weights around its forward pass."""
-        module.add_module("shared", self)
+    def attach(self, home: nn.Module, around: nn.Module) -> None:
+        """Register on ``home`` and open the weights around each forward pass of the module that runs the blocks."""
+        if hasattr(home, "shared"):
+            raise MasaError(f"{type(home).__name__} has a part called 'shared' already, where sources would be kept.")
+        home.add_module("shared", self)
         handles = (
-            module.register_forward_pre_hook(self._before),
-            module.register_forward_hook(self._after, always_call=True),
+            around.register_forward_pre_hook(self._before),
+            around.register_forward_hook(self._after, always_call=True),
         )
         object.__setattr__(self, "_handles", handles)
 

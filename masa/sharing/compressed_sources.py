@@ -59,6 +59,7 @@ class Factored(WeightSource):
             (TransposedFactors if transposed else Factors)(len(layers), r, out, inp) for layers, r in self.factor_groups
         )
         self.stored = nn.ModuleList(Stored(out, inp) for _ in self.dense_layers)
+        self.like = nn.Buffer(torch.empty(0), persistent=False)  # device and dtype of a source that stores nothing
         self._parts: list[list[tuple[str, str, int]]] = [[] for _ in range(num_layers)]  # of a layer: list, part, row
         for name, groups in (("mixed", self.atom_groups), ("factors", self.factor_groups)):
             for part, (layers, _) in enumerate(groups):
@@ -91,8 +92,7 @@ class Factored(WeightSource):
 
     def _zero(self) -> Tensor:
         """The weight of a layer that no term reaches: a matrix of rank 0."""
-        like = next(self.parameters())
-        return torch.zeros(self.shape, dtype=autocast_dtype(like), device=like.device)
+        return torch.zeros(self.shape, dtype=autocast_dtype(self.like), device=self.like.device)
 
     def layer_weight(self, projection: str, layer: int) -> Tensor:
         weight = None

@@ -16,7 +16,8 @@ from masa.errors import MasaError
 from masa.sharing.compression_spec import CompressionSpec
 from masa.sharing.spec import SharingSpec
 
-FORMATS = (1, 2)
+FORMATS = (1, 2, 3)
+"""1 has a file of its own (:data:`EARLIER`); 3 says which blocks share what, where not all do."""
 METHOD = "masa--import-masa-before-you-load-it-or-run-masa-export"
 """``quant_method`` of a factored folder. Tools that do not know it print it, so that it says the two ways on."""
 PLAIN = "masa"
@@ -31,7 +32,7 @@ def read(folder: Path) -> dict[str, Any] | None:
     """The description of a folder, or None if it is an ordinary model.
 
     Returns:
-        ``spec``, ``dense_attention``, ``sources``.
+        ``spec``, ``dense_attention``, ``sources``, and ``layers`` in format 3.
 
     Raises:
         MasaError: it cannot be read; the message names the file.
@@ -61,7 +62,7 @@ def check(description: Any, path: Path | str) -> dict[str, Any]:
     """
     if not isinstance(description, Mapping) or description.get("format") not in FORMATS:
         found = description.get("format") if isinstance(description, Mapping) else type(description).__name__
-        raise MasaError(f"{path} has format {found!r}; this version of masa reads {FORMATS[0]} and {FORMATS[1]}.")
+        raise MasaError(f"{path} has format {found!r}; this version of masa reads 1 to {FORMATS[-1]}.")
     if missing := {"spec", "dense_attention", "sources"} - set(description):
         raise MasaError(f"{path} lacks {', '.join(sorted(missing))}.")
     return dict(description)

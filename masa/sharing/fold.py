@@ -9,9 +9,10 @@ from torch import nn
 
 from masa.errors import MasaError
 from masa.sharing.bank import SharedProjections, is_hooked
-from masa.sharing.linears import FusedLinear, SharedLinear, SharedWeight, linear
-from masa.sharing.projections import decoder
+from masa.sharing.fused import FusedLinear
+from masa.sharing.linears import SharedLinear, SharedWeight, like
 from masa.sharing.saving import adapted, detach_saving
+from masa.sharing.stacks import decoder
 
 
 @torch.no_grad()
@@ -48,24 +49,19 @@ def fold(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def fold_in_place(model: nn.Module) -> None:
-    """Put an ``nn.Linear`` into every place that reads a shared matrix, and take the sources away."""
+    """Put a layer of the family's own kind into every place that reads a shared matrix, and take the sources away."""
     for name, module in list(model.named_modules()):
         if isinstance(module, SharedLinear):
-            model.set_submodule(name, _like(module, linear(module.computed().detach().clone(), module.bias)))
+            written = like(module.replaced, module.computed().detach().clone(), module.bias)
+            model.set_submodule(name, written.train(module.training))
         elif isinstance(module, FusedLinear) and any(isinstance(part, SharedWeight) for part in module.parts()):
-            model.set_submodule(name, _like(module, module.join()))
+            model.set_submodule(name, module.join().train(module.training))
     for module in list(model.modules()):
         shared = module._modules.get("shared")  # not getattr, which PEFT's wrappers pass on
         if isinstance(shared, SharedProjections):
             shared.detach(module)
         vars(module).pop("sharing", None)
     detach_saving(model)
-
-
-def _like(old: nn.Module, new: nn.Module) -> nn.Module:
-    """``new`` in the training mode of ``old``."""
-    new.train(old.training)
-    return new
 
 
 def _merge_adapters(model: nn.Module) -> nn.Module:

@@ -1,4 +1,4 @@
-"""The linear layers of a model that shares: what reads a shared weight, and fused layers taken apart.
+"""The linear layers of a model that shares: what reads a shared weight, and what stands there without sharing.
 
 They are ``nn.Linear`` to whoever asks, with a ``weight`` that can be read and not written: it is computed from what all
 layers share, and a value written to it would be lost, or would change every other layer.
@@ -7,7 +7,6 @@ layers share, and a value written to it would be lost, or would change every oth
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -86,14 +85,15 @@ class SharedWeight(ComputedWeight):
     Args:
         shared: the bank, referenced and not registered, so that every parameter appears once.
         projection, layer: which weight to read.
-        like: the linear layer that this one replaces; its bias stays.
+            Layers are counted among the blocks that share this projection.
+        like: the layer that this one replaces, an ``nn.Linear`` or a ``Conv1D``; its bias stays.
     """
 
-    def __init__(self, shared: SharedProjections, projection: str, layer: int, like: nn.Module | Rows) -> None:
+    def __init__(self, shared: SharedProjections, projection: str, layer: int, like: nn.Module) -> None:
         nn.Module.__init__(self)
         object.__setattr__(self, "_shared", shared)
-        self.projection, self.layer = projection, layer
-        self.in_features, self.out_features = like.in_features, like.out_features
+        self.projection, self.layer, self.replaced = projection, layer, type(like)
+        self.out_features, self.in_features = sizes(like)
         self.register_parameter("bias", like.bias)
         self._is_hf_initialized = True  # transformers draws no new weight into it
 
@@ -111,92 +111,35 @@ class SharedLinear(SharedWeight, nn.Linear):
     """``y = x W^T + b`` with a shared W, in the place of an ``nn.Linear``."""
 
 
-@dataclass(frozen=True)
-class Rows:
-    """One projection inside a fused linear layer: the ``index``-th of ``count`` equal blocks of its rows."""
-
-    fused: nn.Linear
-    index: int
-    count: int
-    bias: None = None
-
-    @property
-    def in_features(self) -> int:
-        return self.fused.in_features
-
-    @property
-    def out_features(self) -> int:
-        return self.fused.out_features // self.count
-
-    @property
-    def weight(self) -> Tensor:
-        """(out, in), a view."""
-        return self.fused.weight.view(self.count, self.out_features, self.in_features)[self.index]
-
-
-class Part(nn.Module):
-    """The weight of one projection inside a fused layer that does not share it: a child, no layer of its own."""
-
-    bias = None
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight.contiguous())
-        self.out_features, self.in_features = weight.shape
-
-    def computed(self) -> Tensor:
-        return self.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight)
-
-
-class FusedLinear(ComputedWeight, nn.Linear):
-    """A fused linear layer whose projections can be replaced one by one: ``y = x [W_q; W_k; W_v]^T + b``.
-
-    The parts are children named by their letters; the bias of all of them stays here. In training the weights are put
-    together before one GEMM, so the model's own attention reads the same tensor as before; else each part multiplies
-    by itself, and nothing dense is made.
-
-    Args:
-        fused: the layer to split; its values are copied.
-        letters: its projections, in the order of its rows.
-    """
-
-    def __init__(self, fused: nn.Linear, letters: str) -> None:
-        nn.Module.__init__(self)
-        self.letters = letters
-        self.in_features, self.out_features = fused.in_features, fused.out_features
-        for index, letter in enumerate(letters):
-            self.add_module(letter, Part(Rows(fused, index, len(letters)).weight.detach().clone()))
-        self.register_parameter("bias", fused.bias)
-        self._is_hf_initialized = True  # transformers draws no new weight into it
-
-    def computed(self) -> Tensor:
-        """(out, in) of all parts, one below the other."""
-        return torch.cat([part.computed() for part in self.parts()])
-
-    def parts(self) -> list[SharedWeight | Part]:
-        """In the order of the rows."""
-        return [getattr(self, letter) for letter in self.letters]
-
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
-            return nn.functional.linear(x, self.computed(), self.bias)
-        y = torch.cat([part(x) for part in self.parts()], dim=-1)
-        return y if self.bias is None else y + self.bias
-
-    def join(self) -> nn.Linear:
-        """One ordinary linear layer with the same weights."""
-        return linear(self.computed().detach(), self.bias)
-
-    def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, projections={self.letters}"
-
-
 def computed_layers(model: nn.Module) -> list[str]:
     """Names of the layers whose dense weight is not stored; ``NAME.weight`` is what a plain model has there."""
-    return [name for name, module in model.named_modules() if isinstance(module, SharedLinear | FusedLinear)]
+    return [n for n, m in model.named_modules() if isinstance(m, ComputedWeight) and isinstance(m, nn.Linear)]
+
+
+LIKE_LINEAR = {"FalconLinear"}
+"""Subclasses of ``nn.Linear`` that compute the same in other words."""
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is transformers' ``Conv1D`` of GPT-2: ``y = x W + b`` with W (in, out)."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def is_plain(module: nn.Module | None) -> bool:
+    """Whether it is a linear layer with a weight of its own: ``nn.Linear``, or GPT-2's ``Conv1D``."""
+    if isinstance(module, nn.Linear):
+        kind = type(module)
+        same = kind.forward is nn.Linear.forward or kind.__name__ in LIKE_LINEAR
+        return same and not isinstance(module, ComputedWeight)
+    return module is not None and is_conv1d(module)
+
+
+def sizes(layer: nn.Module) -> tuple[int, int]:
+    """(out, in) of a linear layer of either kind."""
+    if is_conv1d(layer):
+        inp, out = layer.weight.shape
+        return out, inp
+    return layer.out_features, layer.in_features
 
 
 def linear(weight: Tensor, bias: nn.Parameter | None = None) -> nn.Linear:
@@ -205,4 +148,21 @@ def linear(weight: Tensor, bias: nn.Parameter | None = None) -> nn.Linear:
         layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     layer.weight = nn.Parameter(weight.contiguous())
     layer.bias = bias
+    return layer
+
+
+def like(kind: type[nn.Module], weight: Tensor, bias: nn.Parameter | None = None) -> nn.Module:
+    """As :func:`linear`, of the kind that a family has there.
+
+    Args:
+        kind: ``nn.Linear``, a subclass of it without a state of its own, or ``Conv1D``.
+        weight: (out, in).
+    """
+    if issubclass(kind, nn.Linear):
+        layer: nn.Module = linear(weight, bias)
+        layer.__class__ = kind
+        return layer
+    with torch.device("meta"):
+        layer = kind(*weight.shape)
+    layer.weight, layer.bias = nn.Parameter(weight.t().contiguous()), bias
     return layer

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from masa.sharing.families import layer_at
 from masa.sharing.projections import SharedProjections, bank_of, blocks, decoder, family_of, is_plain
 
 
@@ -56,9 +57,14 @@ def hidden_matrices(model: nn.Module) -> dict[nn.Parameter, int]:
         Parameter (out, in), or a stack (n, out, in) of some -> how many matrices stand below each other in its rows: 1,
         or 3 where one layer is Q, K and V.
     """
-    bank, fused = bank_of(model), family_of(model).fused
-    layers = [(block.get_submodule(path), letters) for block in blocks(model) for path, letters in fused.items()]
-    rows = {layer.weight: len(letters) for layer, letters in layers if is_plain(layer)}
+    bank, family = bank_of(model), family_of(model)
+    places = [
+        (layer_at(block, place.path), place.layout)
+        for block, found in zip(family.blocks, family.found, strict=True)
+        for place in found.places.values()
+        if place.layout and place.layout.stacked
+    ]
+    rows = {layer.weight: len(layout.letters) for layer, layout in places if is_plain(layer)}
     coefficients = set(coefficient_parameters(model))
     inside = [*blocks(model).parameters(), *(bank.parameters() if bank is not None else ())]
     return {p: rows.get(p, 1) for p in inside if p.ndim in (2, 3) and p not in coefficients}

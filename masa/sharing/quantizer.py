@@ -106,7 +106,7 @@ def put_sources(model: nn.Module, description: Mapping[str, Any], where: str | P
     try:
         with torch.device("meta"):
             sources = [from_config(source) for source in description["sources"]]
-        shared = SharedProjections(sources)
+        shared = SharedProjections(sources, description.get("layers"))
         shared.to(next(p.dtype for p in model.parameters() if p.is_floating_point()))
         install(model, shared)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:

@@ -45,7 +45,7 @@ def choose(model: nn.Module, runtime: str) -> str:
         return runtime
     shared = bank_of(model)
     if shared is not None:
-        size = next(shared.parameters()).element_size()
+        size = next((p.element_size() for p in shared.parameters()), 1)
         held = size * sum(source.stored_numbers() for source in shared.values())
         read = size * sum(source.read_numbers() for source in shared.values())
         dense = size * sum(source.dense_numbers() for source in shared.values())

@@ -20,7 +20,7 @@ from masa.errors import MasaError
 from masa.runs.files import whole_file
 from masa.sharing.description import ELSEWHERE, METHOD, PLAIN
 from masa.sharing.linears import computed_layers
-from masa.sharing.projections import bank_of, decoder
+from masa.sharing.stacks import bank_of, stack_of
 
 
 class SavePretrained:
@@ -69,11 +69,13 @@ class SavePretrained:
         shared = bank_of(self.model)
         finals = [source.freeze_coefficients() for source in shared.values()] if shared is not None else []
         description = {
-            "format": 2,
+            "format": 3 if shared is not None and shared.layers else 2,
             "spec": sharing.spec.to_dict() if sharing else {"method": "vanilla"},
             "dense_attention": sharing.dense_attention if sharing else None,
             "sources": [{"kind": final.kind, **final.config()} for final in finals],
         }
+        if shared is not None and shared.layers:
+            description["layers"] = {letter: list(layers) for letter, layers in shared.layers.items()}
         if not finals:
             return {PLAIN: description}
         return {"quantization_config": {"quant_method": METHOD} | description, "runtime": "auto"}
@@ -97,8 +99,8 @@ def as_trained(model: nn.Module) -> Iterator[None]:
 
 
 def attach_saving(model: nn.Module) -> None:
-    """Make ``save_pretrained`` of the model, and of its decoder, write what it shares."""
-    for part in {id(m): m for m in (model, decoder(model))}.values():
+    """Make ``save_pretrained`` of the model, and of those inside it down to its decoder, write what it shares."""
+    for part in {id(m): m for m in (model, *stack_of(model).parents)}.values():
         if hasattr(type(part), "save_pretrained") and hasattr(part, "config"):
             part.save_pretrained = SavePretrained(part, model)
 

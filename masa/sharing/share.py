@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +19,15 @@ from torch import nn
 from masa.errors import MasaError
 from masa.sharing.bank import SharedProjections
 from masa.sharing.compression_spec import CompressionSpec
-from masa.sharing.linears import Part, SharedLinear, SharedWeight
-from masa.sharing.projections import bank_of, blocks, decoder, family_of, model_shape
+from masa.sharing.fused import Part
+from masa.sharing.linears import SharedLinear, SharedWeight
+from masa.sharing.projections import Family, bank_of, decoder, family_of, model_shape
 from masa.sharing.saving import attach_saving
 from masa.sharing.spec import ATTENTION, METHODS, SharingSpec
+from masa.sharing.stacks import stack_of
 from masa.sharing.weight_sources import KINDS
+
+_log = logging.getLogger("masa")
 
 
 @dataclass(frozen=True)
@@ -66,16 +71,17 @@ def share(model: nn.Module, spec: SharingSpec | Mapping[str, Any] | str) -> nn.M
     (0.02 where there is none, as timm draws them).
 
     Args:
-        model: a Starcoder2- or Llama-like Hugging Face model, or a VisionTransformer of timm, by itself or inside
-            Hugging Face's TimmWrapper, or YOLOS; on any device ("meta" included).
+        model: a Transformer of Hugging Face, for text, images or sound, or a VisionTransformer of timm, by itself or
+            inside Hugging Face's TimmWrapper; on any device ("meta" included). Blocks without one of the projections
+            keep what they have, and a line in the log says so.
         spec: a :class:`SharingSpec`, a mapping of its fields, or a method's name.
 
     Returns:
         ``model`` itself.
 
     Raises:
-        MasaError: unknown method or projection, numbers that do not fit the model, an unsupported architecture, or a
-            model that already shares.
+        MasaError: an unknown method, a projection that the model has not, numbers that do not fit it, an unsupported
+            architecture, or a model that already shares.
 
     Example:
         >>> from transformers import Starcoder2Config, Starcoder2ForCausalLM
@@ -89,11 +95,14 @@ def share(model: nn.Module, spec: SharingSpec | Mapping[str, Any] | str) -> nn.M
     if getattr(model, "sharing", None) is not None:
         raise MasaError(f"This model already shares weights ({model.sharing.spec.method}); fold it first.")
     family = family_of(model)
+    family.require(spec.projections or "")
     shape = model_shape(model, family)
     spec = spec.resolve(shape)
-    dense = sum(out * inp for letter, (out, inp) in shape.shapes.items() if letter in ATTENTION) * shape.num_layers
+    dense = _attention_numbers(family)
     kind = METHODS[spec.method].source
-    std = getattr(getattr(model, "config", None), "initializer_range", 0.02)
+    std = getattr(getattr(decoder(model), "config", None), "initializer_range", None) or 0.02
+    if spec.projections and (line := family.passed_over(spec.projections)):
+        _log.warning("masa: %s", line)
     if kind == "grouped_heads":
         group_heads(model, int(spec.num_key_value_heads or 1), std)
     elif kind is not None:
@@ -102,7 +111,7 @@ def share(model: nn.Module, spec: SharingSpec | Mapping[str, Any] | str) -> nn.M
         for source in sources:
             source.to(device=example.device)
             source.reset_parameters(std)
-        install(model, SharedProjections(sources).to(dtype=example.dtype))
+        install(model, SharedProjections(sources, shape.layers).to(dtype=example.dtype))
     model.sharing = Sharing(spec, dense)
     attach_saving(model)
     return model
@@ -110,14 +119,18 @@ def share(model: nn.Module, spec: SharingSpec | Mapping[str, Any] | str) -> nn.M
 
 def install(model: nn.Module, shared: SharedProjections) -> None:
     """Replace the linear layers that ``shared`` serves and attach it to the decoder; biases stay where they are."""
-    family = family_of(model)
-    for layer, block in enumerate(blocks(model)):
-        family.split(block, shared.projections)
-        for letter in shared.projections:
-            old = block.get_submodule(family.paths[letter])
+    family, stack = family_of(model), stack_of(model)
+    for letter in shared.projections:
+        layers, wanted = shared.layers.get(letter, range(len(stack.blocks))), shared.source(letter).num_layers
+        if len(layers) != wanted:
+            raise ValueError(f"{letter} is shared by {wanted} layers, and {len(layers)} blocks have it")
+        for position, layer in enumerate(layers):
+            family.split(layer, letter)
+            path, block = family.place(layer, letter).of(letter), stack.blocks[layer]
+            old = block.get_submodule(path)
             kind = SharedWeight if isinstance(old, Part) else SharedLinear
-            block.set_submodule(family.paths[letter], kind(shared, letter, layer, like=old))
-    shared.attach(decoder(model))
+            block.set_submodule(path, kind(shared, letter, position, like=old))
+    shared.attach(stack.home, around=stack.owner)
     attach_saving(model)
 
 
@@ -128,16 +141,20 @@ def group_heads(model: nn.Module, num_key_value_heads: int, std: float) -> None:
         MasaError: the model's attention cannot group them, as no vision model's can.
     """
     family = family_of(model)
-    if family.fused:
+    attentions = [
+        block.get_submodule(found.attention)
+        for block, found in zip(family.blocks, family.found, strict=True)
+        if found.attention is not None
+    ]
+    separate = all({"k", "v"} <= set(f.places) and not f.places["k"].layout for f in family.found)
+    if not separate or not all(hasattr(a, "num_key_value_groups") and hasattr(a, "head_dim") for a in attentions):
         raise MasaError(
-            f"Method 'gqa' does not exist for {family.name}: {', '.join(family.fused)} holds as many key/value heads "
-            "as query heads, and its attention cannot group them. Choose another method."
+            f"Method 'gqa' does not exist for {family.name}, whose attention cannot group key/value heads. Choose "
+            "another method."
         )
-    if not family.language:
-        raise MasaError(f"Method 'gqa' does not exist for {family.name}, whose attention cannot group key/value heads.")
-    config = model.config
-    for block in blocks(model):
-        attention = block.get_submodule(family.attention)
+    config = decoder(model).config
+    for layer, attention in enumerate(attentions):
+        block = family.blocks[layer]
         for letter in "kv":
             old = block.get_submodule(family.paths[letter])
             new = nn.Linear(
@@ -177,13 +194,18 @@ def count_parameters(model: nn.Module) -> ParameterCount:
             attention += source.stored_numbers_of(ATTENTION)
         # several sources may share a block embedding, so their parameters are counted together
         total += sum(s.stored_numbers() for s in shared.values()) - sum(p.numel() for p in shared.parameters())
-    for block in blocks(model):
-        attention += sum(family.projection(block, p).weight.numel() for p in ATTENTION if p not in served)
+    attention += _attention_numbers(family, served)
     dense = model.sharing.dense_attention if getattr(model, "sharing", None) else attention
     shape = model_shape(model, family)
     saved = dense - attention
     if served.strip(ATTENTION):  # FFN projections share too: their dense size counts for the whole model
         ffn = [p for p in served if p not in ATTENTION]
         stored = sum(s.stored_numbers_of("".join(ffn)) for s in shared.values())
-        saved += sum(shape.shapes[p][0] * shape.shapes[p][1] for p in ffn) * shape.num_layers - stored
+        saved += shape.numbers("".join(ffn)) - stored
     return ParameterCount(total, trained, attention, dense, 1 - attention / dense, saved / (total + saved))
+
+
+def _attention_numbers(family: Family, without: str = "") -> int:
+    """Numbers of the attention's matrices in all blocks, but for the projections ``without``."""
+    found = (family.at(layer, p) for p in ATTENTION if p not in without for layer in family.layers(p))
+    return sum(projection.out_features * projection.in_features for projection in found)

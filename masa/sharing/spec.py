@@ -26,11 +26,12 @@ class ModelShape:
     """The sizes that a spec is resolved against.
 
     Attributes:
-        num_layers: L.
+        num_layers: L, the blocks.
         hidden_size: d, the width that ``d/6`` refers to.
         num_attention_heads: H, query heads.
         num_key_value_heads: key/value heads; H without grouping.
         shapes: projection letter -> (out, in) of its weight, equal in all layers.
+        layers: projection letter -> the blocks that have it, where not all have.
     """
 
     num_layers: int
@@ -38,6 +39,19 @@ class ModelShape:
     num_attention_heads: int
     num_key_value_heads: int
     shapes: Mapping[str, tuple[int, int]]
+    layers: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+
+    def layers_of(self, letter: str) -> tuple[int, ...]:
+        """The blocks that have a projection."""
+        return tuple(self.layers.get(letter, range(self.num_layers)))
+
+    def count(self, letter: str) -> int:
+        """L of one projection: how many blocks have it."""
+        return len(self.layers_of(letter))
+
+    def numbers(self, letters: str) -> int:
+        """Numbers of the dense matrices of some projections in all blocks that have them."""
+        return sum(self.shapes[p][0] * self.shapes[p][1] * self.count(p) for p in letters)
 
     @classmethod
     def of_sizes(cls, model: Mapping[str, Any]) -> ModelShape:
@@ -213,12 +227,12 @@ class SharingSpec:
                 raise unknown("In this model, projection", letter, shape.shapes)
         for name in ("sets", "rank", "num_key_value_heads"):
             if getattr(self, name) is not None:
-                values[name] = _number(name, getattr(self, name), shape)
+                values[name] = _number(name, getattr(self, name), shape, self.projections or "")
         if self.atoms is not None:
             given = self.atoms if isinstance(self.atoms, Mapping) else dict.fromkeys(self.groups(), self.atoms)
             if set(given) != set(self.groups()):
                 raise MasaError(f"atoms has entries for {sorted(given)}, but the dictionaries are {self.groups()}.")
-            values["atoms"] = {group: _number("atoms", given[group], shape) for group in self.groups()}
+            values["atoms"] = {group: _number("atoms", given[group], shape, group) for group in self.groups()}
             if len(set(values["atoms"].values())) == 1:
                 values["atoms"] = next(iter(values["atoms"].values()))
         resolved = dataclasses.replace(self, **values)
@@ -230,9 +244,17 @@ class SharingSpec:
         return int(self.atoms[group] if isinstance(self.atoms, Mapping) else self.atoms)  # type: ignore[arg-type,index]
 
 
-def _number(name: str, value: int | str, shape: ModelShape) -> int:
-    """Turn 8, "8", "L/3", "d/6" (a rank is rounded down) or "H/6" into a positive integer."""
-    sizes = {"L": shape.num_layers, "d": shape.hidden_size, "H": shape.num_attention_heads}
+def _number(name: str, value: int | str, shape: ModelShape, letters: str) -> int:
+    """Turn 8, "8", "L/3", "d/6" (a rank is rounded down) or "H/6" into a positive integer.
+
+    Args:
+        letters: of the projections that it is for; L is how many blocks have them.
+    """
+    counts = {p: shape.count(p) for p in letters} or {"": shape.num_layers}
+    sizes = {"L": max(counts.values()), "d": shape.hidden_size, "H": shape.num_attention_heads}
+    if str(value).startswith("L") and len(set(counts.values())) > 1:
+        found = ", ".join(f"{p}: {count}" for p, count in counts.items())
+        raise MasaError(f"{name} = {value!r}: L is not one number here ({found} blocks). Give an integer.")
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise MasaError(f"{name} must be an integer or a fraction such as 'L/3', got {value!r}.")
     if match := re.fullmatch(r"([LdH])/(\d+)", str(value)):
@@ -253,10 +275,12 @@ def _number(name: str, value: int | str, shape: ModelShape) -> int:
 
 def _check_atoms(spec: SharingSpec, shape: ModelShape) -> None:
     for group in spec.groups():
-        if spec.atoms_of(group) > len(group) * shape.num_layers:
-            limit = (
-                f"{len(group)} x L = {len(group) * shape.num_layers}" if len(group) > 1 else f"L = {shape.num_layers}"
-            )
+        L = shape.count(group[0])
+        if len({shape.layers_of(letter) for letter in group}) > 1:
+            counts = ", ".join(f"{letter}: {shape.count(letter)}" for letter in group)
+            raise MasaError(f"A common dictionary needs the same layers, but {group!r} is in {counts} blocks.")
+        if spec.atoms_of(group) > len(group) * L:
+            limit = f"{len(group)} x L = {len(group) * L}" if len(group) > 1 else f"L = {L}"
             raise MasaError(
                 f"atoms = {spec.atoms_of(group)} for {group!r} is more than {limit}: more atoms than matrices save "
                 "nothing. Choose fewer."
@@ -269,9 +293,10 @@ def _check_atoms(spec: SharingSpec, shape: ModelShape) -> None:
 
 
 def _check_sets(spec: SharingSpec, shape: ModelShape) -> None:
-    if shape.num_layers % int(spec.sets or 1):
-        divisors = [m for m in range(1, shape.num_layers + 1) if shape.num_layers % m == 0]
-        raise MasaError(f"sets = {spec.sets} does not divide L = {shape.num_layers}. Choose one of {divisors}.")
+    for count in dict.fromkeys(map(shape.count, spec.projections or "")):
+        if count % int(spec.sets or 1):
+            divisors = [m for m in range(1, count + 1) if count % m == 0]
+            raise MasaError(f"sets = {spec.sets} does not divide L = {count}. Choose one of {divisors}.")
 
 
 def _check_rank(spec: SharingSpec, shape: ModelShape) -> None:

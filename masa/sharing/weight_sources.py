@@ -53,7 +53,7 @@ class WeightSource(nn.Module):
 
     Args:
         projections: letters served, e.g. "q", or "qv" for a common dictionary.
-        num_layers: L.
+        num_layers: L, the blocks that share these projections.
         shape: (out, in) of every weight.
     """
 
@@ -197,17 +197,20 @@ class Atoms(WeightSource):
     @classmethod
     def from_spec(cls, spec: SharingSpec, shape: ModelShape) -> list[WeightSource]:
         width = spec.embedding_dim or 64
-        embedding = BlockEmbedding(shape.num_layers, width) if spec.coefficients == "mlp" else None
+        embeddings: dict[tuple[int, ...], BlockEmbedding] = {}  # one for all projections of the same blocks
+        if spec.coefficients == "mlp":
+            for layers in dict.fromkeys(shape.layers_of(group[0]) for group in spec.groups()):
+                embeddings[layers] = BlockEmbedding(len(layers), width)
         return [
             cls(
                 group,
-                shape.num_layers,
+                shape.count(group[0]),
                 shape.shapes[group[0]],
                 atoms=spec.atoms_of(group),
                 coefficients=spec.coefficients or "direct",
                 coefficient_norm=spec.coefficient_norm or "free",
                 embedding_dim=width,
-                embedding=embedding,
+                embedding=embeddings.get(shape.layers_of(group[0])),
             )
             for group in spec.groups()
         ]
@@ -269,7 +272,7 @@ class LowRank(WeightSource):
 
     @classmethod
     def from_spec(cls, spec: SharingSpec, shape: ModelShape) -> list[WeightSource]:
-        return [cls(p, shape.num_layers, shape.shapes[p], rank=int(spec.rank or 1)) for p in spec.projections or ""]
+        return [cls(p, shape.count(p), shape.shapes[p], rank=int(spec.rank or 1)) for p in spec.projections or ""]
 
     def config(self) -> dict[str, Any]:
         return super().config() | {"rank": self.rank}
@@ -310,7 +313,7 @@ class Assigned(WeightSource):
 
     @classmethod
     def from_spec(cls, spec: SharingSpec, shape: ModelShape) -> list[WeightSource]:
-        return [cls(p, shape.num_layers, shape.shapes[p], sets=int(spec.sets or 1)) for p in spec.projections or ""]
+        return [cls(p, shape.count(p), shape.shapes[p], sets=int(spec.sets or 1)) for p in spec.projections or ""]
 
     def config(self) -> dict[str, Any]:
         return super().config() | {"sets": self.num_sets}

@@ -43,15 +43,16 @@ def greedy(drift: Sequence[float], limit: float = 0.5) -> Groups:
 
 
 def optimal(
-    drift: Sequence[float], groups: int | None = None, min_size: int = 2, max_size: int | None = None
+    drift: Sequence[float], groups: int | None = None, min_size: int | None = None, max_size: int | None = None
 ) -> Groups:
     """The partition into ``groups`` runs of bounded size with the least drift inside them (ours, exact).
 
     Dynamic programming over (layers used, groups used), O(L * groups * max_size). Equally good partitions: the most
-    even one. By default L / 5 groups of 2 layers to twice the average.
+    even one. By default L / 5 groups of 2 layers (of one where there is no other) to twice the average.
     """
     groups = _count(drift, groups)
     layers = len(drift) + 1
+    min_size = min(2, layers) if min_size is None else min_size
     max_size = math.ceil(2 * layers / groups) if max_size is None else max_size
     if not 1 <= min_size <= max_size or not groups * min_size <= layers <= groups * max_size:
         raise MasaError(

@@ -2,7 +2,8 @@
 
 An allocator sees, for every matrix, its shape and its squared singular values in the metric of the data, and returns
 a rank for each, or None for a matrix that stays dense. All spend the budget to the last affordable rank and never
-exceed it.
+exceed it. A matrix without any energy does nothing (a layer of zeros, inputs of zeros, outputs that nothing reads): it
+gets rank 0, and what it leaves goes to the others.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Spectrum(Protocol):
 
 
 class RankAllocator:
-    """Base of the rules in :data:`RANKS`."""
+    """Base of the rules in :data:`RANKS`, which :meth:`share_out` a budget among matrices that do something."""
 
     def allocate(self, spectra: Mapping[Key, Spectrum], budget: int, least: int = 1) -> dict[Key, int | None]:
         """Ranks whose factors hold at most ``budget`` numbers.
@@ -38,22 +39,40 @@ class RankAllocator:
         Args:
             spectra: of all matrices.
             budget: numbers to spend.
-            least: rank that every matrix gets at least: 1, or 0 for a residual.
+            least: rank that every matrix that does something gets at least: 1, or 0 for a residual.
+
+        Returns:
+            A rank for each, in the order of ``spectra``, or None for a matrix that stays dense. All do where there is
+            room for it, as matrices that do nothing may leave it.
 
         Raises:
             MasaError: the budget is too small; the message gives the reachable reduction.
         """
+        live = {key: spectrum for key, spectrum in spectra.items() if does_something(spectrum)}
+        self.check(spectra, budget, least)
+        if budget >= sum(map(dense_numbers, live.values())):
+            return {key: None if key in live else 0 for key in spectra}
+        ranks = self.share_out(live, budget, least)
+        return {key: ranks.get(key, 0) for key in spectra}
+
+    def share_out(self, spectra: Mapping[Key, Spectrum], budget: int, least: int) -> dict[Key, int | None]:
+        """As :meth:`allocate`, of matrices that do something and cannot all stay dense."""
         raise NotImplementedError
 
     def check(self, spectra: Mapping[Key, Spectrum], budget: int, least: int) -> None:
         """Raise if the least ranks are out of reach."""
-        needed = least * sum(map(per_rank, spectra.values()))
+        needed = least * sum(per_rank(spectrum) for spectrum in spectra.values() if does_something(spectrum))
         dense = sum(map(dense_numbers, spectra.values()))
         if needed > budget:
             raise MasaError(
                 f"A budget of {budget} numbers leaves a matrix without any rank: one rank for every matrix takes "
                 f"{needed}, so that reductions of 0 to {1 - needed / dense:.2%} are reachable. Ask for a smaller one."
             )
+
+
+def does_something(spectrum: Spectrum) -> bool:
+    """Whether leaving the matrix out would be an error at all."""
+    return bool(spectrum.energy.any())
 
 
 def per_rank(spectrum: Spectrum) -> int:
@@ -84,8 +103,7 @@ class RoleRanks(RankAllocator):
             raise MasaError(f"The ratio of ranks between q, o and k, v must be positive, got {ratio}.")
         self.ratio = ratio
 
-    def allocate(self, spectra: Mapping[Key, Spectrum], budget: int, least: int = 1) -> dict[Key, int | None]:
-        self.check(spectra, budget, least)
+    def share_out(self, spectra: Mapping[Key, Spectrum], budget: int, least: int) -> dict[Key, int | None]:
         limits = {key: dense_numbers(s) / per_rank(s) for key, s in spectra.items()}  # ranks that cost as much as dense
 
         def ranks_at(keep: float) -> dict[Key, int | None]:
@@ -129,11 +147,8 @@ class GlobalRanks(RankAllocator):
     def __init__(self, dense: bool = True) -> None:
         self.dense = dense
 
-    def allocate(self, spectra: Mapping[Key, Spectrum], budget: int, least: int = 1) -> dict[Key, int | None]:
-        self.check(spectra, budget, least)
+    def share_out(self, spectra: Mapping[Key, Spectrum], budget: int, least: int) -> dict[Key, int | None]:
         errors = {key: _relative(s) for key, s in spectra.items()}
-        if self.dense and budget >= sum(map(dense_numbers, spectra.values())):
-            return dict.fromkeys(spectra)
 
         def ranks_at(price: float) -> dict[Key, int | None]:
             return {key: self._best(errors[key], spectra[key], price, least) for key in spectra}

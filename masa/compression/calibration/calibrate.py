@@ -14,12 +14,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from masa.compression.calibration.calls import Calls
 from masa.compression.calibration.gradients import BlockInputs, add_gradients
 from masa.compression.calibration.statistics import INPUT_OF, Calibration, model_sha256, tokens_sha256
 from masa.compression.calibration.stream import BlockStream, GramHooks, not_finite
 from masa.compression.sizes import letters
 from masa.errors import MasaError
-from masa.sharing.projections import Family, decoder, model_shape, separate
+from masa.sharing.projections import Family, model_shape, separate
 from masa.sharing.spec import ATTENTION
 
 USUAL_LENGTH = 512
@@ -90,10 +91,11 @@ def calibrate(
     try:
         started = time.perf_counter()
         stream = BlockStream(model, tokens, batch_size, dtype)
+        stream.calls.check(gradients=bool(gradient_samples))
         inputs = BlockInputs(stream, gradient_samples)
         means = _through_the_blocks(stream, family, projections, result, inputs, progress)
         result.tokens_per_second = round(tokens.numel() / (time.perf_counter() - started), 1)
-        result.drift = kl_drift(model, torch.stack(means)).tolist()
+        result.drift = kl_drift(model, stream.calls, torch.stack(means)).tolist()
         if gradient_samples:
             add_gradients(result, model, stream, inputs, projections, progress)
     finally:
@@ -120,7 +122,7 @@ def _through_the_blocks(
         inputs.keep()
         handles = hooks.attach(block)
         try:
-            means.append(stream.run(block).float())
+            means.append(stream.run(layer, block).float())
         finally:
             for handle in handles:
                 handle.remove()
@@ -133,14 +135,14 @@ def _through_the_blocks(
     return means
 
 
-def kl_drift(model: nn.Module, outputs: Tensor) -> Tensor:
+def kl_drift(model: nn.Module, calls: Calls, outputs: Tensor) -> Tensor:
     """``KL(p_l || p_l+1)`` with ``p_l = softmax(head(norm(h_l)))`` for mean block outputs h (L, d) -> (L - 1,).
 
     A model without a head over the vocabulary (a classifier, a bare decoder) is read through its input embeddings, as
     one that ties both.
     """
-    norm, head = decoder(model).norm, model.get_output_embeddings() or model.get_input_embeddings()
-    hidden = norm(outputs.to(norm.weight))
+    head = model.get_output_embeddings() or model.get_input_embeddings()
+    hidden = calls.leave(outputs.to(calls.hidden_dtype)[None])[0]
     logp = torch.log_softmax(nn.functional.linear(hidden, head.weight).float().double(), -1)
     return (logp[:-1].exp() * (logp[:-1] - logp[1:])).sum(-1).clamp_min(0).cpu()
 

@@ -11,19 +11,18 @@ computed again from it, with gradients, and passes the gradient of its input on 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from masa.compression.calibration.calls import Calls, frozen
 from masa.compression.calibration.statistics import Calibration
 from masa.compression.calibration.stream import BlockStream, add_moment, not_finite
 from masa.errors import MasaError
 from masa.runs import memory
-from masa.sharing.projections import decoder, family_of
+from masa.sharing.projections import family_of
 
 LOGITS = 2**25
 """Logits that exist at once, 128 MiB in float32: those of all tokens could be larger than the model."""
@@ -87,8 +86,8 @@ def add_gradients(
     tokens = inputs.samples * stream.hidden[0].shape[1]
     generator = torch.Generator(device=stream.hidden[0].device).manual_seed(seed)
     memory.give_back()  # of the way forward
-    with _frozen(model):
-        gradients = [loss_gradient(model, hidden, generator) for hidden in stream.first(inputs.samples)]
+    with frozen(model):
+        gradients = [loss_gradient(model, stream.calls, hidden, generator) for hidden in stream.first(inputs.samples)]
         for layer in reversed(range(layers)):
             progress("gradients", layers - 1 - layer, layers)
             block, moments = stream.block(layer), dict[str, Tensor]()
@@ -96,7 +95,7 @@ def add_gradients(
             try:
                 for i, hidden in enumerate(inputs.pop()):
                     hidden = hidden.detach().requires_grad_()
-                    stream.through(block, hidden).backward(gradients[i])
+                    stream.through(layer, block, i, hidden).backward(gradients[i])
                     gradients[i] = hidden.grad
             finally:
                 for handle in handles:
@@ -108,19 +107,18 @@ def add_gradients(
     calibration.gradient_samples = inputs.samples
 
 
-def loss_gradient(model: nn.Module, hidden: Tensor, generator: torch.Generator) -> Tensor:
+def loss_gradient(model: nn.Module, calls: Calls, hidden: Tensor, generator: torch.Generator) -> Tensor:
     """Gradient, at the last block's output (n, T, d), of the summed loss of labels that the model itself predicts."""
     rows, vocabulary = hidden.flatten(0, 1), model.get_output_embeddings().weight.shape[0]
-    with _only_the_head(model):
-        chunks = rows.chunk(-(-len(rows) * vocabulary // LOGITS))
-        found = torch.cat([_of_tokens(model, chunk, generator) for chunk in chunks])
+    chunks = rows.chunk(-(-len(rows) * vocabulary // LOGITS))
+    found = torch.cat([_of_tokens(calls, chunk, generator) for chunk in chunks])
     return found.view_as(hidden).to(hidden.dtype)
 
 
-def _of_tokens(model: nn.Module, rows: Tensor, generator: torch.Generator) -> Tensor:
+def _of_tokens(calls: Calls, rows: Tensor, generator: torch.Generator) -> Tensor:
     """The same of tokens (n, d) whose logits may exist all at once."""
-    x = rows.detach().to(decoder(model).norm.weight.dtype, copy=True).requires_grad_()
-    logits = model(inputs_embeds=x[None], use_cache=False).logits.flatten(0, 1).float()
+    x = rows.detach().to(calls.hidden_dtype, copy=True).requires_grad_()
+    logits = calls.logits(x[None]).flatten(0, 1).float()
     # on a CPU one number a probability, in order: the labels do not depend on how tokens are cut into chunks
     labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
     nn.functional.cross_entropy(logits, labels.flatten(), reduction="sum").backward()
@@ -132,37 +130,3 @@ def _watch(moments: dict[str, Tensor], letter: str) -> Callable[..., None]:
         output.register_hook(lambda gradient: add_moment(moments, letter, gradient))
 
     return forward
-
-
-@contextlib.contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter wants a gradient: they flow through activations alone."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    for p in parameters:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in parameters:
-            p.requires_grad_(True)
-
-
-@contextlib.contextmanager
-def _only_the_head(model: nn.Module) -> Iterator[None]:
-    """The model takes what it is given as embeddings for its last block's output.
-
-    What a model does after its norm is its own affair: some scale their logits.
-    """
-    base = decoder(model)
-    before = vars(base).get("forward")  # of whoever wrapped it, as accelerate does
-
-    def forward(inputs_embeds: Tensor, **others: Any) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=base.norm(inputs_embeds))
-
-    base.forward = forward
-    try:
-        yield
-    finally:
-        del base.forward
-        if before is not None:
-            base.forward = before

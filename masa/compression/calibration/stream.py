@@ -10,93 +10,94 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from masa.compression.calibration.calls import Call, Calls
 from masa.compression.calibration.statistics import INPUT_OF
-from masa.errors import MasaError
-from masa.sharing.projections import decoder
+
+KINDS = 16
+"""Different tensors of one shape that are kept to compare later ones with: masks and position embeddings have few."""
 
 
 class BlockStream:
     """The hidden states (N, T, d) of all samples on their way through the blocks.
 
     Args:
-        model: a causal LM whose blocks masa knows.
+        model: a causal LM whose blocks masa knows, in ``eval()``.
         tokens: (N, T) ids.
         batch_size: samples that run at once.
         dtype: of the computation; blocks stored otherwise are converted one at a time. By default the model's.
 
     Raises:
-        MasaError: the blocks are not all called alike (sliding-window attention in some of them).
+        MasaError: the model does not run its blocks one after the other.
     """
 
     def __init__(self, model: nn.Module, tokens: Tensor, batch_size: int = 4, dtype: torch.dtype | None = None) -> None:
-        kinds = sorted(set(getattr(model.config, "layer_types", None) or []))
-        if len(kinds) > 1:
-            raise MasaError(
-                f"The blocks of this model use different attention masks ({', '.join(kinds)}), but they are run one by "
-                "one with the first block's. Only models with one kind can be calibrated."
-            )
-        self.base, self.batch_size = decoder(model), batch_size
         embedding = model.get_input_embeddings()
-        self.dtype = dtype or embedding.weight.dtype
-        self.blocks = self.base.layers
+        self.batch_size, self.dtype = batch_size, dtype
         self.batches = tokens.to(embedding.weight.device).split(batch_size)
+        self.calls = Calls(model, self.batches[0])
+        self.blocks = self.calls.blocks
         self.hidden: list[Tensor] = []
-        self._arguments: dict[int, dict[str, Any]] = {}
-        for batch in self.batches:
-            hidden, arguments = self._enter(batch)
-            self.hidden.append(hidden.to(self.dtype))
-            self._arguments.setdefault(len(batch), arguments)
+        self._arguments: dict[tuple[int, int], list[Call]] = {}
+        self._known: dict[tuple[int, ...], list[Tensor]] = {}
+        for i, batch in enumerate(self.batches):
+            hidden = self._enter(i, len(batch))
+            self.hidden.append(hidden if dtype is None else hidden.to(dtype))
 
-    @torch.no_grad()
-    def _enter(self, batch: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        """What the first block is called with: the embeddings, and rotary tables and mask, which all blocks share."""
-        caught: list[tuple[Tensor, dict[str, Any]]] = []
+    def _enter(self, i: int, samples: int) -> Tensor:
+        """The embeddings of the first samples of a batch; what the blocks are given beside is kept, equal tensors once.
 
-        def stop(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            caught.append((args[0] if args else kwargs.pop("hidden_states"), kwargs))
-            raise _FirstBlockReached
+        Masks and position embeddings are those of every batch of this size, and of all layers of one kind; what is made
+        of the tokens themselves (per-layer inputs) is not.
+        """
+        hidden, calls = self.calls.enter(self.batches[i][:samples])
+        met: dict[int, tuple[Tensor, Tensor]] = {}
 
-        handle = self.blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
-        try:
-            self.base(input_ids=batch, use_cache=False)
-        except _FirstBlockReached:
-            pass
-        finally:
-            handle.remove()
-        hidden, arguments = caught[0]
-        return hidden, arguments
+        def known(tensor: Tensor) -> Tensor:
+            if id(tensor) not in met:
+                alike = self._known.setdefault(tuple(tensor.shape), [])
+                kept = next((k for k in alike if k.dtype == tensor.dtype and torch.equal(k, tensor)), None)
+                if kept is None and len(alike) < KINDS:
+                    alike.append(tensor)
+                met[id(tensor)] = tensor, tensor if kept is None else kept
+            return met[id(tensor)][1]
+
+        self._arguments[i, samples] = [call.keeping(known) for call in calls]
+        return hidden
 
     def block(self, layer: int) -> nn.Module:
         """Block ``layer`` in the dtype of the computation: the model's own, or a copy to be thrown away."""
         block = self.blocks[layer]
-        if all(p.dtype == self.dtype for p in block.parameters()):
+        if self.dtype is None or all(p.dtype == self.dtype for p in block.parameters()):
             return block
         return copy.deepcopy(block).to(self.dtype)
 
     @torch.no_grad()
-    def run(self, block: nn.Module, keep: bool = True) -> Tensor:
-        """Run every batch through ``block``, replace the hidden states if ``keep``; their mean (d,) in float64."""
+    def run(self, layer: int, block: nn.Module, keep: bool = True) -> Tensor:
+        """Run every batch through ``block`` in the place of a layer, replace the hidden states if ``keep``.
+
+        Returns:
+            The mean (d,) of what comes out, in float64.
+        """
         total = torch.zeros(self.hidden[0].shape[-1], dtype=torch.float64, device=self.hidden[0].device)
         for i, hidden in enumerate(self.hidden):
-            output = self.through(block, hidden)
+            output = self.through(layer, block, i, hidden)
             total += output.sum((0, 1), dtype=torch.float64)
             if keep:
                 self.hidden[i] = output
         return total / sum(h.shape[0] * h.shape[1] for h in self.hidden)
 
     @torch.no_grad()
-    def run_hooked(self, block: nn.Module) -> None:
+    def run_hooked(self, layer: int, block: nn.Module) -> None:
         """Run every batch through ``block`` only as far as its hooks let it (see :class:`GramHooks`); keep nothing."""
-        for hidden in self.hidden:
+        for i, hidden in enumerate(self.hidden):
             with contextlib.suppress(InputsSeen):
-                self.through(block, hidden)
+                self.through(layer, block, i, hidden)
 
-    def through(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """What ``block`` makes of hidden states (n, T, d), n at most the batch size."""
-        if len(hidden) not in self._arguments:
-            self._arguments[len(hidden)] = self._enter(self.batches[0][: len(hidden)])[1]
-        output = block(hidden, **_cast(self._arguments[len(hidden)], self.dtype))
-        return output[0] if isinstance(output, tuple) else output
+    def through(self, layer: int, block: nn.Module, i: int, hidden: Tensor) -> Tensor:
+        """What ``block`` makes, in the place of a layer, of hidden states (n, T, d) of the first samples of a batch."""
+        if (i, len(hidden)) not in self._arguments:
+            self._enter(i, len(hidden))
+        return self._arguments[i, len(hidden)][layer].run(block, hidden, self.dtype)
 
     def first(self, samples: int) -> list[Tensor]:
         """The hidden states of the first sequences alone, in the batches in which they run."""
@@ -105,21 +106,8 @@ class BlockStream:
         return self.hidden[:whole] + [hidden[:part].clone() for hidden in self.hidden[whole : whole + bool(part)]]
 
 
-class _FirstBlockReached(Exception):
-    pass
-
-
 class InputsSeen(Exception):
     """Every input that was wanted of a block has been seen: the rest of it need not run."""
-
-
-def _cast(arguments: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    def cast(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(map(cast, value))
-        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-
-    return {key: cast(value) for key, value in arguments.items()}
 
 
 class GramHooks:

@@ -52,6 +52,14 @@ class Truncation:
         return left * balance, right / balance[:, None]
 
 
+def nothing(weight: Tensor) -> Truncation:
+    """Of a weight (out, in) that does nothing: rank 0 is without error."""
+    out, inp = weight.shape
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    energy = torch.zeros(min(out, inp), dtype=torch.float64, device=weight.device)
+    return Truncation((out, inp), weight.new_zeros(out, 0, dtype=dtype), energy, 0.0)
+
+
 def truncation(weight: Tensor, gram: Tensor | None = None, root: Callable[[], Tensor] | None = None) -> Truncation:
     """Diagonalise ``W H W^T``: SVD-LLM's truncation-aware whitening (Wang et al. 2024) without the inverse.
 
@@ -96,12 +104,15 @@ def cholesky(gram: Tensor, name: str, log: dict[str, float]) -> Tensor:
         log: receives the jitter, relative to mean(diag H), if it is not zero.
 
     Raises:
-        MasaError: H is zero or not finite.
+        MasaError: H is zero (what has such a metric does nothing and needs no factor) or not finite.
     """
     diagonal = gram.diagonal()
     scale = float(diagonal.mean())
     if not torch.isfinite(gram).all() or scale <= 0:
-        raise MasaError(f"The autocorrelation of {name} is {'zero' if scale == 0 else 'not finite'}; calibrate anew.")
+        raise MasaError(
+            f"The autocorrelation of {name} is {'zero' if scale == 0 else 'not finite'}: its calibration holds broken "
+            "numbers. Calibrate anew, in float32 if the model is stored in fewer bits."
+        )
     eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     for jitter in (0.0, *(10.0**k for k in range(-8, 1))):
         factor, info = torch.linalg.cholesky_ex(gram + jitter * scale * eye)
@@ -120,11 +131,13 @@ def refit(weight: Tensor, right: Tensor, gram: Tensor, name: str, log: dict[str,
         name, log: as for :func:`cholesky`.
 
     Returns:
-        B (out, r), float64.
+        B (out, r), float64; where no data reach the right factor, the best for the weight itself.
     """
     if not len(right):
         return weight.new_zeros(len(weight), 0, dtype=torch.float64)
     right = right.double()
     projected = gram @ right.T
+    if not projected.any():
+        return weight.double() @ torch.linalg.pinv(right)
     factor = cholesky(right @ projected, name, log)
     return torch.cholesky_solve((weight.double() @ projected).T, factor).T

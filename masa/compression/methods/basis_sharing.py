@@ -23,7 +23,7 @@ class BasisSharing(Compressor):
     """``[W_1; ...; W_g] = [B_1; ...; B_g] A``: one A (k, in) for a group, in the metric of the members' summed H.
 
     Args:
-        group_size: g consecutive layers; the last group may be smaller.
+        group_size: g consecutive layers, or all if there are fewer; the last group may be smaller.
         shared: projections that share a basis; the others (o, as published) are factored layer by layer.
         refit: solve every layer's B again on that layer's own data, given A.
         ranks: a rule of :data:`~masa.compression.allocation.ranks.RANKS`; "uniform" gives the published
@@ -40,7 +40,8 @@ class BasisSharing(Compressor):
         self.group_size, self.shared, self.refit, self.ranks = group_size, shared, refit, ranks
 
     def prepare(self, problem: Problem) -> tuple[RankAllocator, dict[Key, Truncation]]:
-        if not isinstance(self.group_size, int) or not 1 <= self.group_size <= len(problem.layers):
+        most = max(2, len(problem.layers))  # so that the default is none to refuse
+        if not isinstance(self.group_size, int) or not 1 <= self.group_size <= most:
             raise MasaError(f"group_size must lie between 1 and L = {len(problem.layers)}, got {self.group_size}.")
         allocator, truncations = make_ranks(self.ranks), dict[Key, Truncation]()
         for letter in problem.projections:

@@ -5,7 +5,7 @@ Dimensions: n layers of a group, S atoms, (out, in) of one weight.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,9 @@ from torch import Tensor
 from masa.compression.allocation.grouping import make_groups
 from masa.compression.allocation.ranks import Key, RankAllocator, make_ranks
 from masa.compression.base import Compressor, Problem, register, unreachable
-from masa.compression.methods.algebra import EPS, Truncation
+from masa.compression.methods.algebra import EPS, Truncation, nothing
 from masa.compression.methods.low_rank import AtomGroup, factored_sources, factorise, ranks_by_projection
-from masa.compression.methods.metrics import WeightMetric, make_metric
+from masa.compression.methods.metrics import WeightMetric, check_some_gradient, make_metric
 from masa.compression.methods.svd_llm import relative_error
 from masa.errors import MasaError
 from masa.sharing.weight_sources import WeightSource
@@ -62,6 +62,7 @@ class Prepared:
 
     Attributes:
         groups: of layers, for every projection.
+        idle: matrices that do nothing, of which no atoms are made.
         dictionaries: atoms by projection.
         truncations: of what the atoms leave over.
         metric: that the residual is measured in.
@@ -69,6 +70,7 @@ class Prepared:
     """
 
     groups: list[list[int]]
+    idle: set[Key]
     dictionaries: dict[str, list[AtomGroup]]
     truncations: dict[Key, Truncation]
     metric: WeightMetric
@@ -107,21 +109,29 @@ class MatrixPCA(Compressor):
             raise MasaError(f"metric must be 'weights' or 'data', got {self.metric!r}.")
         allocator = make_ranks(self.ranks)
         groups = make_groups(self.grouping, problem.calibration.drift)
-        dictionaries = {p: [self._atoms(problem, p, layers) for layers in groups] for p in problem.projections}
         metric, truncations = make_metric(self.residual), dict[Key, Truncation]()
+        idle: set[Key] = {(p, (n,)) for p in problem.projections for n in problem.layers if metric.idle(problem, p, n)}
+        check_some_gradient(problem, idle)
+        dictionaries = {p: self._dictionaries(problem, p, groups, idle) for p in problem.projections}
         for letter, found in dictionaries.items():
-            for group in found:
-                problem.progress(f"residual of {letter}", group.layers[0], len(problem.layers))
-                for layer in group.layers:
-                    left_over = _left_over(problem, letter, layer, found)
-                    truncations[letter, (layer,)] = metric.truncate(problem, letter, layer, left_over)
+            for group in groups:
+                problem.progress(f"residual of {letter}", group[0], len(problem.layers))
+                for layer in group:
+                    key = letter, (layer,)
+                    if key in idle:
+                        truncations[key] = nothing(problem.weight(letter, layer))
+                    else:
+                        left_over = _left_over(problem, letter, layer, found)
+                        truncations[key] = metric.truncate(problem, letter, layer, left_over)
         metric.scale(truncations)
-        return Prepared(groups, dictionaries, truncations, metric, allocator)
+        return Prepared(groups, idle, dictionaries, truncations, metric, allocator)
 
     def solve(self, problem: Problem, prepared: Prepared) -> list[WeightSource]:
         self.groups_ = [list(group) for group in prepared.groups]
         dictionaries = {letter: list(found) for letter, found in prepared.dictionaries.items()}
         truncations, metric, allocator = dict(prepared.truncations), prepared.metric, prepared.allocator
+        if sum(problem.numbers(p) for p, _ in truncations.keys() - prepared.idle) <= problem.budget:
+            return self._dense(problem, prepared)
         used = sum(group.numbers() for found in dictionaries.values() for group in found)
         if used >= problem.budget:
             groups = len(prepared.groups)
@@ -143,12 +153,33 @@ class MatrixPCA(Compressor):
         )
         return factored_sources(problem, factors, ranks, dictionaries)
 
+    def _dense(self, problem: Problem, prepared: Prepared) -> list[WeightSource]:
+        """Matrices that do nothing leave room for all others as they are."""
+        ranks: dict[Key, int | None] = {key: 0 if key in prepared.idle else None for key in prepared.truncations}
+        self.ranks_, self.error_ = ranks_by_projection(ranks), 0.0
+        return factored_sources(problem, {}, ranks)
+
+    def _dictionaries(
+        self, problem: Problem, letter: str, groups: Sequence[list[int]], idle: Collection[Key]
+    ) -> list[AtomGroup]:
+        """One for each group; none for a layer that is left alone, whose only atom would be its matrix.
+
+        That is since the others of its group do nothing, or since there are no others; a rule that cuts groups of one
+        layer gets its atoms.
+        """
+        found = []
+        for group in groups:
+            live = [layer for layer in group if (letter, (layer,)) not in idle]
+            if len(live) > 1 or (live == group and len(problem.layers) > 1):
+                found.append(self._atoms(problem, letter, live))
+        return found
+
     def _atoms(self, problem: Problem, letter: str, layers: list[int]) -> AtomGroup:
         weights = [problem.weight(letter, layer) for layer in layers]
         metric = None
         if self.metric == "data":
             grams = [problem.gram(letter, layer) for layer in layers]
-            metric = sum(gram / gram.diagonal().sum() for gram in grams)
+            metric = sum(gram / gram.diagonal().sum().clamp_min(torch.finfo(gram.dtype).tiny) for gram in grams)
         dictionary, coefficients, _ = matrix_pca(weights, min(self.atoms, len(layers)), metric)
         return AtomGroup(layers, dictionary.to(weights[0].dtype), coefficients.to(weights[0].dtype))
 

@@ -6,14 +6,15 @@ Each metric is ``tr(G dW H dW^T)`` with its own G (out, out) and H (in, in), sol
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from masa.compression.base import Problem
-from masa.compression.methods.algebra import Truncation, cholesky, truncation
+from masa.compression.methods.algebra import Truncation, cholesky, nothing, truncation
 from masa.errors import MasaError, unknown
 
 
@@ -28,13 +29,20 @@ class WeightMetric:
         """What makes R, lower triangular, with G = R R^T, or None for the identity."""
         return None
 
+    def idle(self, problem: Problem, letter: str, layer: int) -> bool:
+        """Whether one projection does nothing as far as this metric sees, so that it may be left out."""
+        return not bool(problem.weight(letter, layer).any())
+
     def truncate(self, problem: Problem, letter: str, layer: int, matrix: Tensor | None = None) -> Truncation:
         """The best approximations of one weight at every rank.
 
         Args:
             matrix: what is left of the weight, if not all of it; errors still count relative to the whole weight.
         """
-        weight, gram = problem.weight(letter, layer), self.gram(problem, letter, layer)
+        weight = problem.weight(letter, layer)
+        if matrix is None and self.idle(problem, letter, layer):
+            return nothing(weight)
+        gram = self.gram(problem, letter, layer)
         make_root = self.root(problem, letter, layer)
         found = truncation(weight if matrix is None else matrix, gram, make_root)
         if matrix is not None:
@@ -52,6 +60,10 @@ class DataMetric(WeightMetric):
     def gram(self, problem: Problem, letter: str, layer: int) -> Tensor:
         return problem.gram(letter, layer)
 
+    def idle(self, problem: Problem, letter: str, layer: int) -> bool:
+        """Its weights are zero, or its inputs are."""
+        return super().idle(problem, letter, layer) or not bool(self.gram(problem, letter, layer).any())
+
 
 class FisherMetric(DataMetric):
     """G = E[g g^T], H = X^T X: the loss's second-order increase (:mod:`masa.compression.calibration.gradients`); ours.
@@ -66,6 +78,22 @@ class FisherMetric(DataMetric):
         if not damping >= 0:
             raise MasaError(f"damping must not be negative, got {damping}.")
         self.damping = damping
+
+    def idle(self, problem: Problem, letter: str, layer: int) -> bool:
+        """Its weights, its inputs or the gradients at its outputs are zero.
+
+        Raises:
+            MasaError: the calibration's sequences are of one token, in which q and k never do anything.
+        """
+        assert problem.calibration is not None
+        if letter in "qk" and problem.calibration.length < 2:
+            raise MasaError(
+                f"The calibration's sequences have one token, in which {letter} does nothing in any model, so that its "
+                "gradients say nothing. Calibrate on longer ones (length)."
+            )
+        if super().idle(problem, letter, layer):
+            return True
+        return not bool(problem.calibration.gradient_gram(letter, layer).any())
 
     def root(self, problem: Problem, letter: str, layer: int) -> Callable[[], Tensor]:
         assert problem.calibration is not None
@@ -87,6 +115,23 @@ class FisherMetric(DataMetric):
 
 
 METRICS: dict[str, Any] = {"weights": WeightMetric, "data": DataMetric, "fisher": FisherMetric}
+
+
+def check_some_gradient(problem: Problem, idle: Collection[Any]) -> None:
+    """Refuse gradients that are all zero though neither weights nor inputs are: those of no model.
+
+    Args:
+        idle: keys of the matrices that do nothing in the metric asked for.
+
+    Raises:
+        MasaError: such statistics.
+    """
+    everything = list(product(problem.projections, problem.layers))
+    if len(idle) == len(everything) and not any(DataMetric().idle(problem, p, layer) for p, layer in everything):
+        raise MasaError(
+            f"The gradients of all matrices of {problem.projections} are zero on the calibration's tokens, though "
+            "weights and inputs are not. Calibrate anew: on other text, longer sequences and more of them, in float32."
+        )
 
 
 def make_metric(rule: str | Mapping[str, Any]) -> WeightMetric:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from masa.compression.allocation.ranks import Key, RankAllocator, make_ranks
+from masa.compression.allocation.ranks import Key, RankAllocator, does_something, make_ranks
 from masa.compression.base import Compressor, Problem, register
 from masa.compression.methods.algebra import Truncation
 from masa.compression.methods.low_rank import Factors, factored_sources, factorise, ranks_by_projection
-from masa.compression.methods.metrics import DataMetric, FisherMetric, WeightMetric
+from masa.compression.methods.metrics import DataMetric, FisherMetric, WeightMetric, check_some_gradient
 from masa.compression.methods.update import sequential_update
 from masa.sharing.weight_sources import WeightSource
 
@@ -39,6 +39,7 @@ class LowRankCompressor(Compressor):
             problem.progress("factorising", layer, len(problem.layers))
             for letter in problem.projections:
                 truncations[letter, (layer,)] = metric.truncate(problem, letter, layer)
+        check_some_gradient(problem, [key for key, found in truncations.items() if not does_something(found)])
         metric.scale(truncations)
         return allocator, truncations
 

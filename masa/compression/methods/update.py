@@ -42,7 +42,7 @@ def sequential_update(problem: Problem, factors: Factors, samples: int | None = 
         block = stream.block(layer)
         handles = hooks.attach(block)
         try:
-            stream.run_hooked(block)
+            stream.run_hooked(layer, block)
         finally:
             for handle in handles:
                 handle.remove()
@@ -56,5 +56,5 @@ def sequential_update(problem: Problem, factors: Factors, samples: int | None = 
             left = refit(weight, right, gram, f"{letter} of layer {layer}", problem.regularisation).to(right.dtype)
             refined[key] = left, right
             compressed.get_submodule(paths[letter]).weight.copy_(left @ right)
-        stream.run(compressed)
+        stream.run(layer, compressed)
     return refined
