@@ -23,7 +23,7 @@ SHARED = {
 PARTS = ("sparse-fisher", "dictionary-pairs", "low-rank-sparse")
 COMPRESSED = ("svd-llm", "svd-fisher", "matrix-pca", "basis-sharing", "direct-share", *PARTS)
 KINDS = (*SHARED, *COMPRESSED)
-FEW = ("masa", "low-rank", "matrix-pca", "svd-llm", "sparse-fisher")
+FEW = ("masa", "low-rank", "matrix-pca", "svd-llm", "dictionary-pairs")
 """A kind of each way to multiply, for what takes long."""
 
 

@@ -33,7 +33,7 @@ def statistics(**changes):
 
 
 def compressed(method, reduction=None, **options):
-    return compress(tiny_llama(), method, statistics(), reduction, projections="all", **options)
+    return compress(tiny_llama(), method, statistics(), reduction, projections="all", tokens=tokens(), **options)
 
 
 def matrix(out=16, inp=24, seed=0, loss=True):
@@ -326,5 +326,5 @@ def test_a_matrix_of_zeros_and_a_layer_that_nothing_reaches():
         model.model.layers[3].mlp.gate_proj.weight.zero_()
     found = calibrate(model, tokens(), projections="all", gradient_samples=8)
     for method in BYTES:
-        smaller, _ = compress(copy.deepcopy(model), method, found, 0.3, projections="all")
+        smaller, _ = compress(copy.deepcopy(model), method, found, 0.3, projections="all", tokens=tokens())
         assert smaller(tokens()[:1]).logits.isfinite().all(), method

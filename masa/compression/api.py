@@ -161,7 +161,7 @@ def _report(
         parameters_after=after.total,
         stored=stored,
         dense=problem.dense,
-        stored_bytes=sum(s.stored_bytes() for s in sources) + guard_bytes(spec.projections, len(problem.layers), dtype),
+        stored_bytes=sum(s.stored_bytes() for s in sources) + guard_bytes(problem.shape, spec.projections, dtype),
         dense_bytes=problem.dense * dtype.itemsize,
         on_target=achieved <= spec.reduction + TOLERANCE,
         seconds=round(seconds, 3),

@@ -83,7 +83,8 @@ class Problem:
     @property
     def dtype(self) -> torch.dtype:
         """Of the weights."""
-        return self.weight(self.projections[0], 0).dtype
+        letter = self.projections[0]
+        return self.weight(letter, self.shape.layers_of(letter)[0]).dtype
 
     @property
     def layers(self) -> range:

@@ -29,6 +29,7 @@ METHODS = {
     "sparse-gpt": "in_place",
     "sparse-2-4": "in_place",
     "sparse-fisher": "in_place",
+    "sparse-fisher-update": "in_place",
     "sparse-dictionary": "sparse_dictionary",
     "sparse-dictionary-fisher": "sparse_dictionary",
     "low-rank-sparse": "low_rank_sparse",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from masa.errors import MasaError
 from masa.sharing.parts import Part, make_part
+from masa.sharing.spec import ModelShape
 from masa.sharing.weight_sources import Weights, WeightSource, call, register, wrapped
 
 
@@ -21,7 +22,7 @@ class Parts(WeightSource):
         projections: letters served; more than one only where matrices of different projections have a part in common.
         shapes: letter -> (out, in).
         parts: each ``{"kind": ..., "of": [[letter, layer], ...]}`` with the arguments of its kind
-            (:data:`masa.sharing.parts.PARTS`).
+            (:data:`masa.sharing.parts.PARTS`); layers are counted among those that have the projection.
     """
 
     def __init__(
@@ -104,6 +105,6 @@ class Parts(WeightSource):
         return sum(part.reads(row) for part, m in zip(self.parts, self.members, strict=True) for row in range(len(m)))
 
 
-def guard_bytes(letters: str, layers: int, dtype: torch.dtype) -> int:
+def guard_bytes(shape: ModelShape, letters: str, dtype: torch.dtype) -> int:
     """Bytes that a folder spends on telling loaders that these matrices are not stored: a number each."""
-    return len(letters) * layers * dtype.itemsize
+    return sum(map(shape.count, letters)) * dtype.itemsize

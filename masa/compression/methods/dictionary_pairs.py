@@ -12,7 +12,7 @@ from masa.compression.allocation.matching import distances, groups
 from masa.compression.base import Problem, register
 from masa.compression.methods.algebra import cholesky
 from masa.compression.methods.dictionaries import Side
-from masa.compression.methods.equal_bytes import ByteCompressor, Family
+from masa.compression.methods.equal_bytes import ByteCompressor, Family, members_of
 from masa.compression.methods.fits import Fit, dictionary_fit, part_bytes
 from masa.compression.methods.matrices import Matrix
 from masa.compression.methods.shared_dictionaries import Group
@@ -20,11 +20,13 @@ from masa.compression.methods.sparse_dictionary import Dictionary
 from masa.errors import MasaError
 
 SHARES = (0.9, 0.8, 0.65, 0.5, 0.35)
-RATIOS = (2.5,)
+RATIOS = [2.5]
 
 
 def matched(problem: Problem, letters: str, size: int, loss: bool) -> list[list[Member]]:
     """Groups of matrices with one input width, of any projection and layer, nearest as their own data see them.
+
+    Projections share only where the same layers have them.
 
     Args:
         letters: projections that may share.
@@ -32,8 +34,10 @@ def matched(problem: Problem, letters: str, size: int, loss: bool) -> list[list[
         loss: weigh outputs by the loss.
     """
     found: list[list[Member]] = []
-    for width in sorted({problem.shape.shapes[p][1] for p in letters}):
-        members = [(p, n) for n in problem.layers for p in letters if problem.shape.shapes[p][1] == width]
+    shape = problem.shape
+    for width, layers in dict.fromkeys((shape.shapes[p][1], shape.layers_of(p)) for p in letters):
+        alike = [p for p in letters if shape.shapes[p][1] == width and shape.layers_of(p) == layers]
+        members = members_of(problem, "".join(alike))
         whitened = []
         for done, (letter, layer) in enumerate(members):
             problem.progress("matching", done, len(members))

@@ -44,6 +44,11 @@ class Family:
         raise NotImplementedError
 
 
+def members_of(problem: Problem, letters: str) -> list[Member]:
+    """All matrices of these projections, layer by layer."""
+    return [(p, n) for n in problem.layers for p in letters if n in problem.shape.layers_of(p)]
+
+
 class ByteCompressor(Compressor):
     """Base of the methods that spend bytes.
 
@@ -84,7 +89,7 @@ class ByteCompressor(Compressor):
 
     def solve(self, problem: Problem, prepared: Any) -> list[WeightSource]:
         width = problem.dtype.itemsize
-        budget = width * problem.budget - guard_bytes(problem.projections, len(problem.layers), problem.dtype)
+        budget = width * problem.budget - guard_bytes(problem.shape, problem.projections, problem.dtype)
         dense = width * problem.dense
         units = self.units(problem, prepared, budget / dense)
         chosen = (uniform if self.allocation == "uniform" else allocate)(units, budget, dense)
@@ -94,7 +99,7 @@ class ByteCompressor(Compressor):
             "+".join(f"{letter}{layer}" for letter, layer in option.members): [option.kind, option.size]
             for option in chosen
         }
-        return part_sources(problem, self._fits(problem, chosen))
+        return part_sources(problem, self.fits(problem, chosen))
 
     def units(self, problem: Problem, prepared: Any, share: float) -> list[Unit]:
         """What competes, or takes ``share`` of its bytes: one unit a matrix, unless several may be stored together.
@@ -113,30 +118,41 @@ class ByteCompressor(Compressor):
         """
         width = problem.dtype.itemsize
         families, found = self.families(problem.regularisation), dict[Member, list[Option]]()
-        for layer in problem.layers:
-            problem.progress("profiling", layer, len(problem.layers))
-            for letter in problem.projections:
-                matrix = self.matrix(problem, letter, layer)
-                whole = part_bytes({"kind": "dense"}, [problem.shape.shapes[letter]], width)
-                offered = [o for family in families for o in family.options(matrix, self.cost, shares, width)]
-                dense = Option((matrix.member,), "dense", whole, 0.0)
-                found[matrix.member] = [dense, *(o for o in offered if o.size < whole)]
-        problem.progress("profiling", len(problem.layers), len(problem.layers))
+        everything = members_of(problem, problem.projections)
+        for done, (letter, layer) in enumerate(everything):
+            problem.progress("profiling", done, len(everything))
+            matrix = self.matrix(problem, letter, layer)
+            whole = part_bytes({"kind": "dense"}, [problem.shape.shapes[letter]], width)
+            offered = [o for family in families for o in family.options(matrix, self.cost, shares, width)]
+            dense = Option((matrix.member,), "dense", whole, 0.0)
+            found[matrix.member] = [dense, *(o for o in offered if o.size < whole)]
+        problem.progress("profiling", len(everything), len(everything))
         return found
 
-    def _fits(self, problem: Problem, chosen: Sequence[Option]) -> list[Fit]:
-        families = {family.name: family for family in self.families(problem.regularisation)}
-        fits: list[Fit] = []
+    def fits(self, problem: Problem, chosen: Sequence[Option]) -> list[Fit]:
+        """Solve for all that was chosen."""
+        found: list[Fit] = []
         for done, option in enumerate(sorted(chosen, key=lambda o: o.members[0][1])):
             problem.progress("solving", done, len(chosen))
-            (letter, layer), *others = option.members
-            weight: Tensor = problem.weight(letter, layer)
-            if option.kind == "dense":
-                found = [dense_fit(option.members[0], weight)]
-            elif others:
-                found = self.fit_group(problem, option)
-            else:
-                found = families[option.kind].fit(self.matrix(problem, letter, layer), option)
-            fits += [fit.rounded(weight.dtype) for fit in found]
+            found += self.solved(problem, option)
         problem.progress("solving", len(chosen), len(chosen))
-        return fits
+        return found
+
+    def solved(self, problem: Problem, option: Option, inputs: Tensor | None = None) -> list[Fit]:
+        """The parts of one option.
+
+        Args:
+            inputs: E[x x^T] to be solved for in the place of the calibration's.
+        """
+        (letter, layer), *others = option.members
+        if option.kind == "dense":
+            found = [dense_fit(option.members[0], problem.weight(letter, layer))]
+        elif others:
+            found = self.fit_group(problem, option)
+        else:
+            matrix = self.matrix(problem, letter, layer)
+            if inputs is not None and bool(inputs.any()):
+                matrix.inputs = inputs
+            family = next(f for f in self.families(problem.regularisation) if f.name == option.kind)
+            found = family.fit(matrix, option)
+        return [fit.rounded(problem.dtype) for fit in found]

@@ -12,7 +12,7 @@ from torch import Tensor
 from masa.compression.allocation.bytes import Member
 from masa.compression.base import Problem
 from masa.sharing.part_sources import Parts
-from masa.sharing.parts import make_part
+from masa.sharing.parts import Part, make_part
 from masa.sharing.weight_sources import WeightSource
 
 
@@ -77,6 +77,29 @@ def dictionary_fit(
 
 
 @torch.no_grad()
+def filled(problem: Problem, fit: Fit) -> Part:
+    """The part that a fit is, in the dtype and on the device of the model's weights."""
+    shapes = [problem.shape.shapes[letter] for letter, _ in fit.members]
+    part = make_part(fit.config, shapes).to(problem.weight(*fit.members[0]))
+    for name, tensor in fit.tensors.items():
+        part.get_parameter(name).copy_(tensor)
+    for name, (matrix, mask) in fit.packed.items():
+        part.get_submodule(name).fill(matrix, mask)
+    return part
+
+
+def written(problem: Problem, fits: Sequence[Fit]) -> dict[Member, Tensor]:
+    """The matrices (out, in) that parts sum to, as the compressed model will have them."""
+    found: dict[Member, Tensor] = {}
+    for fit in fits:
+        part = filled(problem, fit)
+        for row, member in enumerate(fit.members):
+            term = part(row).detach()
+            found[member] = found[member] + term if member in found else term
+    return found
+
+
+@torch.no_grad()
 def part_sources(problem: Problem, fits: Sequence[Fit]) -> list[WeightSource]:
     """One source a projection, or for several projections where matrices of them have a part in common.
 
@@ -86,13 +109,12 @@ def part_sources(problem: Problem, fits: Sequence[Fit]) -> list[WeightSource]:
     for letters in _joined(problem.projections, fits):
         own = [fit for fit in fits if fit.members[0][0] in letters]
         shapes = {letter: problem.shape.shapes[letter] for letter in letters}
-        parts = [{"of": [list(member) for member in fit.members], **fit.config} for fit in own]
-        source = Parts(letters, problem.shape.num_layers, shapes, parts).to(problem.weight(letters[0], 0))
-        for part, fit in zip(source.parts, own, strict=True):
-            for name, tensor in fit.tensors.items():
-                part.get_parameter(name).copy_(tensor)
-            for name, (matrix, mask) in fit.packed.items():
-                part.get_submodule(name).fill(matrix, mask)
+        place = {(p, layer): [p, i] for p in letters for i, layer in enumerate(problem.shape.layers_of(p))}
+        parts = [{"of": [place[member] for member in fit.members], **fit.config} for fit in own]
+        like = problem.weight(*next(iter(place)))
+        source = Parts(letters, problem.shape.count(letters[0]), shapes, parts).to(like)
+        for index, fit in enumerate(own):
+            source.parts[index].load_state_dict(filled(problem, fit).state_dict())
         sources.append(source)
     return sources
 

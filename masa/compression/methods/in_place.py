@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
 from masa.compression.allocation.bytes import Option
-from masa.compression.base import register
+from masa.compression.base import Problem, register
+from masa.compression.methods.compressed_inputs import fits_on_compressed_inputs
 from masa.compression.methods.equal_bytes import ByteCompressor, Family
 from masa.compression.methods.fits import Fit, part_bytes, sparse_fit
 from masa.compression.methods.matrices import Matrix
@@ -218,3 +220,30 @@ class SparseFisher(SparseInPlace):
         compensation: str = "exact",
     ) -> None:
         super().__init__(cost, allocation, score, scope, compensation)
+
+
+@register("sparse-fisher-update")
+class SparseFisherUpdate(SparseFisher):
+    """:class:`SparseFisher`, layer by layer on the inputs that the pruned layers before produce.
+
+    Args:
+        cost, allocation, score, scope, compensation: of :class:`SparseInPlace`.
+        samples: sequences of the calibration's tokens that this runs over; None for all.
+    """
+
+    needs_tokens = True
+
+    def __init__(
+        self,
+        cost: str = "loss",
+        allocation: str = "global",
+        score: str = "loss",
+        scope: str = "matrix",
+        compensation: str = "exact",
+        samples: int | None = None,
+    ) -> None:
+        super().__init__(cost, allocation, score, scope, compensation)
+        self.samples = samples
+
+    def fits(self, problem: Problem, chosen: Sequence[Option]) -> list[Fit]:
+        return fits_on_compressed_inputs(problem, chosen, partial(self.solved, problem), self.samples)

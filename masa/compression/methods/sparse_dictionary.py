@@ -16,7 +16,7 @@ from masa.errors import MasaError, unknown
 
 SIDES = ("in", "out", "short", "both")
 SHARES = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.35)
-RATIOS = (1.5, 2.0, 2.5)
+RATIOS = [1.5, 2.0, 2.5, 3.0]  # a list, as it comes back from a configuration
 
 
 class Dictionary(Family):
