@@ -32,21 +32,19 @@ def problem_and_factors(projections: str):
 @torch.no_grad()
 def reference(problem: Problem, factors, samples: int):
     """The update with whole blocks run twice."""
-    paths, refined = dict(family_of(problem.model).paths), {}
+    refined = {}
     stream = BlockStream(problem.model, problem.tokens[:samples])
-    hooks = GramHooks(paths, problem.projections)
     for layer in problem.layers:
         block = stream.block(layer)
-        handles = hooks.attach(block)
-        stream.run(layer, block, keep=False)
-        for handle in handles:
-            handle.remove()
+        hooks = GramHooks(problem.family, layer, problem.projections)
+        with hooks.attached(block):
+            stream.run(layer, block, keep=False)
         block = copy.deepcopy(block)
         for letter in problem.projections:
             right = factors[letter, (layer,)][1]
             left = refit(problem.weight(letter, layer), right, hooks.grams[INPUT_OF[letter]], "", {}).float()
             refined[letter, (layer,)] = left, right
-            block.get_submodule(paths[letter]).weight.copy_(left @ right)
+            block.get_submodule(problem.family.paths[letter]).weight.copy_(left @ right)
         stream.run(layer, block)
     return refined
 

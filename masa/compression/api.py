@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,20 +12,22 @@ import torch
 from torch import Tensor, nn
 
 from masa.compression.base import Compressor, Problem, make_compressor
-from masa.compression.calibration.calibrate import Progress, check_weights
+from masa.compression.calibration.calibrate import Progress, check_weights, compressible
 from masa.compression.calibration.statistics import Calibration
 from masa.compression.report import CompressionReport, peak_rss, reset_peak_rss
 from masa.compression.sizes import budget_of_size, letters
 from masa.errors import MasaError
 from masa.sharing.compression_spec import CompressionSpec
 from masa.sharing.part_sources import guard_bytes
-from masa.sharing.projections import SharedProjections, decoder, family_of, model_shape, separate
+from masa.sharing.projections import Family, SharedProjections, model_shape
 from masa.sharing.share import ParameterCount, Sharing, count_parameters, install
 from masa.sharing.spec import ATTENTION
 from masa.sharing.weight_sources import WeightSource
 
 TOLERANCE = 0.005
 """Achieved reductions lie within this above the requested one."""
+
+_log = logging.getLogger("masa")
 
 
 @torch.inference_mode(False)  # whose tensors could have no gradient, nor be trained on
@@ -48,7 +51,7 @@ def compress(
     factored, :func:`masa.fold` writes a plain model, :func:`masa.count_parameters` counts it, and it can be trained on.
 
     Args:
-        model: a dense Llama- or Starcoder2-like causal LM. Only its projections change, unless the method says
+        model: a dense language model of transformers. Only its projections change, unless the method says
             ``changes_model`` (post-share).
         method: a key of :data:`masa.compression.COMPRESSORS`, a mapping of "method" and its hyperparameters, or what
             :func:`masa.compression.make_compressor` returned: an instance used again for another reduction of the same
@@ -84,27 +87,30 @@ def compress(
         check_reduction(reduction := 0.2 if reduction is None else reduction)
     if getattr(model, "sharing", None) is not None:
         raise MasaError(f"This model shares weights already ({model.sharing.spec.method}); fold it first.")
-    shape = model_shape(model, family_of(model))
-    projections = letters(shape, projections)
-    _check_projections(model, projections)
+    projections = letters(model, projections)
+    family = compressible(model, projections)
+    shape = model_shape(model, family)
+    _check_matrices(family, projections)
+    if not isinstance(calibration, Calibration) and (line := family.passed_over(projections)):
+        _log.warning("masa: %s", line)  # else the calibration has said so
     calibration = _checked(compressor, model, calibration, tokens)
-    problem = Problem(model, shape, projections, 0, calibration, tokens, batch_size, progress)
+    problem = Problem(model, shape, projections, 0, calibration, tokens, batch_size, progress, family=family)
     if reduction is None:
         problem.budget = budget_of_size(model, shape, projections, size)
         reduction = 1 - problem.budget / problem.dense
     else:
         problem.budget = int((1 - reduction) * problem.dense)
-    before, dense_attention = count_parameters(model), shape.num_layers * sum(map(problem.numbers, ATTENTION))
+    before = count_parameters(model)
 
     reset_peak_rss()
     started = time.perf_counter()
     sources = compressor.fit(problem)
-    install(model, SharedProjections(sources))
+    install(model, SharedProjections(sources, shape.layers))
     seconds = time.perf_counter() - started + problem.seconds_before
     peak = max(peak_rss(), problem.peak_before)
 
     spec = CompressionSpec(compressor.name, float(reduction), projections, compressor.get_params())
-    model.sharing = Sharing(spec, dense_attention)
+    model.sharing = Sharing(spec, before.attention_dense)
     model.eval()
     return model, _report(model, compressor, problem, before, sources, seconds, peak)
 
@@ -173,19 +179,19 @@ def _report(
     )
 
 
-def _check_projections(model: nn.Module, projections: str) -> None:
-    """Every letter once and present; no NaN; every matrix a tensor of its own."""
-    paths = dict(separate(model).paths)
-    if not projections or len(set(projections)) != len(projections) or set(projections) - set(paths):
-        raise MasaError(f"projections must be distinct letters of {', '.join(paths)}, got {projections!r}.")
-    seen: dict[int, str] = {}
-    for layer, block in enumerate(decoder(model).layers):
-        check_weights(block, {p: paths[p] for p in projections}, layer)
-        for letter in projections:
-            weight, name = block.get_submodule(paths[letter]).weight, f"{letter} of layer {layer}"
-            if weight.data_ptr() in seen:
+def _check_matrices(family: Family, projections: str) -> None:
+    """No NaN; every matrix a tensor of its own."""
+    seen: dict[tuple[int, str], str] = {}
+    for layer, block in enumerate(family.blocks):
+        letters = "".join(p for p in projections if layer in family.layers(p))
+        check_weights(family, block, layer, letters)
+        for letter in letters:
+            part = letter if family.place(layer, letter).layout else ""
+            key = family.layer(block, layer, letter).weight.data_ptr(), part
+            name = f"{letter} of layer {layer}"
+            if key in seen:
                 raise MasaError(
-                    f"{name} and {seen[weight.data_ptr()]} are one tensor: this model ties its projections, and its "
+                    f"{name} and {seen[key]} are one tensor: this model ties its projections, and its "
                     "dense size cannot be told. Untie them first."
                 )
-            seen[weight.data_ptr()] = name
+            seen[key] = name

@@ -23,7 +23,7 @@ from masa.compression.calibration.statistics import Calibration, model_sha256
 from masa.compression.names import METHODS
 from masa.compression.report import peak_rss
 from masa.errors import MasaError, unknown
-from masa.sharing.projections import decoder, family_of
+from masa.sharing.projections import Family, family_of
 from masa.sharing.spec import ModelShape
 from masa.sharing.weight_sources import WeightSource
 
@@ -56,6 +56,8 @@ class Problem:
         progress: called with (what, done, of).
         regularisation: relative jitter by matrix, filled where one was needed.
         seconds_before, peak_before: what an earlier fit of the same compressor took for the part that is used again.
+        family: where the model keeps its projections, found by itself. A layer is a block of the model, also where not
+            all blocks have a projection.
     """
 
     model: nn.Module
@@ -69,11 +71,14 @@ class Problem:
     regularisation: dict[str, float] = field(default_factory=dict)
     seconds_before: float = 0.0
     peak_before: int = 0
+    family: Family = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        self.family = self.family or family_of(self.model)
 
     def weight(self, letter: str, layer: int) -> Tensor:
         """W (out, in) of one projection as the model stores it."""
-        block = decoder(self.model).layers[layer]
-        return block.get_submodule(family_of(self.model).paths[letter]).weight.detach()
+        return self.family.at(layer, letter).weight.detach()
 
     def gram(self, letter: str, layer: int) -> Tensor:
         """H = X^T X (in, in), float64, of the input of one projection."""
@@ -90,10 +95,30 @@ class Problem:
     def layers(self) -> range:
         return range(self.shape.num_layers)
 
+    def layers_of(self, letter: str) -> tuple[int, ...]:
+        """The layers that have a projection."""
+        return self.shape.layers_of(letter)
+
+    def letters_of(self, layer: int) -> str:
+        """The projections to be compressed that a layer has."""
+        return "".join(letter for letter in self.projections if layer in self.layers_of(letter))
+
+    def same_layers(self, letters: str, what: str) -> tuple[int, ...]:
+        """The layers that have all of these projections.
+
+        Raises:
+            MasaError: some have only a part of them; ``what`` needs whole heads.
+        """
+        found = {self.layers_of(letter) for letter in letters}
+        if len(found) > 1:
+            counts = ", ".join(f"{letter}: {self.shape.count(letter)}" for letter in letters)
+            raise MasaError(f"{what} needs the same layers for all projections, but {counts} layers have them.")
+        return found.pop()
+
     @property
     def dense(self) -> int:
         """Numbers of the dense matrices."""
-        return sum(self.numbers(p) for p in self.projections) * self.shape.num_layers
+        return self.shape.numbers(self.projections)
 
     def numbers(self, letter: str) -> int:
         """out * in of one matrix."""
@@ -172,7 +197,8 @@ class Compressor:
         """Equal for problems that differ in nothing but the budget and what :meth:`solve` alone reads."""
         found = problem.calibration
         data = found.digest() if found else model_sha256(problem.model)
-        device = str(problem.weight(problem.projections[0], 0).device)
+        letter = problem.projections[0]
+        device = str(problem.weight(letter, problem.layers_of(letter)[0]).device)
         return json.dumps([data, device, problem.projections, self.get_params()], default=str)
 
 

@@ -9,14 +9,14 @@ from torch import nn
 
 from masa.compression import api
 from masa.compression.base import make_compressor
-from masa.compression.calibration.calibrate import Progress, calibrate, check_length
+from masa.compression.calibration.calibrate import Progress, calibrate, check_length, compressible
 from masa.compression.calibration.statistics import Calibration
 from masa.compression.calibration.texts import tokens_of
 from masa.compression.names import GRADIENT_SAMPLES, METHODS, needs_gradients
 from masa.compression.sizes import budget_of_size, letters
 from masa.compression.terminal import terminal
 from masa.errors import MasaError
-from masa.sharing.projections import model_shape, separate
+from masa.sharing.projections import model_shape
 from masa.sharing.spec import ATTENTION
 
 _log = logging.getLogger("masa")
@@ -44,7 +44,7 @@ def compress(
     Both steps by themselves are :func:`masa.calibrate` and :func:`masa.compression.compress`.
 
     Args:
-        model: a dense Llama- or Starcoder2-like model of transformers, with any head or none.
+        model: a dense language model of transformers, with any head or none.
         data: texts (a list or a generator of strings, or a file of them), a ``datasets.Dataset`` with a column of texts
             or of ``input_ids``, a ``DataLoader`` whose batches hold ``input_ids``, token ids (N, T), or what
             :func:`masa.calibrate` returned. None for methods that look at the weights alone.
@@ -81,8 +81,8 @@ def compress(
     if (reduction is None) == (size is None):
         raise MasaError("Say how small: either reduction=0.2 (of the compressed projections) or size='900MB' (of all).")
     compressor = make_compressor(method, **options)
-    shape = model_shape(model, separate(model))
-    projections = letters(shape, projections)
+    projections = letters(model, projections)
+    shape = model_shape(model, compressible(model, projections))
     if size is not None:  # before the data are gone through
         budget_of_size(model, shape, projections, size)
     else:
@@ -94,10 +94,10 @@ def compress(
                 f"{method!r} needs data to calibrate on: texts, a Dataset, a DataLoader or token ids (N, T)."
             )
         tokens = tokens_of(data, model, tokenizer, column, samples, check_length(model, length), seed)
-        if tokens.numel() < 2 * model.config.hidden_size:
+        if tokens.numel() < 2 * shape.hidden_size:
             _log.warning(
                 "masa: %d tokens are few to calibrate a width of %d on; %d or more would be better.",
-                *(tokens.numel(), model.config.hidden_size, 16 * model.config.hidden_size),
+                *(tokens.numel(), shape.hidden_size, 16 * shape.hidden_size),
             )
     with terminal(progress is not None) as shown:
         told: dict[str, Any] = {"projections": projections, "batch_size": batch_size, "progress": progress or shown}

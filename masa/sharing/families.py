@@ -63,7 +63,16 @@ OUTPUT = (
 )
 """Names of O in the attention; ".." is the module of the block around it."""
 
-MLP = ("mlp", "feed_forward", "ffn", "shared_mlp", "", "layer.1.DenseReluDense", "layer.2.DenseReluDense")
+MLP = (
+    "mlp",
+    "feed_forward",
+    "ffn",
+    "mlp_block",
+    "mixer",
+    "",
+    "layer.1.DenseReluDense",
+    "layer.2.DenseReluDense",
+)
 """Where blocks keep their FFN; "" is the block itself."""
 
 FFN = (
@@ -83,6 +92,8 @@ FFN = (
     {"g": "wi_0", "u": "wi_1", "d": "wo"},
     {"u": "wi", "d": "wo"},
     {"u": "Wi", "d": "Wo"},
+    {"u": "ffn", "d": "ffn_output"},
+    {"u": "0", "d": "2"},
 )
 """Names of the FFN's gate, up and down, all of one entry beside each other."""
 

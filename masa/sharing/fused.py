@@ -34,10 +34,13 @@ class Layout:
 
     def take(self, weight: Tensor, letter: str) -> Tensor:
         """The rows of one projection, (out, in), of all of them; a view where they lie together."""
+        return self.rows_of(weight, letter).flatten(0, 1)
+
+    def rows_of(self, weight: Tensor, letter: str) -> Tensor:
+        """The rows of one projection, by group: (groups, rows, in), a view."""
         index = self.letters.index(letter)
-        start = sum(self.rows[:index])
         grouped = weight.unflatten(0, (self.groups, sum(self.rows)))
-        return grouped.narrow(1, start, self.rows[index]).flatten(0, 1)
+        return grouped.narrow(1, sum(self.rows[:index]), self.rows[index])
 
     def put(self, parts: list[Tensor], dim: int) -> Tensor:
         """The parts, in the order of the letters, joined along their dimension of rows (0 or -1)."""
@@ -72,8 +75,18 @@ class Rows:
     @property
     def weight(self) -> Tensor:
         """(out, in), a view where its rows lie together."""
+        return self.layout.take(self._whole, self.letter)
+
+    def write(self, weight: Tensor) -> None:
+        """Write a weight (out, in) into the layer's own."""
+        rows = self.layout.rows_of(self._whole, self.letter)
+        rows.copy_(weight.view(rows.shape))
+
+    @property
+    def _whole(self) -> Tensor:
+        """(out, in) of all projections."""
         weight = self.layer.weight
-        return self.layout.take(weight.t() if is_conv1d(self.layer) else weight, self.letter)
+        return weight.t() if is_conv1d(self.layer) else weight
 
 
 class Part(nn.Module):

@@ -57,7 +57,9 @@ class ComputedWeight(nn.Module):
         """(out, in), computed for this read; read-only (:class:`ReadOnlyWeight`)."""
         made = self.computed()
         # some kinds hand out what they store
-        return (made.clone() if made._is_view() or isinstance(made, nn.Parameter) else made).as_subclass(ReadOnlyWeight)
+        made = (made.clone() if made._is_view() or isinstance(made, nn.Parameter) else made).as_subclass(ReadOnlyWeight)
+        made._is_hf_initialized = True  # transformers draws nothing into it on behalf of the module around
+        return made
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":

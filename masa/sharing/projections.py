@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from torch import nn
+from torch import Tensor, nn
 
 from masa.errors import MasaError
 from masa.sharing.bank import SharedProjections as SharedProjections
@@ -76,6 +76,20 @@ class Family:
     def projection(self, block: nn.Module, letter: str) -> nn.Linear | SharedWeight | Rows:
         """As :meth:`at`, of a block that may be a copy."""
         return _projection(block, letter, find(block).places[letter])
+
+    def layer(self, block: nn.Module, layer: int, letter: str) -> nn.Module:
+        """The module of block ``layer``, or of a copy of it, that computes a projection, perhaps beside others."""
+        found = layer_at(block, self.place(layer, letter).path)
+        assert found is not None
+        return found
+
+    def write(self, block: nn.Module, layer: int, letter: str, weight: Tensor) -> None:
+        """Write a weight (out, in) into a dense copy of block ``layer``."""
+        projection = _projection(block, letter, self.place(layer, letter))
+        if isinstance(projection, Rows):
+            projection.write(weight)
+        else:
+            projection.weight.copy_(weight)
 
     def split(self, layer: int, served: str) -> None:
         """Turn every fused layer of a block that has one of the ``served`` letters into its parts."""
@@ -160,26 +174,6 @@ def family_of(model: nn.Module) -> Family:
     """
     stack = stack_of(model)
     return Family(type(model).__name__, stack.blocks, tuple(map(find, stack.blocks)), _reads_tokens(model))
-
-
-def separate(model: nn.Module) -> Family:
-    """The family of a model whose projections are linear layers of their own, as compression needs.
-
-    Raises:
-        MasaError: it fuses some of them, or is no language model.
-    """
-    family = family_of(model)
-    if family.fused:
-        raise MasaError(
-            f"{type(model).__name__} fuses {', '.join(family.fused)}: compression reads separate projections, as in "
-            "language models. Such a model can share weights while it trains (masa.share)."
-        )
-    if not family.language:
-        raise MasaError(
-            f"{type(model).__name__} is no language model: compression calibrates on tokens. Such a model can share "
-            "weights while it trains (masa.share)."
-        )
-    return family
 
 
 def _reads_tokens(model: nn.Module) -> bool:

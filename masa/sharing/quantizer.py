@@ -142,16 +142,25 @@ def check_stored(model: nn.Module, stored: Mapping[str, tuple[int, ...]], where:
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     renamed = bool(get_model_conversion_mapping(model, add_legacy=False))  # the file may have other names then
     optional = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    sources = {f"shared.{name}" for name in bank_of(model).state_dict()}
+    # what stands before these may be called otherwise in files
+    stored = {**stored, **{tail: shape for name, shape in stored.items() if (tail := _of_bank(name)) in sources}}
     missing = []
     for name, tensor in model.state_dict().items():
-        source = ".shared." in f".{name}"
-        shape = next((stored[n] for n in (name, name.removeprefix(f"{base}."), f"{base}.{name}") if n in stored), None)
+        source = _of_bank(name) in sources
+        names = (name, name.removeprefix(f"{base}."), f"{base}.{name}", *([_of_bank(name)] if source else []))
+        shape = next((stored[n] for n in names if n in stored), None)
         if shape is None:
             if name not in tied and (whole or name.startswith(f"{base}.")) and (source or not renamed):
                 missing += [] if any(pattern.search(name) for pattern in optional) else [name]
         elif source and shape != tuple(tensor.shape):
             raise MasaError(f"{where}: {name} has shape {shape}, expected {tuple(tensor.shape)}.")
     _refuse(missing, where)
+
+
+def _of_bank(name: str) -> str:
+    """A name from "shared." on, where shared sources are."""
+    return "shared." + f".{name}".rpartition(".shared.")[2]
 
 
 def check_loaded(model: nn.Module) -> None:

@@ -7,8 +7,10 @@ Gradients come of a way back over the blocks (:mod:`masa.compression.calibration
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,14 +22,16 @@ from masa.compression.calibration.statistics import INPUT_OF, Calibration, model
 from masa.compression.calibration.stream import BlockStream, GramHooks, not_finite
 from masa.compression.sizes import letters
 from masa.errors import MasaError
-from masa.sharing.projections import Family, model_shape, separate
-from masa.sharing.spec import ATTENTION
+from masa.sharing.projections import Family, family_of
+from masa.sharing.spec import ATTENTION, PROJECTIONS
 
 USUAL_LENGTH = 512
 """Tokens of a calibration sequence."""
 
 Progress = Callable[[str, int, int], None]
 """Called with (what, done, of)."""
+
+_log = logging.getLogger("masa")
 
 
 @torch.inference_mode(False)  # whose tensors could have no gradient, nor be trained on
@@ -46,7 +50,7 @@ def calibrate(
     """Collect, in one pass, what every compression method needs.
 
     Args:
-        model: a dense Llama- or Starcoder2-like model, in ``eval()`` or not; its weights may be memory-mapped.
+        model: a dense language model of transformers, in ``eval()`` or not; its weights may be memory-mapped.
         tokens: (N, T) token ids, all of equal length.
         directory: write each layer's statistics there as soon as they are known, and read them from there later.
         projections: letters whose inputs are wanted, or "all"; attention by default.
@@ -65,23 +69,22 @@ def calibrate(
     """
     if getattr(model, "sharing", None) is not None:
         raise MasaError(f"This model shares weights already ({model.sharing.spec.method}); calibrate the dense one.")
-    family, training = separate(model), model.training
+    projections = letters(model, projections)
+    family, training = compressible(model, projections), model.training
     tokens = _check_tokens(tokens, model)
     if gradient_samples and model.get_output_embeddings() is None:
         raise MasaError(
             f"{type(model).__name__} predicts no tokens, so that there is no loss whose gradients could be taken "
             "(gradient_samples, the *-fisher methods). Choose another method, or calibrate the causal LM."
         )
-    shape = model_shape(model, family)
-    projections = letters(shape, projections)
-    if absent := set(projections) - set(shape.shapes):
-        raise MasaError(f"This model has no projection {', '.join(sorted(absent))}; it has {', '.join(shape.shapes)}.")
+    if line := family.passed_over(projections):
+        _log.warning("masa: %s", line)
     if directory is not None:
         Path(directory).mkdir(parents=True, exist_ok=True)
         (Path(directory) / "calibration.json").unlink(missing_ok=True)
     result = Calibration(
         *tokens.shape,
-        num_layers=shape.num_layers,
+        num_layers=len(family.blocks),
         inputs=list(dict.fromkeys(INPUT_OF[p] for p in projections)),
         tokens_sha256=tokens_sha256(tokens),
         model_sha256=model_sha256(model),
@@ -92,6 +95,7 @@ def calibrate(
         started = time.perf_counter()
         stream = BlockStream(model, tokens, batch_size, dtype)
         stream.calls.check(gradients=bool(gradient_samples))
+        check_inputs(stream.calls, family, projections)
         inputs = BlockInputs(stream, gradient_samples)
         means = _through_the_blocks(stream, family, projections, result, inputs, progress)
         result.tokens_per_second = round(tokens.numel() / (time.perf_counter() - started), 1)
@@ -114,18 +118,15 @@ def _through_the_blocks(
     progress: Progress,
 ) -> list[Tensor]:
     """Add each layer's statistics to the result and its inputs to those kept; the mean outputs (d,) of all layers."""
-    hooks, means = GramHooks(dict(family.paths), projections), []
+    means = []
     for layer in range(len(stream.blocks)):
         progress("calibrating", layer, len(stream.blocks))
         block = stream.block(layer)
-        check_weights(block, dict(family.paths), layer)
+        check_weights(family, block, layer, "".join(family.found[layer].places))
         inputs.keep()
-        handles = hooks.attach(block)
-        try:
+        hooks = GramHooks(family, layer, "".join(p for p in projections if layer in family.layers(p)))
+        with hooks.attached(block):
             means.append(stream.run(layer, block).float())
-        finally:
-            for handle in handles:
-                handle.remove()
         found = hooks.grams | {"output": means[-1]}
         for name in not_finite(found):
             where = "output" if name == "output" else f"activations that enter {'/'.join(name)}"
@@ -147,10 +148,53 @@ def kl_drift(model: nn.Module, calls: Calls, outputs: Tensor) -> Tensor:
     return (logp[:-1].exp() * (logp[:-1] - logp[1:])).sum(-1).clamp_min(0).cpu()
 
 
-def check_weights(block: nn.Module, paths: dict[str, str], layer: int) -> None:
+def compressible(model: nn.Module, projections: str) -> Family:
+    """The family of a model that can be calibrated and compressed.
+
+    Raises:
+        MasaError: it is no language model, or has not these projections.
+    """
+    family = family_of(model)
+    if not family.language:
+        raise MasaError(
+            f"{type(model).__name__} is no language model: compression calibrates on tokens. Such a model can share "
+            "weights while it trains (masa.share)."
+        )
+    if not projections or len(set(projections)) != len(projections) or set(projections) - set(PROJECTIONS):
+        raise MasaError(f"projections must be distinct letters of {', '.join(family.paths)}, got {projections!r}.")
+    family.require(projections)
+    return family
+
+
+def check_inputs(calls: Calls, family: Family, projections: str) -> None:
+    """Raise :class:`MasaError` unless the model calls every projection, those of one input with the same one."""
+    seen: dict[tuple[int, str], Tensor] = {}
+
+    def keep(key: tuple[int, str], module: nn.Module, args: tuple[Tensor]) -> None:
+        seen[key] = args[0]
+
+    wanted = [(layer, p) for p in projections for layer in family.layers(p)]
+    handles = [
+        family.layer(family.blocks[layer], layer, p).register_forward_pre_hook(partial(keep, (layer, p)))
+        for layer, p in wanted
+    ]
+    try:
+        calls.base(input_ids=calls.probe, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for layer, p in wanted:
+        other = next(other for other in projections if INPUT_OF[other] == INPUT_OF[p] and (layer, other) in seen)
+        if (layer, p) not in seen or not torch.equal(seen[layer, p], seen[layer, other]):
+            what = f"reads another input than {other!r}" if (layer, p) in seen else "is not called where tokens run"
+            raise MasaError(f"Projection {p!r} of layer {layer} {what}: leave it out of projections.")
+
+
+def check_weights(family: Family, block: nn.Module, layer: int, letters: str) -> None:
     """Raise :class:`MasaError` for a NaN or infinity in a weight, naming layer and projection."""
-    for letter in not_finite({letter: block.get_submodule(path).weight for letter, path in paths.items()}):
-        raise MasaError(f"NaN or infinity in the weight of projection {letter!r} ({paths[letter]}) of layer {layer}.")
+    for letter in not_finite({p: family.layer(block, layer, p).weight for p in letters}):
+        path = family.place(layer, letter).path
+        raise MasaError(f"NaN or infinity in the weight of projection {letter!r} ({path}) of layer {layer}.")
 
 
 def check_length(model: nn.Module, length: int | None = None) -> int:

@@ -11,7 +11,9 @@ computed again from it, with gradients, and passes the gradient of its input on 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from masa.compression.calibration.statistics import Calibration
 from masa.compression.calibration.stream import BlockStream, add_moment, not_finite
 from masa.errors import MasaError
 from masa.runs import memory
-from masa.sharing.projections import family_of
+from masa.sharing.projections import Family, family_of
 
 LOGITS = 2**25
 """Logits that exist at once, 128 MiB in float32: those of all tokens could be larger than the model."""
@@ -82,8 +84,8 @@ def add_gradients(
     Raises:
         MasaError: a gradient is not finite; the message names layer and projection.
     """
-    paths, layers = dict(family_of(model).paths), len(stream.blocks)
-    tokens = inputs.samples * stream.hidden[0].shape[1]
+    family, layers = family_of(model), len(stream.blocks)
+    tokens = inputs.samples * stream.batches[0].shape[1]
     generator = torch.Generator(device=stream.hidden[0].device).manual_seed(seed)
     memory.give_back()  # of the way forward
     with frozen(model):
@@ -91,18 +93,15 @@ def add_gradients(
         for layer in reversed(range(layers)):
             progress("gradients", layers - 1 - layer, layers)
             block, moments = stream.block(layer), dict[str, Tensor]()
-            handles = [block.get_submodule(paths[p]).register_forward_hook(_watch(moments, p)) for p in projections]
-            try:
+            letters = [p for p in projections if layer in family.layers(p)]
+            with _watched(family, layer, block, letters, moments):
                 for i, hidden in enumerate(inputs.pop()):
                     hidden = hidden.detach().requires_grad_()
                     stream.through(layer, block, i, hidden).backward(gradients[i])
                     gradients[i] = hidden.grad
-            finally:
-                for handle in handles:
-                    handle.remove()
             for p in not_finite(moments):
                 raise MasaError(f"NaN or infinity in the gradients at the output of {p!r} of layer {layer}.")
-            calibration.add(layer, {f"gradient.{p}": moments[p] / tokens for p in projections})
+            calibration.add(layer, {f"gradient.{p}": moments[p] / tokens for p in letters})
     progress("gradients", layers, layers)
     calibration.gradient_samples = inputs.samples
 
@@ -125,8 +124,25 @@ def _of_tokens(calls: Calls, rows: Tensor, generator: torch.Generator) -> Tensor
     return x.grad
 
 
-def _watch(moments: dict[str, Tensor], letter: str) -> Callable[..., None]:
-    def forward(module: nn.Module, args: Any, output: Tensor) -> None:
-        output.register_hook(lambda gradient: add_moment(moments, letter, gradient))
+@contextlib.contextmanager
+def _watched(
+    family: Family, layer: int, block: nn.Module, letters: Sequence[str], moments: dict[str, Tensor]
+) -> Iterator[None]:
+    """Meanwhile gradients at the outputs of a block's projections are added up, those of a fused layer by its parts."""
 
-    return forward
+    def watch(letter: str, module: nn.Module, args: Any, output: Tensor) -> None:
+        layout = family.place(layer, letter).layout
+
+        def add(gradient: Tensor) -> None:
+            if layout is not None:
+                gradient = layout.take(gradient.flatten(0, -2).T, letter).T
+            add_moment(moments, letter, gradient)
+
+        output.register_hook(add)
+
+    handles = [family.layer(block, layer, p).register_forward_hook(partial(watch, p)) for p in letters]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from masa.compression.calibration.calls import Call, Calls
 from masa.compression.calibration.statistics import INPUT_OF
+from masa.sharing.projections import Family
 
 KINDS = 16
 """Different tensors of one shape that are kept to compare later ones with: masks and position embeddings have few."""
@@ -114,27 +115,36 @@ class GramHooks:
     """Collects H = X^T X of a block's projection inputs while it runs: float32 products, float64 sums.
 
     Args:
-        paths: projection letter -> path of its linear layer inside the block.
-        letters: projections whose inputs are wanted; those that read the same input are counted once.
+        family: of the model.
+        layer: number of the block.
+        letters: projections of it whose inputs are wanted; those that read the same input are counted once.
         stop: raise :class:`InputsSeen` at the last of these inputs, for :meth:`BlockStream.run_hooked`.
     """
 
-    def __init__(self, paths: dict[str, str], letters: str, stop: bool = False) -> None:
-        self.paths = {INPUT_OF[p]: paths[p] for p in letters}
-        # INPUT_OF is in the order in which a block computes
-        self.last = [name for name in INPUT_OF.values() if name in self.paths][-1] if stop else None
+    def __init__(self, family: Family, layer: int, letters: str, stop: bool = False) -> None:
+        self.family, self.layer, self.stop = family, layer, stop
+        self.readers = {INPUT_OF[letter]: letter for letter in letters}
+        self.seen: set[str] = set()
         self.grams: dict[str, Tensor] = {}
 
-    def attach(self, block: nn.Module) -> list[Any]:
-        self.grams = {}
-        return [
-            block.get_submodule(path).register_forward_pre_hook(lambda _, args, name=name: self._add(name, args[0]))
-            for name, path in self.paths.items()
+    @contextlib.contextmanager
+    def attached(self, block: nn.Module) -> Iterator[None]:
+        """Meanwhile the block, or a copy of it, is listened to."""
+        handles = [
+            self.family.layer(block, self.layer, letter).register_forward_pre_hook(partial(self._add, name))
+            for name, letter in self.readers.items()
         ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
-    def _add(self, name: str, x: Tensor) -> None:
-        add_moment(self.grams, name, x)
-        if name == self.last:
+    def _add(self, name: str, module: nn.Module, args: tuple[Tensor]) -> None:
+        add_moment(self.grams, name, args[0])
+        self.seen.add(name)
+        if self.stop and len(self.seen) == len(self.readers):
+            self.seen.clear()  # of this batch
             raise InputsSeen
 
 
@@ -150,5 +160,7 @@ def add_moment(moments: dict[str, Tensor], name: str, x: Tensor) -> None:
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """Names of those that hold a NaN or infinity; a GPU is waited for once, however many they are."""
+    if not tensors:
+        return []
     found = torch.stack([torch.isfinite(tensor).all() for tensor in tensors.values()]).tolist()
     return [name for name, finite in zip(tensors, found, strict=True) if not finite]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from masa.compression.allocation.grouping import make_groups
 from masa.compression.base import Problem, register
 from masa.compression.methods.alignment import AlignedProblem, Transform, check_alignable, mean_cosine, transforms_of
 from masa.compression.methods.matrix_pca import MatrixPCA, Prepared
@@ -22,7 +21,7 @@ class MatrixPCAAligned(MatrixPCA):
     def prepare(self, problem: Problem) -> tuple[dict[int, Transform], Prepared, dict[str, Any]]:
         check_alignable(problem)
         assert problem.calibration is not None
-        groups = make_groups(self.grouping, problem.calibration.drift)
+        groups = self.groups(problem, "q")
         transforms = transforms_of(problem, groups)
         aligned = AlignedProblem.of(problem, transforms)
         cosines = {"before": mean_cosine(problem, groups), "after": mean_cosine(aligned, groups)}

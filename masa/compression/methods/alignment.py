@@ -15,17 +15,17 @@ Dimensions: d hidden, K key/value heads, G query heads that each of them serves,
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from masa.compression.base import Problem
+from masa.compression.calibration.calls import PROBE, Calls
 from masa.compression.calibration.statistics import Calibration
 from masa.errors import MasaError
-from masa.sharing.projections import decoder, family_of
-from masa.sharing.spec import ATTENTION
+from masa.sharing.spec import ATTENTION, ModelShape
 
 Block = dict[str, Tensor]
 """The weights of one block by letter: q (H h, d), k and v (K h, d), o (d, H h)."""
@@ -127,41 +127,74 @@ def check_alignable(problem: Problem) -> None:
     """Refuse a model whose attention has more in it than four matrices and RoPE over whole heads.
 
     Raises:
-        MasaError: a projection is missing or has a bias, queries and keys are normalised, or RoPE turns part of a head.
+        MasaError: a projection is missing or has a bias, or the model does not stay what it is when heads are turned:
+            it normalises queries and keys, RoPE turns part of a head or other pairs, heads have biases of their own.
     """
     if set(problem.projections) != set(ATTENTION):
         raise MasaError(f"Aligned heads need all of q, k, v and o in projections, got {problem.projections!r}.")
-    family, config = family_of(problem.model), problem.model.config
-    for layer, block in enumerate(decoder(problem.model).layers):
-        attention = block.get_submodule(family.attention)
+    family = problem.family
+    for layer in problem.same_layers(ATTENTION, "Aligning heads"):
+        block = family.blocks[layer]
         for letter in ATTENTION:
-            if block.get_submodule(family.paths[letter]).bias is not None:
+            if family.layer(block, layer, letter).bias is not None:
                 raise MasaError(
                     f"Projection {letter!r} of layer {layer} has a bias, and biases stay as they are while the heads "
                     "are turned. Use matrix-pca, which aligns nothing."
                 )
-        if any(hasattr(attention, name) for name in ("q_norm", "k_norm", "q_layernorm", "sinks")):
-            raise MasaError(
-                "This model normalises its queries and keys, which does not commute with turning them. Use matrix-pca."
-            )
-    rope: Any = getattr(config, "rope_parameters", None) or {}
-    if rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None)) not in (None, 1, 1.0):
-        raise MasaError("This model's RoPE turns only part of every head, which is not supported. Use matrix-pca.")
+    shape = problem.shape
+    if apart := _changes(problem, _any_transform(*_sizes(shape))):
+        raise MasaError(
+            f"The attention of this model does not stay what it is when its heads are turned (off by {apart:.1g}): "
+            "normalised queries and keys, RoPE on a part of every head and ALiBi do not commute with turning them. Use "
+            "matrix-pca."
+        )
+
+
+def _sizes(shape: ModelShape) -> tuple[int, int, int]:
+    """H, K and h."""
+    return shape.num_attention_heads, shape.num_key_value_heads, shape.shapes["k"][0] // shape.num_key_value_heads
+
+
+def _any_transform(heads: int, groups: int, size: int) -> Transform:
+    """One that uses all of the freedom."""
+    generator = torch.Generator().manual_seed(0)
+    served = heads // groups
+    order = torch.arange(heads).view(groups, served).flip(0, 1).flatten()
+    angle = torch.rand(groups, size // 2, dtype=torch.float64, generator=generator) * 6
+    turned = torch.linalg.qr(torch.randn(groups, size, size, dtype=torch.float64, generator=generator))[0]
+    return Transform(order, angle, 1 + angle / 6, turned)
+
+
+@torch.no_grad()
+def _changes(problem: Problem, transform: Transform) -> float:
+    """By how much the first block with attention answers otherwise when it is written in another way; 0 is rounding."""
+    device = problem.model.get_input_embeddings().weight.device
+    calls = Calls(problem.model, torch.arange(PROBE, device=device)[None])
+    hidden, given = calls.enter(calls.probe)
+    layer = problem.layers_of("q")[0]
+    exact = copy.deepcopy(calls.blocks[layer]).double()
+    other = copy.deepcopy(exact)
+    for letter in ATTENTION:
+        weight = problem.weight(letter, layer).double()
+        problem.family.write(other, layer, letter, transform.apply(letter, weight))
+    found = [given[layer].run(block, hidden.double(), torch.float64) for block in (exact, other)]
+    before = found[0] - hidden.double()
+    apart = float((found[1] - found[0]).norm() / before.norm().clamp_min(1e-300))
+    return apart if apart > 1e-3 else 0.0
 
 
 def transforms_of(problem: Problem, groups: list[list[int]]) -> dict[int, Transform]:
     """For every layer its alignment to the mean of the layers before it in its group; the first stays as it is."""
-    shape, found = problem.shape, dict[int, Transform]()
-    size = shape.shapes["k"][0] // shape.num_key_value_heads
-    served = shape.num_attention_heads // shape.num_key_value_heads
+    found = dict[int, Transform]()
+    heads, count, size = _sizes(problem.shape)
     for group in groups:
         mean: Block = {}
         for layer in group:
-            problem.progress("aligning", layer, shape.num_layers)
+            problem.progress("aligning", layer, len(problem.layers))
             block = {letter: problem.weight(letter, layer).double() for letter in ATTENTION}
-            transform = Transform.identity(shape.num_attention_heads, shape.num_key_value_heads, size)
+            transform = Transform.identity(heads, count, size)
             if mean:
-                transform = align(block, mean, shape.num_key_value_heads, served)
+                transform = align(block, mean, count, heads // count)
             found[layer] = transform
             for letter, weight in block.items():  # of unit norm, so that every layer counts alike
                 turned = transform.apply(letter, weight)

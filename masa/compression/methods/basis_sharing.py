@@ -46,7 +46,9 @@ class BasisSharing(Compressor):
         allocator, truncations = make_ranks(self.ranks), dict[Key, Truncation]()
         for letter in problem.projections:
             size = self.group_size if letter in self.shared else 1
-            for group in fixed([0.0] * (len(problem.layers) - 1), size):
+            layers = problem.layers_of(letter)
+            for positions in fixed([0.0] * (len(layers) - 1), size):
+                group = [layers[i] for i in positions]
                 problem.progress(f"factorising {letter}", group[0], len(problem.layers))
                 key = letter, tuple(group)
                 gram = problem.gram(letter, group[0])

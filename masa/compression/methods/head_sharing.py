@@ -17,7 +17,6 @@ from masa.compression.base import Compressor, Problem, register, unreachable
 from masa.compression.healing.training import autocast, batches, check_length, cosine
 from masa.errors import MasaError
 from masa.sharing.compressed_sources import SharedHeads
-from masa.sharing.projections import decoder, family_of
 from masa.sharing.spec import ATTENTION
 from masa.sharing.weight_sources import WeightSource
 
@@ -47,20 +46,37 @@ def best_matches(problem: Problem, mode: str) -> list[Match]:
     Args:
         mode: letters whose concatenated weights are compared by their cosine.
     """
-    layers, units = problem.shape.num_layers, problem.shape.num_key_value_heads
+    found, units = whole_heads(problem, mode), problem.shape.num_key_value_heads
+    layers = len(found)
     gram = torch.zeros(layers * units, layers * units, dtype=torch.float64)
     for letter in mode:
-        stacked = torch.cat([heads_of(problem.weight(letter, layer), letter, units) for layer in problem.layers])
+        stacked = torch.cat([heads_of(problem.weight(letter, layer), letter, units) for layer in found])
         flat = stacked.flatten(1).float()
         gram += (flat @ flat.T).double().cpu()
     norms = gram.diagonal().clamp_min(1e-300).sqrt()
     cosine = gram / norms / norms[:, None]
-    found = []
-    for layer in reversed(range(1, layers)):
-        rows = cosine[layer * units : (layer + 1) * units, : layer * units]
+    matches = []
+    for i in reversed(range(1, layers)):
+        rows = cosine[i * units : (i + 1) * units, : i * units]
         for head, (value, source) in enumerate(zip(*rows.max(dim=1), strict=True)):
-            found.append(Match((layer, head), divmod(int(source), units), float(value)))
-    return sorted(found, key=lambda match: -match.similarity)
+            earlier, other = divmod(int(source), units)
+            matches.append(Match((found[i], head), (found[earlier], other), float(value)))
+    return sorted(matches, key=lambda match: -match.similarity)
+
+
+def whole_heads(problem: Problem, mode: str = "") -> tuple[int, ...]:
+    """The layers whose heads can be shared.
+
+    Raises:
+        MasaError: some of them have only a part of the projections, or rows that are not so many a head.
+    """
+    letters = "".join(dict.fromkeys(problem.projections + mode))
+    layers, units = problem.same_layers(letters, "Sharing heads"), problem.shape.num_key_value_heads
+    for letter in letters:
+        rows = problem.shape.shapes[letter][letter == "o"]
+        if rows % units:
+            raise MasaError(f"Projection {letter!r} has {rows} rows, which are not the same for {units} heads of keys.")
+    return layers
 
 
 def choose(problem: Problem, matches: list[Match]) -> dict[str, list[Match]]:
@@ -72,7 +88,7 @@ def choose(problem: Problem, matches: list[Match]) -> dict[str, list[Match]]:
     Raises:
         MasaError: even all matches save too little.
     """
-    layers, units = problem.shape.num_layers, problem.shape.num_key_value_heads
+    layers, units = len(whole_heads(problem)), problem.shape.num_key_value_heads
     cost = {letter: problem.numbers(letter) // units for letter in problem.projections}
     tables = len(cost) * layers * units
     least = problem.dense + tables - len(matches) * sum(cost.values())
@@ -130,16 +146,18 @@ class DirectShare(Compressor):
         return [self._source(problem, letter, roots(found)) for letter, found in chosen.items()]
 
     def _source(self, problem: Problem, letter: str, root: dict[Unit, Unit]) -> SharedHeads:
-        layers, units = problem.shape.num_layers, problem.shape.num_key_value_heads
-        everything = list(itertools.product(range(layers), range(units)))
+        layers, units = problem.layers_of(letter), problem.shape.num_key_value_heads
+        everything = list(itertools.product(layers, range(units)))
         kept = {unit: i for i, unit in enumerate(unit for unit in everything if unit not in root)}
         shape, axis = problem.shape.shapes[letter], int(letter == "o")
-        source = SharedHeads(letter, layers, shape, heads=len(kept), units=units, axis=axis)
+        source = SharedHeads(letter, len(layers), shape, heads=len(kept), units=units, axis=axis)
         source.heads.data = torch.stack(
             [heads_of(problem.weight(letter, layer), letter, units)[head] for layer, head in kept]
         ).contiguous()
         index = [kept[root.get(unit, unit)] for unit in everything]
-        source.index = nn.Buffer(torch.tensor(index, dtype=torch.int32).view(layers, units).to(source.heads.device))
+        source.index = nn.Buffer(
+            torch.tensor(index, dtype=torch.int32).view(len(layers), units).to(source.heads.device)
+        )
         return source
 
 
@@ -216,13 +234,13 @@ class PostShare(DirectShare):
             self.losses_.append([round(lm.item(), 5), round(apart.item(), 5)])
 
     def _distance(self, problem: Problem, chosen: dict[str, list[Match]]) -> Tensor:
-        units, paths = problem.shape.num_key_value_heads, family_of(problem.model).paths
-        blocks = decoder(problem.model).layers
+        units = problem.shape.num_key_value_heads
         terms: list[Tensor] = []
         for letter, matches in chosen.items():
             if letter == "o":
                 continue
-            heads = [heads_of(b.get_submodule(paths[letter]).weight, letter, units) for b in blocks]
+            found = {n: problem.family.at(n, letter).weight for n in problem.layers_of(letter)}
+            heads = {n: heads_of(weight, letter, units) for n, weight in found.items()}
             terms += [(heads[m.unit[0]][m.unit[1]] - heads[m.source[0]][m.source[1]]).norm() for m in matches]
         pairs = max(map(len, chosen.values()))
         return torch.stack(terms).sum() / pairs if terms else torch.zeros(())

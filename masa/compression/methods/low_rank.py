@@ -63,24 +63,25 @@ def factored_sources(
     """
     sources: list[WeightSource] = []
     for letter in problem.projections:
+        position = {layer: i for i, layer in enumerate(problem.layers_of(letter))}  # as sources count layers
         keys = [key for key in ranks if key[0] == letter]
         dense = [layer for key in keys if ranks[key] is None for layer in key[1]]
         low = [key for key in keys if ranks[key]]
         # a dictionary serves only the layers that are not dense
-        groups = [g for g in (atoms or {}).get(letter, []) if set(g.layers) - set(dense)]
+        groups = [g for g in (atoms or {}).get(letter, []) if len(g.atoms) and set(g.layers) - set(dense)]
         rows = [[i for i, layer in enumerate(g.layers) if layer not in dense] for g in groups]
         source = Factored(
             letter,
-            problem.shape.num_layers,
+            len(position),
             problem.shape.shapes[letter],
             atoms=[
-                {"layers": [g.layers[i] for i in row], "atoms": len(g.atoms)}
+                {"layers": [position[g.layers[i]] for i in row], "atoms": len(g.atoms)}
                 for g, row in zip(groups, rows, strict=True)
             ],
-            factors=[{"layers": list(key[1]), "rank": ranks[key]} for key in low],
-            dense=dense,
+            factors=[{"layers": [position[layer] for layer in key[1]], "rank": ranks[key]} for key in low],
+            dense=[position[layer] for layer in dense],
             transposed=True,
-        ).to(problem.weight(letter, 0))
+        ).to(problem.weight(letter, next(iter(position))))
         for i, (group, row) in enumerate(zip(groups, rows, strict=True)):
             source.mixed[i].atoms.copy_(group.atoms)
             source.mixed[i].coefficients.copy_(group.coefficients[row])

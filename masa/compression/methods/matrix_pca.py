@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ class Prepared:
     """What does not depend on the budget; :meth:`MatrixPCA.solve` changes none of it.
 
     Attributes:
-        groups: of layers, for every projection.
+        groups: of layers, by projection.
         idle: matrices that do nothing, of which no atoms are made.
         dictionaries: atoms by projection.
         truncations: of what the atoms leave over.
@@ -69,7 +70,7 @@ class Prepared:
         allocator: of its ranks.
     """
 
-    groups: list[list[int]]
+    groups: dict[str, list[list[int]]]
     idle: set[Key]
     dictionaries: dict[str, list[AtomGroup]]
     truncations: dict[Key, Truncation]
@@ -108,13 +109,15 @@ class MatrixPCA(Compressor):
         if self.metric not in ("weights", "data"):
             raise MasaError(f"metric must be 'weights' or 'data', got {self.metric!r}.")
         allocator = make_ranks(self.ranks)
-        groups = make_groups(self.grouping, problem.calibration.drift)
+        groups = {p: self.groups(problem, p) for p in problem.projections}
         metric, truncations = make_metric(self.residual), dict[Key, Truncation]()
-        idle: set[Key] = {(p, (n,)) for p in problem.projections for n in problem.layers if metric.idle(problem, p, n)}
+        idle: set[Key] = {
+            (p, (n,)) for p in problem.projections for n in problem.layers_of(p) if metric.idle(problem, p, n)
+        }
         check_some_gradient(problem, idle)
-        dictionaries = {p: self._dictionaries(problem, p, groups, idle) for p in problem.projections}
+        dictionaries = {p: self._dictionaries(problem, p, groups[p], idle) for p in problem.projections}
         for letter, found in dictionaries.items():
-            for group in groups:
+            for group in groups[letter]:
                 problem.progress(f"residual of {letter}", group[0], len(problem.layers))
                 for layer in group:
                     key = letter, (layer,)
@@ -126,15 +129,23 @@ class MatrixPCA(Compressor):
         metric.scale(truncations)
         return Prepared(groups, idle, dictionaries, truncations, metric, allocator)
 
+    def groups(self, problem: Problem, letter: str) -> list[list[int]]:
+        """Runs of the layers that have a projection; between two of these, the drift of all blocks adds up."""
+        assert problem.calibration is not None
+        layers, drift = problem.layers_of(letter), problem.calibration.drift
+        between = drift if len(layers) == len(drift) + 1 else [sum(drift[a:b]) for a, b in pairwise(layers)]
+        return [[layers[i] for i in group] for group in make_groups(self.grouping, between)]
+
     def solve(self, problem: Problem, prepared: Prepared) -> list[WeightSource]:
-        self.groups_ = [list(group) for group in prepared.groups]
+        first, *others = prepared.groups.values()
+        self.groups_ = first if all(found == first for found in others) else prepared.groups
         dictionaries = {letter: list(found) for letter, found in prepared.dictionaries.items()}
         truncations, metric, allocator = dict(prepared.truncations), prepared.metric, prepared.allocator
         if sum(problem.numbers(p) for p, _ in truncations.keys() - prepared.idle) <= problem.budget:
             return self._dense(problem, prepared)
         used = sum(group.numbers() for found in dictionaries.values() for group in found)
         if used >= problem.budget:
-            groups = len(prepared.groups)
+            groups = max(map(len, prepared.groups.values()))
             raise unreachable(problem, used, f"{self.atoms} atom(s) for each of {groups} groups alone store")
         ranks = allocator.allocate(truncations, problem.budget - used, least=0)
         while idle := _idle_atoms(dictionaries, ranks):  # what they free buys more ranks
@@ -170,7 +181,7 @@ class MatrixPCA(Compressor):
         found = []
         for group in groups:
             live = [layer for layer in group if (letter, (layer,)) not in idle]
-            if len(live) > 1 or (live == group and len(problem.layers) > 1):
+            if len(live) > 1 or (live == group and problem.shape.count(letter) > 1):
                 found.append(self._atoms(problem, letter, live))
         return found
 

@@ -7,7 +7,6 @@ Each metric is ``tr(G dW H dW^T)`` with its own G (out, out) and H (in, in), sol
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from itertools import product
 from typing import Any
 
 import torch
@@ -126,7 +125,7 @@ def check_some_gradient(problem: Problem, idle: Collection[Any]) -> None:
     Raises:
         MasaError: such statistics.
     """
-    everything = list(product(problem.projections, problem.layers))
+    everything = [(p, layer) for p in problem.projections for layer in problem.layers_of(p)]
     if len(idle) == len(everything) and not any(DataMetric().idle(problem, p, layer) for p, layer in everything):
         raise MasaError(
             f"The gradients of all matrices of {problem.projections} are zero on the calibration's tokens, though "

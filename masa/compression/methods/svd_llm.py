@@ -37,7 +37,7 @@ class LowRankCompressor(Compressor):
         allocator = make_ranks(self.ranks)
         for layer in problem.layers:
             problem.progress("factorising", layer, len(problem.layers))
-            for letter in problem.projections:
+            for letter in problem.letters_of(layer):
                 truncations[letter, (layer,)] = metric.truncate(problem, letter, layer)
         check_some_gradient(problem, [key for key, found in truncations.items() if not does_something(found)])
         metric.scale(truncations)

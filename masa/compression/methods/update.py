@@ -12,7 +12,6 @@ from masa.compression.calibration.stream import BlockStream, GramHooks
 from masa.compression.methods.algebra import refit
 from masa.compression.methods.low_rank import Factors
 from masa.errors import MasaError
-from masa.sharing.projections import family_of
 
 
 @torch.no_grad()
@@ -34,20 +33,19 @@ def sequential_update(problem: Problem, factors: Factors, samples: int | None = 
     assert problem.tokens is not None
     if samples is not None and (isinstance(samples, bool) or not isinstance(samples, int) or samples < 1):
         raise MasaError(f"samples is a number of sequences, at least 1, or None for all of them; got {samples!r}.")
-    paths, refined = dict(family_of(problem.model).paths), dict(factors)
+    family, refined = problem.family, dict(factors)
     stream = BlockStream(problem.model, problem.tokens[:samples], problem.batch_size)
-    hooks = GramHooks(paths, problem.projections, stop=True)
     for layer in problem.layers:
         problem.progress("updating", layer, len(problem.layers))
-        block = stream.block(layer)
-        handles = hooks.attach(block)
-        try:
+        block, letters = stream.block(layer), problem.letters_of(layer)
+        if not letters:
+            stream.run(layer, block)
+            continue
+        hooks = GramHooks(family, layer, letters, stop=True)
+        with hooks.attached(block):
             stream.run_hooked(layer, block)
-        finally:
-            for handle in handles:
-                handle.remove()
         compressed = copy.deepcopy(block)
-        for letter in problem.projections:
+        for letter in letters:
             key = (letter, (layer,))
             if key not in factors:
                 continue
@@ -55,6 +53,6 @@ def sequential_update(problem: Problem, factors: Factors, samples: int | None = 
             gram = hooks.grams[INPUT_OF[letter]]
             left = refit(weight, right, gram, f"{letter} of layer {layer}", problem.regularisation).to(right.dtype)
             refined[key] = left, right
-            compressed.get_submodule(paths[letter]).weight.copy_(left @ right)
+            family.write(compressed, layer, letter, left @ right)
         stream.run(layer, compressed)
     return refined
