@@ -35,10 +35,29 @@ def add(verbs: Verbs) -> None:
     v.add_argument("--revision", metavar="COMMIT", help="of a model on the hub")
     v.add_argument("--out", "--output", required=True, metavar="DIR")
 
+    _add_compress(verbs)
+    v = verbs.add(
+        "sweep",
+        _sweep,
+        "compress a model by one method at several reductions and score each",
+        "masa sweep SmolLM2-135M/svd-llm --model results/pretrained/SmolLM2-135M --calibration statistics "
+        "--texts held_out.json --benchmarks results/data/benchmarks --out results/compression/SmolLM2-135M/svd-llm",
+        gpu=True,
+    )
+    v.add_argument("run", metavar="MODEL/NAME", help="a pretrained model and a compression of the configuration")
+    v.add_argument("--spec", metavar="JSON", help="the run as data; default: from the configuration")
+    v.add_argument("--model", required=True, metavar="DIR", help="what `masa pretrained` wrote")
+    v.add_argument("--calibration", metavar="DIR", help="what `masa calibrate` wrote")
+    v.add_argument("--texts", nargs="+", required=True, metavar="FILE", help="of `masa text`; held-out text first")
+    v.add_argument("--benchmarks", required=True, metavar="DIR", help="what `masa fetch` wrote")
+    v.add_argument("--out", required=True, metavar="DIR")
+
+
+def _add_compress(verbs: Verbs) -> None:
     v = verbs.add(
         "compress",
         _compress,
-        "compress a pretrained Llama-like model without training",
+        "compress a pretrained language model without training",
         "masa compress MODEL --method svd-global --reduction 0.2 --text documents.jsonl --output smaller",
         gpu=True,
     )
@@ -59,22 +78,6 @@ def add(verbs: Verbs) -> None:
     v.add_argument("--threads", type=int, help="CPU threads (default: all)")
     v.add_argument("--revision", metavar="COMMIT", help="of a model on the hub")
     v.add_argument("--out", "--output", required=True, metavar="DIR")
-
-    v = verbs.add(
-        "sweep",
-        _sweep,
-        "compress a model by one method at several reductions and score each",
-        "masa sweep SmolLM2-135M/svd-llm --model results/pretrained/SmolLM2-135M --calibration statistics "
-        "--texts held_out.json --benchmarks results/data/benchmarks --out results/compression/SmolLM2-135M/svd-llm",
-        gpu=True,
-    )
-    v.add_argument("run", metavar="MODEL/NAME", help="a pretrained model and a compression of the configuration")
-    v.add_argument("--spec", metavar="JSON", help="the run as data; default: from the configuration")
-    v.add_argument("--model", required=True, metavar="DIR", help="what `masa pretrained` wrote")
-    v.add_argument("--calibration", metavar="DIR", help="what `masa calibrate` wrote")
-    v.add_argument("--texts", nargs="+", required=True, metavar="FILE", help="of `masa text`; held-out text first")
-    v.add_argument("--benchmarks", required=True, metavar="DIR", help="what `masa fetch` wrote")
-    v.add_argument("--out", required=True, metavar="DIR")
 
 
 def _calibrate(given: argparse.Namespace) -> None:

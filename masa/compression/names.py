@@ -35,6 +35,8 @@ METHODS = {
     "low-rank-sparse": "low_rank_sparse",
     "low-rank-sparse-fisher": "low_rank_sparse",
     "dictionary-pairs": "dictionary_pairs",
+    "mixed": "mixed",
+    "mixed-fisher": "mixed",
     "dictionary-pairs-fisher": "dictionary_pairs",
 }
 """Method -> its module below :mod:`masa.compression.methods`."""
