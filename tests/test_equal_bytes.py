@@ -5,10 +5,11 @@ import itertools
 import json
 import re
 
+import numpy
 import pytest
 import torch
 from compression_models import tiny_llama, tokens
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import masa
 from masa.compression import calibrate, compress
@@ -18,6 +19,7 @@ from masa.compression.methods.matrices import Matrix
 from masa.compression.methods.pruning import compensated, eliminate, keep, keep_two_of_four, score
 from masa.compression.names import METHODS
 from masa.errors import MasaError
+from masa.sharing.packed import Packed, pack_bits, unpack_bits
 
 F64 = torch.float64
 BYTES = sorted(m for m in METHODS if m.startswith(("sparse-", "dictionary-", "low-rank-sparse", "mixed")))
@@ -288,6 +290,31 @@ def test_one_dictionary_may_serve_matrices_of_several_projections_and_is_stored_
     assert attention.attention == pytest.approx(bare / 4, abs=4)
     with torch.no_grad():
         assert torch.equal(masa.load(tmp_path)(tokens()).logits, model(tokens()).logits)
+
+
+def test_positions_that_do_not_fit_their_values_are_refused(tmp_path):
+    masa.save(compressed("sparse-wanda", 0.3)[0], tmp_path)
+    file = tmp_path / "model.safetensors"
+    found = load_file(file)
+    name = next(name for name in found if name.endswith("positions"))
+    for byte in (0, 255):
+        found[name][7] = byte
+        save_file(found, file, {"format": "pt"})
+        with pytest.raises(MasaError, match=r"shared\..*packed has .* positions .* damaged"):
+            masa.load(tmp_path)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (8, 8), (1, 9), (7, 1)])
+def test_bits_are_packed_and_unpacked(shape):
+    mask = torch.rand(shape) < 0.4
+    bits = pack_bits(mask)
+    assert torch.equal(bits, torch.from_numpy(numpy.packbits(mask.flatten().numpy(), bitorder="little")))
+    assert torch.equal(unpack_bits(bits, mask.numel()).view(shape), mask)
+    packed = Packed(*shape, int(mask.sum()))
+    dense = torch.randn(shape)
+    packed.fill(dense, mask)
+    assert torch.equal(packed(), dense * mask) and packed.consistent()
+    assert -(-mask.numel() // 8) + 4 * int(mask.sum()) == sum(t.nbytes for t in packed.state_dict().values())
 
 
 def test_odd_counts_one_layer_and_groups_of_four():

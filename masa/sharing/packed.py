@@ -11,11 +11,6 @@ from torch import Tensor, nn
 from masa.sharing.products import autocast_dtype
 
 
-def packed_bytes(rows: int, columns: int, count: int, width: int) -> int:
-    """Bytes of a packed matrix (rows, columns) with ``count`` values of ``width`` bytes each."""
-    return -(-rows * columns // 8) + count * width
-
-
 def pack_bits(mask: Tensor) -> Tensor:
     """Any bool tensor of n elements -> (ceil(n / 8),) uint8; the first element is the lowest bit of the first byte."""
     flat = mask.flatten().to(torch.uint8)
@@ -50,6 +45,12 @@ class Packed(nn.Module):
         """Keep ``matrix`` (rows, columns) where ``mask`` is true, at ``count`` places."""
         self.values.copy_(matrix[mask])
         self.positions.copy_(pack_bits(mask))
+
+    def consistent(self) -> bool:
+        """Whether there are as many positions as values."""
+        found = unpack_bits(self.positions, 8 * len(self.positions))
+        inside = self.rows * self.columns
+        return int(found[:inside].sum()) == len(self.values) and not bool(found[inside:].any())
 
     def forward(self) -> Tensor:
         mask = unpack_bits(self.positions, self.rows * self.columns).view(self.rows, self.columns)
