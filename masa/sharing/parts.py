@@ -104,6 +104,25 @@ class Dense(Part):
         return nn.functional.linear(on_device_of(self.weight, x), self.weight, bias)
 
 
+@part("nothing")
+class Nothing(Part):
+    """A matrix of zeros, of which nothing is stored."""
+
+    def __init__(self, shapes: Sequence[Shape]) -> None:
+        super().__init__(shapes)
+        self.like = nn.Parameter(torch.empty(0))  # of no element: it says dtype and device
+
+    def written(self, row: int) -> Tensor:
+        return self.like.new_zeros(self.shapes[row], dtype=autocast_dtype(self.like))
+
+    def multiplied(self, row: int, x: Tensor, bias: Tensor | None) -> Tensor:
+        y = x.new_zeros(*x.shape[:-1], self.shapes[row][0])
+        return y if bias is None else y + bias
+
+    def reads(self, row: int) -> int:
+        return 0
+
+
 @part("sparse")
 class Sparse(Part):
     """The matrix with ``count`` values left where they were, packed; unpacked for each product."""

@@ -125,12 +125,15 @@ def uniform(units: Sequence[Unit], budget: int, dense: int) -> list[Option]:
     Raises:
         MasaError: a matrix has none.
     """
-    chosen, keep = [], budget / dense
+    chosen, keep = [], budget / max(dense, 1)
     for unit in units:
-        if unit.joint:
+        if unit.joint and keep < 1:
             chosen.append(min(unit.joint, key=lambda o: (o.cost, o.size)))
             continue
         for options in unit.singles:
+            if not options[0].size:  # nothing to store
+                chosen.append(options[0])
+                continue
             whole = max(o.size for o in options if o.kind == "dense")
             within = [o for o in options if o.size <= keep * whole]
             if not within:

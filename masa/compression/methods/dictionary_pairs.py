@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -12,7 +12,7 @@ from masa.compression.allocation.matching import distances, groups
 from masa.compression.base import Problem, register
 from masa.compression.methods.algebra import cholesky
 from masa.compression.methods.dictionaries import Side
-from masa.compression.methods.equal_bytes import ByteCompressor, Family, members_of
+from masa.compression.methods.equal_bytes import ByteCompressor, Family, Profile, members_of
 from masa.compression.methods.fits import Fit, dictionary_fit, part_bytes
 from masa.compression.methods.matrices import Matrix
 from masa.compression.methods.shared_dictionaries import Group
@@ -23,7 +23,9 @@ SHARES = (0.9, 0.8, 0.65, 0.5, 0.35)
 RATIOS = [2.5]
 
 
-def matched(problem: Problem, letters: str, size: int, loss: bool) -> list[list[Member]]:
+def matched(
+    problem: Problem, letters: Sequence[str], size: int, loss: bool, idle: Collection[Member] = ()
+) -> list[list[Member]]:
     """Groups of matrices with one input width, of any projection and layer, nearest as their own data see them.
 
     Projections share only where the same layers have them.
@@ -32,12 +34,16 @@ def matched(problem: Problem, letters: str, size: int, loss: bool) -> list[list[
         letters: projections that may share.
         size: of a group at most, a power of two.
         loss: weigh outputs by the loss.
+        idle: matrices that need no place in a group.
+
+    Returns:
+        Groups of two and more.
     """
     found: list[list[Member]] = []
     shape = problem.shape
     for width, layers in dict.fromkeys((shape.shapes[p][1], shape.layers_of(p)) for p in letters):
         alike = [p for p in letters if shape.shapes[p][1] == width and shape.layers_of(p) == layers]
-        members = members_of(problem, "".join(alike))
+        members = [member for member in members_of(problem, "".join(alike)) if member not in idle]
         whitened = []
         for done, (letter, layer) in enumerate(members):
             problem.progress("matching", done, len(members))
@@ -48,7 +54,7 @@ def matched(problem: Problem, letters: str, size: int, loss: bool) -> list[list[
                 x = cholesky(side.left, side.name, side.log).T @ x
             whitened.append(x.float())
         found += [[members[i] for i in group] for group in groups(distances(whitened), size)]
-    return found
+    return [group for group in found if len(group) > 1]
 
 
 def share_sizes(
@@ -107,27 +113,27 @@ class Pairs(ByteCompressor):
         ratios = sorted({1.5, *self.ratios}) if self.allocation == "global" else self.ratios
         return [Dictionary(side, self.outputs, self.scope, power, ratios, self.rounds, log)]
 
-    def prepare(self, problem: Problem) -> Any:
+    def prepare(self, problem: Problem) -> Profile:
         size = self.group_size
         if isinstance(size, bool) or not isinstance(size, int) or size < 1 or size & (size - 1):
             raise MasaError(f"group_size must be a power of two, at least 1, got {size!r}.")
-        singles = super().prepare(problem)
+        found = super().prepare(problem)
         letters = [p for p in problem.projections if self.shared is None or p in self.shared]
-        members = matched(problem, "".join(letters), size, self.outputs != "none") if size > 1 and letters else []
-        members = [group for group in members if len(group) > 1]
-        joint = None if singles is None else [self.joint(problem, group, None) for group in members]
-        return singles, members, joint
+        members = matched(problem, letters, size, self.outputs != "none", found.idle) if size > 1 else []
+        groups = []
+        for done, group in enumerate(members):
+            problem.progress("profiling groups", done, len(members))
+            groups.append((tuple(group), None if found.options is None else self.joint(problem, group, None)))
+        return replace(found, groups=tuple(groups))
 
-    def units(self, problem: Problem, prepared: Any, share: float) -> list[Unit]:
-        singles, members, joint = prepared
-        left = dict(self.options(problem, [share]) if singles is None else singles)
-        found = []
-        for i, group in enumerate(members):
+    def units(self, problem: Problem, prepared: Profile, share: float) -> list[Unit]:
+        left, found = dict(self.singles(problem, prepared, share)), []
+        for group, joint in prepared.groups:
             apart = [left.pop(member) for member in group]
             if joint is None:
                 found.append(Unit(apart, self.joint(problem, group, [share])))
             else:
-                found.append(Unit(apart, [o for o in joint[i] if better_together(o, apart)]))
+                found.append(Unit(apart, [o for o in joint if better_together(o, apart)]))
         self.offered_ = sum(bool(unit.joint) for unit in found)
         return found + [Unit([options]) for options in left.values()]
 

@@ -7,8 +7,8 @@ solves for the option that was chosen.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -16,6 +16,7 @@ from masa.compression.allocation.bytes import Member, Option, Unit, allocate, un
 from masa.compression.base import Compressor, Problem
 from masa.compression.methods.fits import Fit, dense_fit, part_bytes, part_sources
 from masa.compression.methods.matrices import Matrix, check_cost
+from masa.compression.methods.metrics import check_some_gradient
 from masa.errors import unknown
 from masa.sharing.part_sources import guard_bytes
 from masa.sharing.weight_sources import WeightSource
@@ -49,6 +50,21 @@ def members_of(problem: Problem, letters: str) -> list[Member]:
     return [(p, n) for n in problem.layers for p in letters if n in problem.shape.layers_of(p)]
 
 
+@dataclass(frozen=True)
+class Profile:
+    """What does not depend on the budget.
+
+    Attributes:
+        idle: matrices that need not be stored.
+        options: of every matrix by itself; None for uniform shares, whose options are made for the budget.
+        groups: of matrices that may be stored together, each with the options for that, or None as above.
+    """
+
+    idle: frozenset[Member]
+    options: dict[Member, list[Option]] | None
+    groups: tuple[tuple[tuple[Member, ...], list[Option] | None], ...] = ()
+
+
 class ByteCompressor(Compressor):
     """Base of the methods that spend bytes.
 
@@ -80,18 +96,21 @@ class ByteCompressor(Compressor):
     def matrix(self, problem: Problem, letter: str, layer: int) -> Matrix:
         return Matrix.of(problem, letter, layer, self.needs_loss())
 
-    def prepare(self, problem: Problem) -> Any:
-        """Options of every matrix for any budget; none for uniform shares, whose options are made for the budget."""
+    def prepare(self, problem: Problem) -> Profile:
         check_cost(self.cost)
         if self.allocation not in ALLOCATIONS:
             raise unknown("allocation", self.allocation, ALLOCATIONS)
-        return None if self.allocation == "uniform" else self.options(problem, None)
+        everything = members_of(problem, problem.projections)
+        idle = frozenset(member for member in everything if self.matrix(problem, *member).idle)
+        if self.needs_loss():
+            check_some_gradient(problem, idle)
+        return Profile(idle, None if self.allocation == "uniform" else self.options(problem, None, idle))
 
-    def solve(self, problem: Problem, prepared: Any) -> list[WeightSource]:
+    def solve(self, problem: Problem, prepared: Profile) -> list[WeightSource]:
         width = problem.dtype.itemsize
         budget = width * problem.budget - guard_bytes(problem.shape, problem.projections, problem.dtype)
-        dense = width * problem.dense
-        units = self.units(problem, prepared, budget / dense)
+        dense = width * (problem.dense - sum(problem.numbers(letter) for letter, _ in prepared.idle))
+        units = self.units(problem, prepared, min(1.0, budget / max(dense, 1)))
         chosen = (uniform if self.allocation == "uniform" else allocate)(units, budget, dense)
         self.cost_ = sum(option.cost for option in chosen)
         self.chosen_ = dict(Counter(option.kind for option in chosen))
@@ -101,26 +120,36 @@ class ByteCompressor(Compressor):
         }
         return part_sources(problem, self.fits(problem, chosen))
 
-    def units(self, problem: Problem, prepared: Any, share: float) -> list[Unit]:
+    def units(self, problem: Problem, prepared: Profile, share: float) -> list[Unit]:
         """What competes, or takes ``share`` of its bytes: one unit a matrix, unless several may be stored together.
 
         Args:
             prepared: what :meth:`prepare` returned.
         """
-        found = self.options(problem, [share]) if prepared is None else prepared
+        found = self.singles(problem, prepared, share)
         return [Unit([options]) for options in found.values()]
 
-    def options(self, problem: Problem, shares: Sequence[float] | None) -> dict[Member, list[Option]]:
+    def singles(self, problem: Problem, prepared: Profile, share: float) -> dict[Member, list[Option]]:
+        """Options of every matrix by itself, those of the profile, or made for a share."""
+        return self.options(problem, [share], prepared.idle) if prepared.options is None else prepared.options
+
+    def options(
+        self, problem: Problem, shares: Sequence[float] | None, idle: Collection[Member]
+    ) -> dict[Member, list[Option]]:
         """Of every matrix by itself: dense first, then what the families offer that is smaller.
 
         Args:
             shares: see :meth:`Family.options`.
+            idle: matrices that need not be stored.
         """
         width = problem.dtype.itemsize
         families, found = self.families(problem.regularisation), dict[Member, list[Option]]()
         everything = members_of(problem, problem.projections)
         for done, (letter, layer) in enumerate(everything):
             problem.progress("profiling", done, len(everything))
+            if (letter, layer) in idle:
+                found[letter, layer] = [Option(((letter, layer),), "nothing", 0, 0.0)]
+                continue
             matrix = self.matrix(problem, letter, layer)
             whole = part_bytes({"kind": "dense"}, [problem.shape.shapes[letter]], width)
             offered = [o for family in families for o in family.options(matrix, self.cost, shares, width)]
@@ -145,7 +174,9 @@ class ByteCompressor(Compressor):
             inputs: E[x x^T] to be solved for in the place of the calibration's.
         """
         (letter, layer), *others = option.members
-        if option.kind == "dense":
+        if option.kind == "nothing":
+            found = [Fit({"kind": "nothing"}, option.members)]
+        elif option.kind == "dense":
             found = [dense_fit(option.members[0], problem.weight(letter, layer))]
         elif others:
             found = self.fit_group(problem, option)

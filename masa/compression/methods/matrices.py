@@ -23,7 +23,7 @@ class Matrix:
         weight: W (out, in).
         inputs: E[x x^T] (in, in), or None for methods blind to data.
         outputs: E[g g^T] (out, out) of the loss's gradients, or None where the loss is not asked.
-        idle: nothing enters it, or the loss minds nothing of what leaves it: whatever it is stored as costs nothing.
+        idle: it is zero, nothing enters it, or the loss minds nothing of what leaves it: it need not be stored.
     """
 
     letter: str
@@ -48,7 +48,7 @@ class Matrix:
             assert found is not None
             outputs = found.gradient_gram(letter, layer).to(weight.device)
             outputs.diagonal().add_(damping * outputs.diagonal().mean())
-        idle = False
+        idle = not bool(weight.any())
         for metric in (inputs, outputs):
             if metric is not None and not bool(metric.any()):
                 metric.fill_diagonal_(1.0)  # any will do
