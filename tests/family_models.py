@@ -1,4 +1,4 @@
-"""Tiny random models of many families, and the table of docs/reference/families.md: a row a family, a function a column.
+"""Tiny random models of many families, and the table of docs/reference/families.md: a row each, a function a column.
 
     python tests/family_models.py        # go through all of them and write the table
 
@@ -314,6 +314,20 @@ def fold(case):
     return "yes"
 
 
+def calibrate(case):
+    """The statistics of every projection are those of the whole model (:mod:`family_compression`)."""
+    from family_compression import calibrated
+
+    return calibrated(case)
+
+
+def compress(case):
+    """By several methods, folded, saved and loaded (:mod:`family_compression`)."""
+    from family_compression import compressed
+
+    return compressed(case)
+
+
 def gguf(case):
     """Whether llama.cpp's converter knows the class (its pinned release, see masa.export.gguf)."""
     return "yes" if case.kind in known_to_llama_cpp() else "no"
@@ -340,6 +354,8 @@ COLUMNS = {
     "train": train,
     "save, load": save_load,
     "fold": fold,
+    "calibrate": calibrate,
+    "compress": compress,
     "GGUF": gguf,
 }
 """Name of a column -> what it says of a case; it raises where the product fails, and MasaError is a "no"."""

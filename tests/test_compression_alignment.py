@@ -160,13 +160,38 @@ def test_a_block_with_more_in_it_is_refused():
     biased = tiny_llama()
     with pytest.raises(MasaError, match="bias"):
         compress(biased, "matrix-pca-aligned", calibrate(biased, tokens()), 0.2)
+    for other in (normalised(), partly_turned(), turned_in_other_pairs(), biased_by_distance()):
+        with pytest.raises(MasaError, match="does not stay what it is when its heads are turned"):
+            compress(other, "matrix-pca-aligned", calibrate(other, tokens()), 0.2)
+
+
+SIZES = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3, "vocab_size": 96, "pad_token_id": 0}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def normalised():
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    sizes = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3, "vocab_size": 96, "head_dim": 12}
-    qwen = Qwen3ForCausalLM(Qwen3Config(**sizes, num_attention_heads=4, num_key_value_heads=2)).eval()
-    with pytest.raises(MasaError, match="normalises its queries"):
-        compress(qwen, "matrix-pca-aligned", calibrate(qwen, tokens()), 0.2)
-    partial = model()
-    partial.config.rope_parameters = {"partial_rotary_factor": 0.5}
-    with pytest.raises(MasaError, match="only part of every head"):
-        compress(partial, "matrix-pca-aligned", found, 0.2)
+    return Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=12)).eval()
+
+
+def partly_turned():
+    from transformers import StableLmConfig, StableLmForCausalLM
+
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    return StableLmForCausalLM(StableLmConfig(**SIZES, rope_parameters=rope)).eval()
+
+
+def turned_in_other_pairs():
+    """Neighbouring rows, where Llama's are half a head apart."""
+    from transformers import CohereConfig, CohereForCausalLM
+
+    return CohereForCausalLM(CohereConfig(**SIZES)).eval()
+
+
+def biased_by_distance():
+    """ALiBi: every head has a slope of its own."""
+    from transformers import FalconConfig, FalconForCausalLM
+
+    sizes = {name: value for name, value in SIZES.items() if name not in ("intermediate_size", "num_key_value_heads")}
+    return FalconForCausalLM(FalconConfig(**sizes, alibi=True, multi_query=False, parallel_attn=False)).eval()

@@ -101,6 +101,7 @@ def compress(
     else:
         problem.budget = int((1 - reduction) * problem.dense)
     before = count_parameters(model)
+    model.eval()
 
     reset_peak_rss()
     started = time.perf_counter()
@@ -111,7 +112,6 @@ def compress(
 
     spec = CompressionSpec(compressor.name, float(reduction), projections, compressor.get_params())
     model.sharing = Sharing(spec, before.attention_dense)
-    model.eval()
     return model, _report(model, compressor, problem, before, sources, seconds, peak)
 
 

@@ -90,12 +90,18 @@ def usage(source: Source) -> str:
     )
 
 
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
+"""What configurations call the longest text."""
+
+
 def limits(source: Source, config: Mapping[str, Any]) -> list[str]:
     """What a reader must know before use."""
+    longest = next((config[name] for name in POSITIONS if config.get(name)), None)  # none where distance is a bias
+    allowed = f"{longest:,} tokens" if longest else "any number of tokens"
     found = [
-        f"It reads at most {config['max_position_embeddings']:,} tokens at once, and was not trained on longer texts."
+        f"It reads at most {allowed} at once, and was not trained on longer texts."
         if source.spec
-        else f"Its configuration allows {config['max_position_embeddings']:,} tokens at once.",
+        else f"Its configuration allows {allowed} at once.",
         "It completes text. It was not trained to follow instructions or to be safe, and says false things fluently."
         if source.spec
         else "Compression changes what a model says, also where its perplexity hardly moves; what its origin may not "

@@ -143,7 +143,7 @@ def kl_drift(model: nn.Module, calls: Calls, outputs: Tensor) -> Tensor:
     one that ties both.
     """
     head = model.get_output_embeddings() or model.get_input_embeddings()
-    hidden = calls.leave(outputs.to(calls.hidden_dtype)[None])[0]
+    hidden = calls.leave(outputs.to(calls.hidden_dtype))
     logp = torch.log_softmax(nn.functional.linear(hidden, head.weight).float().double(), -1)
     return (logp[:-1].exp() * (logp[:-1] - logp[1:])).sum(-1).clamp_min(0).cpu()
 
@@ -179,13 +179,14 @@ def check_inputs(calls: Calls, family: Family, projections: str) -> None:
         for layer, p in wanted
     ]
     try:
-        calls.base(input_ids=calls.probe, use_cache=False)
+        calls.run(calls.probe)
     finally:
         for handle in handles:
             handle.remove()
     for layer, p in wanted:
         other = next(other for other in projections if INPUT_OF[other] == INPUT_OF[p] and (layer, other) in seen)
-        if (layer, p) not in seen or not torch.equal(seen[layer, p], seen[layer, other]):
+        same = (layer, p) in seen and torch.allclose(seen[layer, p], seen[layer, other], rtol=0, atol=0, equal_nan=True)
+        if not same:
             what = f"reads another input than {other!r}" if (layer, p) in seen else "is not called where tokens run"
             raise MasaError(f"Projection {p!r} of layer {layer} {what}: leave it out of projections.")
 

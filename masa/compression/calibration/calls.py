@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from masa.errors import MasaError
-from masa.sharing.projections import blocks
+from masa.sharing.projections import blocks, decoder
 
 PROBE = 8
 """Tokens of the one sequence that a model is looked at with."""
@@ -73,7 +73,7 @@ class Calls:
     """
 
     def __init__(self, model: nn.Module, ids: Tensor) -> None:
-        self.model, self.base = model, getattr(model, "base_model", model)
+        self.model, self.home = model, decoder(model)
         self.blocks: Sequence[nn.Module] = list(blocks(model))
         self.probe = ids[:1, :PROBE]
         self._rest: list[tuple[Any, ...] | None] = []  # of every block's answer, what follows the hidden states
@@ -92,9 +92,7 @@ class Calls:
 
         handles = [block.register_forward_hook(keep) for block in self.blocks]
         try:
-            self.base(input_ids=self.probe, use_cache=False)
-        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
-            raise MasaError(f"{type(self.model).__name__} cannot run on token ids alone: {error}") from error
+            self.run(self.probe)
         finally:
             for handle in handles:
                 handle.remove()
@@ -102,6 +100,31 @@ class Calls:
             raise MasaError(
                 f"{type(self.model).__name__} does not run each of its {len(self.blocks)} blocks once and in order."
             )
+
+    def run(self, ids: Tensor) -> Tensor:
+        """The last hidden states of tokens (n, T), from which the model's head would make its logits.
+
+        Raises:
+            MasaError: the model does not run on tokens alone, or not on so many.
+        """
+        found: list[Tensor] = []
+
+        def stop(home: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            found.append(output if isinstance(output, Tensor) else output[0])
+            raise _Reached
+
+        handle = self.home.register_forward_hook(stop)
+        try:
+            with contextlib.suppress(_Reached):
+                self.model(input_ids=ids, use_cache=False)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
+            what = f"{len(ids)} sequences of {ids.shape[1]} token ids"
+            raise MasaError(f"{type(self.model).__name__} does not run on {what} alone: {error}") from error
+        finally:
+            handle.remove()
+        return found[0] if found else ids
 
     def enter(self, ids: Tensor) -> tuple[Tensor, list[Call]]:
         """What the first block is given for tokens (n, T), and what all of them are given beside; no block runs."""
@@ -111,26 +134,30 @@ class Calls:
             entered.append(hidden)
             calls.append(call)
             if len(calls) == len(self.blocks):
-                raise _LastBlockReached
+                raise _Reached
             return hidden
 
-        with torch.no_grad(), self._passed_over(stop), contextlib.suppress(_LastBlockReached):
-            self.base(input_ids=ids, use_cache=False)
+        with torch.no_grad(), self._passed_over(stop):
+            self.run(ids)
         return entered[0], calls
 
-    def leave(self, hidden: Tensor) -> Tensor:
-        """What the model without its head makes of the last block's output (n, T, d)."""
-        with self._passed_over(self._ending_in(hidden)):
-            return self.base(input_ids=self.probe[:, :1], use_cache=False)[0]
+    def leave(self, rows: Tensor) -> Tensor:
+        """What the model without its head makes of the last block's output, (n, d) of n tokens."""
+        with self._passed_over(self._ending_in(rows)):
+            return self.run(self._of_one_token(rows)).flatten(0, 1)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """The logits (n, T, V) of the last block's output; some models scale theirs, or cap them."""
-        with self._passed_over(self._ending_in(hidden)):
-            return self.model(input_ids=self.probe[:, :1], use_cache=False).logits
+    def logits(self, rows: Tensor) -> Tensor:
+        """The logits (n, V) of the last block's output, (n, d) of n tokens; some models scale theirs, or cap them."""
+        with self._passed_over(self._ending_in(rows)):
+            return self.model(input_ids=self._of_one_token(rows), use_cache=False).logits.flatten(0, 1)
 
-    def _ending_in(self, last: Tensor) -> Callable[[Tensor, Call], Tensor]:
+    def _of_one_token(self, rows: Tensor) -> Tensor:
+        """As many sequences of one token as there are rows: no model has too few positions for them."""
+        return self.probe[:, :1].expand(len(rows), 1)
+
+    def _ending_in(self, rows: Tensor) -> Callable[[Tensor, Call], Tensor]:
         count = iter(range(1, len(self.blocks) + 1))
-        return lambda hidden, call: last if next(count) == len(self.blocks) else hidden
+        return lambda hidden, call: rows[:, None] if next(count) == len(self.blocks) else hidden
 
     @contextlib.contextmanager
     def _passed_over(self, instead: Callable[[Tensor, Call], Tensor]) -> Iterator[None]:
@@ -192,7 +219,7 @@ class Calls:
 
         handle = self.blocks[0].register_forward_pre_hook(keep, with_kwargs=True)
         try:
-            end = self.base(input_ids=self.probe, use_cache=False)[0]
+            end = self.run(self.probe)
         finally:
             handle.remove()
         return start[0], end
@@ -202,7 +229,7 @@ class Calls:
         start = hidden = start.detach().requires_grad_(torch.is_grad_enabled())
         for block, call in zip(self.blocks, calls, strict=True):
             hidden = call.run(block, hidden)
-        return start, self.leave(hidden)
+        return start, self.leave(hidden.flatten(0, 1)).view_as(hidden)
 
 
 @contextlib.contextmanager
@@ -218,7 +245,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
             p.requires_grad_(True)
 
 
-class _LastBlockReached(Exception):
+class _Reached(Exception):
     pass
 
 

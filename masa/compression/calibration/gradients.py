@@ -117,7 +117,7 @@ def loss_gradient(model: nn.Module, calls: Calls, hidden: Tensor, generator: tor
 def _of_tokens(calls: Calls, rows: Tensor, generator: torch.Generator) -> Tensor:
     """The same of tokens (n, d) whose logits may exist all at once."""
     x = rows.detach().to(calls.hidden_dtype, copy=True).requires_grad_()
-    logits = calls.logits(x[None]).flatten(0, 1).float()
+    logits = calls.logits(x).float()
     # on a CPU one number a probability, in order: the labels do not depend on how tokens are cut into chunks
     labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
     nn.functional.cross_entropy(logits, labels.flatten(), reduction="sum").backward()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from masa.compression.allocation.bytes import Member
 from masa.compression.base import Problem
+from masa.compression.methods.coding import normalised
 from masa.sharing.part_sources import Parts
 from masa.sharing.parts import Part, make_part
 from masa.sharing.weight_sources import WeightSource
@@ -66,7 +67,8 @@ def sparse_fit(member: Member, matrix: Tensor, mask: Tensor) -> Fit:
 def dictionary_fit(
     members: Sequence[Member], atoms: Tensor, codes: Sequence[Tensor], masks: Sequence[Tensor], side: str
 ) -> Fit:
-    """D (width, k) and a C (k, ·) for each member, with the masks of what stays."""
+    """D (width, k), its atoms of norm 1, and a C (k, ·) for each member, with the masks of what stays."""
+    atoms, codes = normalised(atoms, list(codes))
     counts = [int(mask.sum()) for mask in masks]
     packed = {
         f"codes.{i}": (code.mT, mask.mT) if side == "in" else (code, mask)

@@ -41,7 +41,8 @@ class Matrix:
             loss: read the gradients' moments, too.
             damping: added to their diagonal, relative to its mean.
         """
-        weight, inputs, outputs, found = problem.weight(letter, layer).double(), None, None, problem.calibration
+        weight = problem.weight(letter, layer).double().contiguous()
+        inputs, outputs, found = None, None, problem.calibration
         if found is not None:
             inputs = problem.gram(letter, layer) / (found.samples * found.length)
         if loss:
