@@ -317,6 +317,15 @@ def test_bits_are_packed_and_unpacked(shape):
     assert -(-mask.numel() // 8) + 4 * int(mask.sum()) == sum(t.nbytes for t in packed.state_dict().values())
 
 
+def test_where_no_data_reach_a_common_dictionary_is_not_arbitrary():
+    """Ten tokens for a width of 48: most directions are seen by no member."""
+    few = calibrate(tiny_llama(), tokens()[:1, :10], projections="all")
+    model, _ = compress(tiny_llama(), "dictionary-pairs", few, 0.2, projections="all")
+    plain, dense = masa.fold(model).state_dict(), tiny_llama().state_dict()
+    for name in (n for n in plain if n.endswith("_proj.weight")):
+        assert (plain[name] - dense[name]).norm() < 0.8 * dense[name].norm(), name
+
+
 def test_odd_counts_one_layer_and_groups_of_four():
     model, _ = compress(
         tiny_llama(num_hidden_layers=1), "dictionary-pairs", statistics(num_hidden_layers=1), 0.3, projections="all"

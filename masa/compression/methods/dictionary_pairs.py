@@ -21,6 +21,8 @@ from masa.errors import MasaError
 
 SHARES = (0.9, 0.8, 0.65, 0.5, 0.35)
 RATIOS = [2.5]
+ETA = 1e-6
+"""Added to every H before dictionaries are shared, relative to its mean diagonal: GeoPair's eta."""
 
 
 def matched(
@@ -140,7 +142,11 @@ class Pairs(ByteCompressor):
     def group(self, problem: Problem, members: Sequence[Member]) -> tuple[list[Matrix], Group]:
         """The matrices and what is to be solved for."""
         matrices = [self.matrix(problem, letter, layer) for letter, layer in members]
-        return matrices, Group([Side.of(m, "in", self.outputs, problem.regularisation) for m in matrices])
+        sides = [Side.of(m, "in", self.outputs, problem.regularisation) for m in matrices]
+        for side in sides:
+            if side.left is not None:  # a common D is not determined where the data of no member reach
+                side.left = side.left + ETA * side.left.diagonal().mean() * torch.eye(len(side.left)).to(side.left)
+        return matrices, Group(sides)
 
     def joint(self, problem: Problem, members: Sequence[Member], shares: Sequence[float] | None) -> list[Option]:
         """Options of a group stored together, each with an exact dictionary, as the singles' are profiled."""
