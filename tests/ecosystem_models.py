@@ -20,9 +20,10 @@ SHARED = {
     "sequential": {"method": "sequential"},
     "repeat": {"method": "repeat-all-over"},
 }
-COMPRESSED = ("svd-llm", "svd-fisher", "matrix-pca", "basis-sharing", "direct-share")
+PARTS = ("sparse-fisher", "dictionary-pairs", "low-rank-sparse")
+COMPRESSED = ("svd-llm", "svd-fisher", "matrix-pca", "basis-sharing", "direct-share", *PARTS)
 KINDS = (*SHARED, *COMPRESSED)
-FEW = ("masa", "low-rank", "matrix-pca", "svd-llm")
+FEW = ("masa", "low-rank", "matrix-pca", "svd-llm", "dictionary-pairs")
 """A kind of each way to multiply, for what takes long."""
 
 

@@ -42,7 +42,7 @@ def _add_calibrate(verbs: Verbs) -> None:
     v.add_argument("--samples", type=int, default=64, help="sequences (default 64; the paper's size is 256)")
     v.add_argument("--length", type=int, help="tokens a sequence (default 512, at most all positions; paper: 2048)")
     v.add_argument("--gradient-samples", type=int, default=0, help="sequences for the *-fisher methods (default 0)")
-    v.add_argument("--projections", default="qkvo", help="letters to measure (default qkvo; all linears: qkvogud)")
+    v.add_argument("--projections", default="qkvo", help="letters to measure, or all (default qkvo)")
     v.add_argument("--batch-size", type=int, default=4, help="sequences at once (default 4)")
     v.add_argument("--seed", type=int, default=0)
     v.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda:1, …")
@@ -65,11 +65,13 @@ def _add_compress(verbs: Verbs) -> None:
     )
     v.add_argument("model", metavar="MODEL", help="folder, GGUF file, or ORG/NAME on the hub with --revision")
     v.add_argument("--method", default="svd-global", help=f"{', '.join(METHODS)} (default svd-global)")
-    v.add_argument("--reduction", type=float, default=0.2, help="fraction of attention to save (default 0.2)")
+    small = v.add_mutually_exclusive_group()
+    small.add_argument("--reduction", type=float, help="fraction of the projections to save (default 0.2)")
+    small.add_argument("--size", metavar="BYTES", help="of the whole model instead: 110MiB, 900MB")
     data = v.add_mutually_exclusive_group()
     data.add_argument("--calibration", metavar="DIR", help="what `masa calibrate` wrote")
     data.add_argument("--text", metavar="FILE", help="calibrate on it in passing (64 x 512 tokens); as for calibrate")
-    v.add_argument("--projections", default="qkvo", help="letters to compress (default qkvo; all linears: qkvogud)")
+    v.add_argument("--projections", default="qkvo", help="letters to compress, or all (default qkvo)")
     v.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="of the method: ranks=global")
     v.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda:1, …")
     v.add_argument("--json", action="store_true", help="print the whole account as JSON")
@@ -156,6 +158,7 @@ def _compress(given: argparse.Namespace) -> None:
             given.method,
             given.reduction,
             folder if given.text else given.calibration,
+            size=int(given.size) if given.size and given.size.isdigit() else given.size,
             options={key: yaml.safe_load(value) for key, value in options.items()},
             plain=given.plain,
             evaluate=given.evaluate,
@@ -170,6 +173,7 @@ def _account(summary: dict[str, Any]) -> str:
         f"{summary['method']}: {100 * summary['reduction_achieved']:.2f} % of {summary['projections']} saved "
         f"(asked for {100 * summary['reduction_requested']:g} %), {100 * summary['model_reduction']:.2f} % of all",
         f"parameters: {summary['parameters_before']:,} -> {summary['parameters_after']:,}",
+        f"bytes of {summary['projections']}: {summary['dense_bytes']:,} -> {summary['stored_bytes']:,}, all counted",
     ]
     if "perplexity_after" in summary:
         before, after = summary["perplexity_before"], summary["perplexity_after"]

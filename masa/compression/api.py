@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,14 @@ from masa.compression.base import Compressor, Problem, make_compressor
 from masa.compression.calibration.calibrate import Progress, check_weights, compressible
 from masa.compression.calibration.statistics import Calibration
 from masa.compression.report import CompressionReport, peak_rss, reset_peak_rss
+from masa.compression.sizes import budget_of_size, letters
 from masa.errors import MasaError
 from masa.sharing.compression_spec import CompressionSpec
+from masa.sharing.part_sources import guard_bytes
 from masa.sharing.projections import Family, SharedProjections, model_shape
 from masa.sharing.share import ParameterCount, Sharing, count_parameters, install
 from masa.sharing.spec import ATTENTION
+from masa.sharing.weight_sources import WeightSource
 
 TOLERANCE = 0.005
 """Achieved reductions lie within this above the requested one."""
@@ -33,8 +36,9 @@ def compress(
     model: nn.Module,
     method: str | Mapping[str, Any] | Compressor,
     calibration: Calibration | str | Path | None = None,
-    reduction: float = 0.2,
+    reduction: float | None = None,
     *,
+    size: int | str | None = None,
     tokens: Tensor | None = None,
     projections: str = ATTENTION,
     batch_size: int = 4,
@@ -54,10 +58,12 @@ def compress(
             model, freshly loaded, solves only what depends on the reduction (``report.seconds`` counts the rest, too).
         calibration: statistics of this very model (checked by hash), or their directory; methods blind to data take
             None.
-        reduction: fraction of the numbers in ``projections`` to save, in (0, 1), everything stored counted. Never
-            missed; exceeded by at most 0.5 point unless the method's granularity is coarser (``report.on_target``).
+        reduction: fraction of the numbers in ``projections`` to save, in (0, 1), everything stored counted; by default
+            0.2. Never missed; exceeded by at most 0.5 point unless the method's granularity is coarser
+            (``report.on_target``).
+        size: of the whole model in bytes, as a number or as "900MB", "1.5GiB", in the place of ``reduction``.
         tokens: the calibration's (N, T) ids, for methods that run the model again.
-        projections: letters that are compressed.
+        projections: letters that are compressed, or "all" linear layers of the blocks.
         batch_size: samples at once, where the model runs.
         progress: called with (what, done, of).
         **options: hyperparameters of the method; none with an instance, which has its own.
@@ -75,9 +81,13 @@ def compress(
     if isinstance(method, Compressor) and options:
         raise MasaError(f"This {method.name!r} has its options already; give {', '.join(options)} when you make it.")
     compressor = method if isinstance(method, Compressor) else make_compressor(method, **options)
-    check_reduction(reduction)
+    if reduction is not None and size is not None:
+        raise MasaError("Say how small: either a reduction, of the compressed projections, or a size, of all.")
+    if size is None:
+        check_reduction(reduction := 0.2 if reduction is None else reduction)
     if getattr(model, "sharing", None) is not None:
         raise MasaError(f"This model shares weights already ({model.sharing.spec.method}); fold it first.")
+    projections = letters(model, projections)
     family = compressible(model, projections)
     shape = model_shape(model, family)
     _check_matrices(family, projections)
@@ -85,7 +95,11 @@ def compress(
         _log.warning("masa: %s", line)  # else the calibration has said so
     calibration = _checked(compressor, model, calibration, tokens)
     problem = Problem(model, shape, projections, 0, calibration, tokens, batch_size, progress, family=family)
-    problem.budget = int((1 - reduction) * problem.dense)
+    if reduction is None:
+        problem.budget = budget_of_size(model, shape, projections, size)
+        reduction = 1 - problem.budget / problem.dense
+    else:
+        problem.budget = int((1 - reduction) * problem.dense)
     before = count_parameters(model)
     model.eval()
 
@@ -98,8 +112,7 @@ def compress(
 
     spec = CompressionSpec(compressor.name, float(reduction), projections, compressor.get_params())
     model.sharing = Sharing(spec, before.attention_dense)
-    stored = sum(source.stored_numbers() for source in sources)
-    return model, _report(model, compressor, problem, before, stored, seconds, peak)
+    return model, _report(model, compressor, problem, before, sources, seconds, peak)
 
 
 def check_reduction(reduction: Any) -> None:
@@ -131,12 +144,14 @@ def _report(
     compressor: Compressor,
     problem: Problem,
     before: ParameterCount,
-    stored: int,
+    sources: Sequence[WeightSource],
     seconds: float,
     peak: int,
 ) -> CompressionReport:
     """What was saved; more than was asked for is a defect of the method."""
     spec, after = model.sharing.spec, count_parameters(model)
+    stored = sum(source.stored_numbers() for source in sources)
+    dtype = problem.dtype
     achieved = 1 - stored / problem.dense
     assert stored <= problem.budget, f"{spec.method} stored {stored} numbers for a budget of {problem.budget}"
     return CompressionReport(
@@ -151,6 +166,8 @@ def _report(
         parameters_after=after.total,
         stored=stored,
         dense=problem.dense,
+        stored_bytes=sum(s.stored_bytes() for s in sources) + guard_bytes(problem.shape, spec.projections, dtype),
+        dense_bytes=problem.dense * dtype.itemsize,
         on_target=achieved <= spec.reduction + TOLERANCE,
         seconds=round(seconds, 3),
         peak_rss_bytes=peak,

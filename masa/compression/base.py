@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from masa.compression.calibration.calibrate import Progress
@@ -83,6 +84,12 @@ class Problem:
         """H = X^T X (in, in), float64, of the input of one projection."""
         assert self.calibration is not None
         return self.calibration.gram(letter, layer).to(self.weight(letter, layer).device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        letter = self.projections[0]
+        return self.weight(letter, self.shape.layers_of(letter)[0]).dtype
 
     @property
     def layers(self) -> range:

@@ -24,6 +24,20 @@ METHODS = {
     "matrix-pca-data": "matrix_pca",
     "matrix-pca-fisher": "matrix_pca",
     "matrix-pca-aligned": "aligned_pca",
+    "sparse-magnitude": "in_place",
+    "sparse-wanda": "in_place",
+    "sparse-gpt": "in_place",
+    "sparse-2-4": "in_place",
+    "sparse-fisher": "in_place",
+    "sparse-fisher-update": "in_place",
+    "sparse-dictionary": "sparse_dictionary",
+    "sparse-dictionary-fisher": "sparse_dictionary",
+    "low-rank-sparse": "low_rank_sparse",
+    "low-rank-sparse-fisher": "low_rank_sparse",
+    "dictionary-pairs": "dictionary_pairs",
+    "mixed": "mixed",
+    "mixed-fisher": "mixed",
+    "dictionary-pairs-fisher": "dictionary_pairs",
 }
 """Method -> its module below :mod:`masa.compression.methods`."""
 

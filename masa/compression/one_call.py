@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from torch import nn
@@ -13,12 +12,11 @@ from masa.compression.calibration.calibrate import Progress, calibrate, check_le
 from masa.compression.calibration.statistics import Calibration
 from masa.compression.calibration.texts import tokens_of
 from masa.compression.names import GRADIENT_SAMPLES, METHODS, needs_gradients
+from masa.compression.sizes import budget_of_size, letters
 from masa.compression.terminal import terminal
 from masa.errors import MasaError
 from masa.sharing.projections import model_shape
 from masa.sharing.spec import ATTENTION
-
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def compress(
@@ -55,7 +53,7 @@ def compress(
         samples, length: sequences and their tokens, at most, by default 512 or what the model has positions for; the
             paper takes 256 x 2048.
         seed: of the choice of sequences.
-        projections: letters that are compressed.
+        projections: letters that are compressed, or "all" linear layers of the blocks.
         batch_size: samples at once, where the model runs.
         progress: called with (what, done, of); by default a line on the terminal.
         **options: hyperparameters of the method.
@@ -80,10 +78,12 @@ def compress(
     if (reduction is None) == (size is None):
         raise MasaError("Say how small: either reduction=0.2 (of the compressed projections) or size='900MB' (of all).")
     compressor = make_compressor(method, **options)
+    projections = letters(model, projections)
     shape = model_shape(model, compressible(model, projections))
-    if size is not None:
-        reduction = _reduction(model, size, shape.numbers(projections), projections)
-    api.check_reduction(reduction)  # before the data are gone through
+    if size is not None:  # before the data are gone through
+        budget_of_size(model, shape, projections, size)
+    else:
+        api.check_reduction(reduction)
     statistics, tokens = (data, None) if isinstance(data, Calibration) else (None, None)
     if (compressor.needs_calibration or compressor.needs_tokens) and statistics is None:
         if data is None:
@@ -96,30 +96,6 @@ def compress(
         if tokens is not None:
             gradients = min(GRADIENT_SAMPLES, len(tokens)) if needs_gradients(method) else 0
             statistics = calibrate(model, tokens, gradient_samples=gradients, seed=seed, **told)
-        model, report = api.compress(model, compressor, statistics, reduction, tokens=tokens, **told)
+        model, report = api.compress(model, compressor, statistics, reduction, size=size, tokens=tokens, **told)
     model.compression_report = report
     return model
-
-
-def _reduction(model: nn.Module, size: int | str, dense: int, projections: str) -> float:
-    """The fraction of ``projections``, of ``dense`` numbers, to be saved so that the model has ``size`` bytes."""
-    wanted = _bytes(size)
-    whole = sum(p.numel() * p.element_size() for p in model.parameters())
-    width = next(model.parameters()).element_size()
-    reduction = (whole - wanted) / (dense * width)
-    if not 0 < reduction < 1:
-        least = whole - dense * width
-        raise MasaError(
-            f"size = {size!r} is out of reach: the model has {whole:,} bytes, of which {dense * width:,} are in "
-            f"{projections}. Give a size between {least:,} and {whole:,} bytes, or more projections."
-        )
-    return reduction
-
-
-def _bytes(size: int | str) -> int:
-    if isinstance(size, int) and not isinstance(size, bool):
-        return size
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?i?B)\s*", str(size), re.IGNORECASE)
-    if not found:
-        raise MasaError(f"size is a number of bytes or a text such as '900MB' or '1.5GiB', got {size!r}.")
-    return int(float(found[1]) * _UNITS[found[2].upper()])

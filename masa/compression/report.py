@@ -19,7 +19,9 @@ class CompressionReport:
         reduction_requested, reduction_achieved: 1 - stored / dense over ``projections``, everything stored counted.
         attention_reduction, model_reduction: of the attention matrices and of the whole model.
         parameters_before, parameters_after: of the whole model.
-        stored, dense: numbers of the compressed projections.
+        stored, dense: numbers of the compressed projections; positions and indices count by their bytes.
+        stored_bytes, dense_bytes: the same as bytes of the file's tensors, with the number a matrix that tells other
+            loaders that it is not stored.
         on_target: achieved lies within 0.5 point above requested; false only where a method's granularity is coarser.
         seconds, peak_rss_bytes: of the fit alone, a part done for an earlier reduction included; the peak is the
             process's.
@@ -40,6 +42,8 @@ class CompressionReport:
     parameters_after: int
     stored: int
     dense: int
+    stored_bytes: int
+    dense_bytes: int
     on_target: bool
     seconds: float
     peak_rss_bytes: int

@@ -36,9 +36,10 @@ def run_compress(
     model: str,
     output: str | Path,
     method: str | Mapping[str, Any] = "svd-global",
-    reduction: float = 0.2,
+    reduction: float | None = None,
     calibration: str | Path | None = None,
     *,
+    size: int | str | None = None,
     revision: str | None = None,
     projections: str = ATTENTION,
     options: Mapping[str, Any] | None = None,
@@ -62,10 +63,11 @@ def run_compress(
         output: directory of the factored checkpoint (:func:`masa.load` reads it), with the tokenizer. It appears whole;
             an earlier output of this function there is replaced, any other folder refused.
         method: a key of :data:`masa.compression.COMPRESSORS`, or a mapping of "method" and its hyperparameters.
-        reduction: fraction of the compressed projections' numbers to save.
+        reduction: fraction of the compressed projections' numbers to save; by default 0.2.
+        size: of the whole model in bytes, as a number or as "110MiB", in the place of ``reduction``.
         calibration: directory that :func:`masa.compression.run_calibrate` wrote.
         revision: of a hub id.
-        projections: letters to compress.
+        projections: letters to compress, or "all" linear layers of the blocks.
         options: further hyperparameters of the method.
         plain: write a folded folder, which needs no masa to load, instead of the factored checkpoint.
         evaluate: documents (as for :func:`masa.compression.run_calibrate`) for perplexity before and after.
@@ -121,7 +123,7 @@ def run_compress(
             if documents:
                 scores["perplexity_before"] = perplexity(loaded, tokenizer, documents, window=window, **how).to_dict()
             loaded, report = compress(
-                loaded, compressor, statistics, reduction, tokens=tokens, projections=projections, **how
+                loaded, compressor, statistics, reduction, size=size, tokens=tokens, projections=projections, **how
             )
             if documents:
                 scores["perplexity_after"] = perplexity(loaded, tokenizer, documents, window=window, **how).to_dict()

@@ -20,9 +20,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from masa.errors import MasaError
 from masa.sharing import compressed_sources as _compressed  # noqa: F401 (registers the kinds that compression solves for)
+from masa.sharing import part_sources as _parts  # noqa: F401 (likewise)
 from masa.sharing.bank import SharedProjections, is_hooked
 from masa.sharing.description import EARLIER, METHOD, check, read_spec
 from masa.sharing.linears import computed_layers
+from masa.sharing.packed import Packed
 from masa.sharing.projections import bank_of
 from masa.sharing.runtime import check_runtime, choose, folded
 from masa.sharing.share import Sharing, install
@@ -166,10 +168,18 @@ def check_loaded(model: nn.Module) -> None:
     """See afterwards that every parameter of the shared sources was read, whatever it was read from.
 
     Raises:
-        MasaError: some were not; they are named.
+        MasaError: some were not, or a packed matrix has not as many positions as values; they are named.
     """
     shared = bank_of(model)
-    if shared is None or is_hooked(model):
+    if shared is None:
+        return
+    for name, module in shared.named_modules():
+        if isinstance(module, Packed) and not module.positions.is_meta and not module.consistent():
+            raise MasaError(
+                f"{model.config.name_or_path}: shared.{name} has {module.values.numel():,} values, and its positions "
+                "are of another number: the file is damaged. Fetch it again, or save it again with masa.save."
+            )
+    if is_hooked(model):
         return  # parameters that were moved are new ones; their files were looked through before
     _refuse(
         [f"shared.{n}" for n, p in shared.named_parameters() if not getattr(p, "_is_hf_initialized", False)],

@@ -199,8 +199,7 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     if shared is not None:
         served = shared.projections
         for source in shared.values():
-            stored = source.stored_numbers()
-            attention += stored * sum(p in ATTENTION for p in source.projections) // len(source.projections)
+            attention += source.stored_numbers_of(ATTENTION)
         # several sources may share a block embedding, so their parameters are counted together
         total += sum(s.stored_numbers() for s in shared.values()) - sum(p.numel() for p in shared.parameters())
     attention += _attention_numbers(family, served)
@@ -209,7 +208,7 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     saved = dense - attention
     if served.strip(ATTENTION):  # FFN projections share too: their dense size counts for the whole model
         ffn = [p for p in served if p not in ATTENTION]
-        stored = sum(s.stored_numbers() for s in shared.values() if set(s.projections) & set(ffn))
+        stored = sum(s.stored_numbers_of("".join(ffn)) for s in shared.values())
         saved += shape.numbers("".join(ffn)) - stored
     return ParameterCount(total, trained, attention, dense, 1 - attention / dense, saved / (total + saved))
 

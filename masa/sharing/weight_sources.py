@@ -115,6 +115,15 @@ class WeightSource(nn.Module):
         """How many numbers a checkpoint must hold to reproduce all weights."""
         return sum(p.numel() for p in self.freeze_coefficients().parameters())
 
+    def stored_numbers_of(self, letters: str) -> int:
+        """The part of :meth:`stored_numbers` that counts for these projections, of those that this source serves."""
+        return self.stored_numbers() * sum(p in letters for p in self.projections) // len(self.projections)
+
+    def stored_bytes(self) -> int:
+        """Bytes of the tensors that a checkpoint holds of this source."""
+        final = self.freeze_coefficients()
+        return sum(t.numel() * t.element_size() for t in final.state_dict().values())
+
     def dense_numbers(self) -> int:
         """How many numbers all weights have."""
         return len(self.projections) * self.num_layers * self.shape[0] * self.shape[1]

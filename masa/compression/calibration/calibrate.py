@@ -20,6 +20,7 @@ from masa.compression.calibration.calls import Calls
 from masa.compression.calibration.gradients import BlockInputs, add_gradients
 from masa.compression.calibration.statistics import INPUT_OF, Calibration, model_sha256, tokens_sha256
 from masa.compression.calibration.stream import BlockStream, GramHooks, not_finite
+from masa.compression.sizes import letters
 from masa.errors import BEYOND, MasaError
 from masa.sharing.projections import Family, family_of
 from masa.sharing.spec import ATTENTION, PROJECTIONS
@@ -56,7 +57,7 @@ def calibrate(
         model: a dense language model of transformers, in ``eval()`` or not; its weights may be memory-mapped.
         tokens: (N, T) token ids, all of equal length.
         directory: write each layer's statistics there as soon as they are known, and read them from there later.
-        projections: letters whose inputs are wanted; attention by default.
+        projections: letters whose inputs are wanted, or "all"; attention by default.
         batch_size: samples that run at once.
         dtype: of the computation; by default the model's. float32 for a model stored in bfloat16 costs one block.
         gradient_samples: run this many of the sequences, the first ones, backward too, for the methods that weigh
@@ -73,6 +74,7 @@ def calibrate(
     """
     if getattr(model, "sharing", None) is not None:
         raise MasaError(f"This model shares weights already ({model.sharing.spec.method}); calibrate the dense one.")
+    projections = letters(model, projections)
     family, training = compressible(model, projections), model.training
     tokens = _check_tokens(tokens, model)
     if gradient_samples and model.get_output_embeddings() is None:

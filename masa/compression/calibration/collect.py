@@ -61,7 +61,7 @@ def run_calibrate(
         samples, length: N and T, by default 64 x 512, or what the model has positions for; the paper's is 256 x 2048.
         seed: of the windows drawn.
         revision: of a hub id.
-        projections: letters to calibrate.
+        projections: letters to calibrate, or "all".
         batch_size: samples that run at once.
         dtype: of the computation; by default the stored one.
         gradient_samples: sequences whose gradients are collected too, for the methods that need them.

@@ -1,0 +1,241 @@
+"""Pairs of matrices, or larger groups, that share a dictionary: GeoPair (arXiv 2609.25963), and ours in one budget."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+
+import torch
+
+from masa.compression.allocation.bytes import Member, Option, Unit
+from masa.compression.allocation.matching import distances, groups
+from masa.compression.base import Problem, register
+from masa.compression.methods.algebra import cholesky
+from masa.compression.methods.dictionaries import Side
+from masa.compression.methods.equal_bytes import ByteCompressor, Family, Profile, members_of
+from masa.compression.methods.fits import Fit, dictionary_fit, part_bytes
+from masa.compression.methods.matrices import Matrix
+from masa.compression.methods.shared_dictionaries import Group
+from masa.compression.methods.sparse_dictionary import Dictionary
+from masa.errors import MasaError
+
+SHARES = (0.9, 0.8, 0.65, 0.5, 0.35)
+RATIOS = [2.5]
+ETA = 1e-6
+"""Added to every H before dictionaries are shared, relative to its mean diagonal: GeoPair's eta."""
+
+
+def matched(
+    problem: Problem, letters: Sequence[str], size: int, loss: bool, idle: Collection[Member] = ()
+) -> list[list[Member]]:
+    """Groups of matrices with one input width, of any projection and layer, nearest as their own data see them.
+
+    Projections share only where the same layers have them.
+
+    Args:
+        letters: projections that may share.
+        size: of a group at most, a power of two.
+        loss: weigh outputs by the loss.
+        idle: matrices that need no place in a group.
+
+    Returns:
+        Groups of two and more.
+    """
+    found: list[list[Member]] = []
+    shape = problem.shape
+    for width, layers in dict.fromkeys((shape.shapes[p][1], shape.layers_of(p)) for p in letters):
+        alike = [p for p in letters if shape.shapes[p][1] == width and shape.layers_of(p) == layers]
+        members = [member for member in members_of(problem, "".join(alike)) if member not in idle]
+        whitened = []
+        for done, (letter, layer) in enumerate(members):
+            problem.progress("matching", done, len(members))
+            matrix = Matrix.of(problem, letter, layer, loss)
+            side = Side.of(matrix, "in", "diagonal" if loss else "none", problem.regularisation)
+            x = side.x if side.metric is None else side.x * side.metric.sqrt()
+            if side.left is not None:
+                x = cholesky(side.left, side.name, side.log).T @ x
+            whitened.append(x.float())
+        found += [[members[i] for i in group] for group in groups(distances(whitened), size)]
+    return [group for group in found if len(group) > 1]
+
+
+def share_sizes(
+    shapes: Sequence[tuple[int, int]], share: float, ratio: float, width: int
+) -> tuple[int, int, int] | None:
+    """k, the number of coefficients of all members, and the bytes of a common dictionary within a share of the bytes.
+
+    Returns:
+        None where no atom or coefficient fits.
+    """
+    m, n = shapes[0][1], sum(out for out, _ in shapes)
+    budget = share * m * n * width
+    atoms = min(int(budget / (m * width + n / 8 + n * width / ratio)), m)
+    if atoms < 1:
+        return None
+    config = {"kind": "sparse-dictionary", "atoms": atoms, "counts": [0] * len(shapes), "side": "in"}
+    bare = part_bytes(config, shapes, width)
+    count = min(int((budget - bare) // width), atoms * n)
+    return (atoms, count, bare + count * width) if count >= 1 else None
+
+
+class Pairs(ByteCompressor):
+    """Base of the methods whose matrices may share dictionaries.
+
+    Args:
+        cost, allocation: of :class:`~masa.compression.methods.equal_bytes.ByteCompressor`. "uniform": every group is
+            stored together. "global": only a group that costs less together than apart at the same bytes may be.
+        outputs: how the loss enters the fit: "none" or "diagonal".
+        scope: "columns" or "matrix", see :meth:`~masa.compression.methods.shared_dictionaries.Group.thresholded`.
+        ratios: k / s to choose from.
+        group_size: matrices that share, at most: 1 is the control without sharing, 2 pairs, else a power of two.
+        shared: letters that may share; None for all.
+        rounds: of pursuit and exact dictionaries.
+    """
+
+    def __init__(
+        self,
+        cost: str,
+        allocation: str,
+        outputs: str,
+        scope: str,
+        ratios: Sequence[float],
+        group_size: int,
+        shared: str | None,
+        rounds: int,
+    ) -> None:
+        super().__init__(cost, allocation)
+        self.outputs, self.scope, self.ratios = outputs, scope, ratios
+        self.group_size, self.shared, self.rounds = group_size, shared, rounds
+
+    def needs_loss(self) -> bool:
+        return self.cost == "loss" or self.outputs != "none"
+
+    def families(self, log: dict[str, float]) -> list[Family]:
+        side, power = ("short", 0.0) if self.allocation == "global" else ("in", 0.0)
+        ratios = sorted({1.5, *self.ratios}) if self.allocation == "global" else self.ratios
+        return [Dictionary(side, self.outputs, self.scope, power, ratios, self.rounds, log)]
+
+    def prepare(self, problem: Problem) -> Profile:
+        size = self.group_size
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1 or size & (size - 1):
+            raise MasaError(f"group_size must be a power of two, at least 1, got {size!r}.")
+        found = super().prepare(problem)
+        letters = [p for p in problem.projections if self.shared is None or p in self.shared]
+        members = matched(problem, letters, size, self.outputs != "none", found.idle) if size > 1 else []
+        groups = []
+        for done, group in enumerate(members):
+            problem.progress("profiling groups", done, len(members))
+            groups.append((tuple(group), None if found.options is None else self.joint(problem, group, None)))
+        return replace(found, groups=tuple(groups))
+
+    def units(self, problem: Problem, prepared: Profile, share: float) -> list[Unit]:
+        left, found = dict(self.singles(problem, prepared, share)), []
+        for group, joint in prepared.groups:
+            apart = [left.pop(member) for member in group]
+            if joint is None:
+                found.append(Unit(apart, self.joint(problem, group, [share])))
+            else:
+                found.append(Unit(apart, [o for o in joint if better_together(o, apart)]))
+        self.offered_ = sum(bool(unit.joint) for unit in found)
+        return found + [Unit([options]) for options in left.values()]
+
+    def group(self, problem: Problem, members: Sequence[Member]) -> tuple[list[Matrix], Group]:
+        """The matrices and what is to be solved for."""
+        matrices = [self.matrix(problem, letter, layer) for letter, layer in members]
+        sides = [Side.of(m, "in", self.outputs, problem.regularisation) for m in matrices]
+        for side in sides:
+            if side.left is not None:  # a common D is not determined where the data of no member reach
+                side.left = side.left + ETA * side.left.diagonal().mean() * torch.eye(len(side.left)).to(side.left)
+        return matrices, Group(sides)
+
+    def joint(self, problem: Problem, members: Sequence[Member], shares: Sequence[float] | None) -> list[Option]:
+        """Options of a group stored together, each with an exact dictionary, as the singles' are profiled."""
+        matrices, group = self.group(problem, members)
+        shapes = [problem.shape.shapes[letter] for letter, _ in members]
+        width, start, found = problem.weight(*members[0]).element_size(), group.start(), []
+        for share in SHARES if shares is None else shares:
+            for ratio in self.ratios:
+                sizes = share_sizes(shapes, share, ratio, width)
+                if sizes is None:
+                    continue
+                atoms, count, size = sizes
+                code = group.dictionary(group.thresholded(start[:, :atoms], count, self.scope))
+                cost = sum(m.cost(self.cost, (code.atoms @ c).T) for m, c in zip(matrices, code.codes, strict=True))
+                found.append(Option(tuple(members), "pair", size, cost, {"atoms": atoms, "count": count}))
+        return found
+
+    def fit_group(self, problem: Problem, option: Option) -> list[Fit]:
+        _, group = self.group(problem, option.members)
+        code = group.thresholded(
+            group.start()[:, : int(option.settings["atoms"])], int(option.settings["count"]), self.scope
+        )
+        code = group.improve(group.dictionary(code), self.rounds)
+        return [dictionary_fit(option.members, code.atoms, code.codes, code.masks, "in")]
+
+
+def better_together(joint: Option, apart: Sequence[Sequence[Option]]) -> bool:
+    """Whether no choice of an option for each member, of the same bytes at most, costs as little as all together do."""
+    best = {0: 0.0}  # bytes -> least cost
+    for options in apart:
+        new: dict[int, float] = {}
+        for size, cost in best.items():
+            for option in options:
+                if size + option.size <= joint.size:
+                    key = size + option.size
+                    new[key] = min(new.get(key, torch.inf), cost + option.cost)
+        best = _front(new)
+    return not best or joint.cost < min(best.values())
+
+
+def _front(found: dict[int, float]) -> dict[int, float]:
+    """Without what costs more and takes more."""
+    kept: dict[int, float] = {}
+    least = torch.inf
+    for size in sorted(found):
+        if found[size] < least:
+            kept[size] = least = found[size]
+    return kept
+
+
+@register("dictionary-pairs")
+class DictionaryPairs(Pairs):
+    """GeoPair: pairs share a dictionary at uniform reduction (arXiv 2609.25963); every bit counted.
+
+    Args:
+        cost, allocation, outputs, scope, ratios, group_size, shared, rounds: of :class:`Pairs`.
+    """
+
+    def __init__(
+        self,
+        cost: str = "whitened",
+        allocation: str = "uniform",
+        outputs: str = "none",
+        scope: str = "columns",
+        ratios: Sequence[float] = RATIOS,
+        group_size: int = 2,
+        shared: str | None = None,
+        rounds: int = 4,
+    ) -> None:
+        super().__init__(cost, allocation, outputs, scope, ratios, group_size, shared, rounds)
+
+
+@register("dictionary-pairs-fisher")
+class DictionaryPairsFisher(Pairs):
+    """Pairs, singles and dense matrices under one budget, in the metric of the loss (ours). Needs gradients.
+
+    Args:
+        cost, allocation, outputs, scope, ratios, group_size, shared, rounds: of :class:`Pairs`.
+    """
+
+    def __init__(
+        self,
+        cost: str = "loss",
+        allocation: str = "global",
+        outputs: str = "diagonal",
+        scope: str = "matrix",
+        ratios: Sequence[float] = RATIOS,
+        group_size: int = 2,
+        shared: str | None = None,
+        rounds: int = 4,
+    ) -> None:
+        super().__init__(cost, allocation, outputs, scope, ratios, group_size, shared, rounds)

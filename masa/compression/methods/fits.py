@@ -1,0 +1,130 @@
+"""From what a method solved for to weight sources: parts, filled and counted to the byte."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from masa.compression.allocation.bytes import Member
+from masa.compression.base import Problem
+from masa.compression.methods.coding import normalised
+from masa.sharing.part_sources import Parts
+from masa.sharing.parts import Part, make_part
+from masa.sharing.weight_sources import WeightSource
+
+
+@dataclass
+class Fit:
+    """One part, solved for.
+
+    Attributes:
+        config: its kind and arguments.
+        members: the matrices that read it.
+        tensors: parameter's name -> value.
+        packed: name of a packed matrix -> (matrix, mask of what stays).
+    """
+
+    config: dict[str, Any]
+    members: tuple[Member, ...]
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    packed: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def rounded(self, dtype: torch.dtype) -> Fit:
+        """The same in the dtype of the weights, as all are held at once."""
+        self.tensors = {name: t.to(dtype) for name, t in self.tensors.items()}
+        self.packed = {name: (t.to(dtype), mask) for name, (t, mask) in self.packed.items()}
+        return self
+
+
+def part_bytes(config: Mapping[str, Any], shapes: Sequence[tuple[int, int]], width: int) -> int:
+    """Bytes of a part whose values have ``width`` bytes: of the tensors that it will be stored as."""
+    with torch.device("meta"):
+        tensors = make_part(config, shapes).state_dict().values()
+    return sum(t.numel() * (width if t.is_floating_point() else t.element_size()) for t in tensors)
+
+
+def dense_fit(member: Member, weight: Tensor) -> Fit:
+    """A matrix as it is."""
+    return Fit({"kind": "dense"}, (member,), {"weight": weight})
+
+
+def low_rank_fit(member: Member, left: Tensor, right: Tensor) -> Fit:
+    """B (out, r) and A (r, in), balanced so that multiplying by one after the other loses no digits."""
+    q, r = torch.linalg.qr(right.double().mT)
+    tensors = {"left": (left.double() @ r.mT).mT, "right": q}
+    return Fit({"kind": "low-rank", "rank": len(right)}, (member,), tensors)
+
+
+def sparse_fit(member: Member, matrix: Tensor, mask: Tensor) -> Fit:
+    """A matrix (out, in) where ``mask`` is true."""
+    return Fit({"kind": "sparse", "count": int(mask.sum())}, (member,), packed={"packed": (matrix, mask)})
+
+
+def dictionary_fit(
+    members: Sequence[Member], atoms: Tensor, codes: Sequence[Tensor], masks: Sequence[Tensor], side: str
+) -> Fit:
+    """D (width, k), its atoms of norm 1, and a C (k, ·) for each member, with the masks of what stays."""
+    atoms, codes = normalised(atoms, list(codes))
+    counts = [int(mask.sum()) for mask in masks]
+    packed = {
+        f"codes.{i}": (code.mT, mask.mT) if side == "in" else (code, mask)
+        for i, (code, mask) in enumerate(zip(codes, masks, strict=True))
+    }
+    config = {"kind": "sparse-dictionary", "atoms": atoms.shape[1], "counts": counts, "side": side}
+    return Fit(config, tuple(members), {"atoms": atoms}, packed)
+
+
+@torch.no_grad()
+def filled(problem: Problem, fit: Fit) -> Part:
+    """The part that a fit is, in the dtype and on the device of the model's weights."""
+    shapes = [problem.shape.shapes[letter] for letter, _ in fit.members]
+    part = make_part(fit.config, shapes).to(problem.weight(*fit.members[0]))
+    for name, tensor in fit.tensors.items():
+        part.get_parameter(name).copy_(tensor)
+    for name, (matrix, mask) in fit.packed.items():
+        part.get_submodule(name).fill(matrix, mask)
+    return part
+
+
+def written(problem: Problem, fits: Sequence[Fit]) -> dict[Member, Tensor]:
+    """The matrices (out, in) that parts sum to, as the compressed model will have them."""
+    found: dict[Member, Tensor] = {}
+    for fit in fits:
+        part = filled(problem, fit)
+        for row, member in enumerate(fit.members):
+            term = part(row).detach()
+            found[member] = found[member] + term if member in found else term
+    return found
+
+
+@torch.no_grad()
+def part_sources(problem: Problem, fits: Sequence[Fit]) -> list[WeightSource]:
+    """One source a projection, or for several projections where matrices of them have a part in common.
+
+    In the dtype and on the device of the model's weights.
+    """
+    sources: list[WeightSource] = []
+    for letters in _joined(problem.projections, fits):
+        own = [fit for fit in fits if fit.members[0][0] in letters]
+        shapes = {letter: problem.shape.shapes[letter] for letter in letters}
+        place = {(p, layer): [p, i] for p in letters for i, layer in enumerate(problem.shape.layers_of(p))}
+        parts = [{"of": [place[member] for member in fit.members], **fit.config} for fit in own]
+        like = problem.weight(*next(iter(place)))
+        source = Parts(letters, problem.shape.count(letters[0]), shapes, parts).to(like)
+        for index, fit in enumerate(own):
+            source.parts[index].load_state_dict(filled(problem, fit).state_dict())
+        sources.append(source)
+    return sources
+
+
+def _joined(projections: str, fits: Sequence[Fit]) -> list[str]:
+    """Letters that have parts in common, together, each in the order of ``projections``."""
+    group = {letter: letter for letter in projections}
+    for fit in fits:
+        names = {group[letter] for letter, _ in fit.members}
+        group = {letter: min(names) if name in names else name for letter, name in group.items()}
+    return list(dict.fromkeys("".join(p for p in projections if group[p] == group[q]) for q in projections))

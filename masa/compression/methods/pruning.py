@@ -1,0 +1,136 @@
+"""Sparse in place: which entries of a matrix stay where they are, and what the others' loss is made up for by.
+
+It is the sparse dictionary whose atoms are the inputs themselves. Everything is float64; (out, in) of one weight.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from masa.compression.methods.algebra import cholesky
+from masa.compression.methods.coding import largest, largest_overall, refit_codes
+from masa.compression.methods.matrices import Matrix
+from masa.errors import unknown
+
+SCORES = ("magnitude", "wanda", "second-order", "loss")
+COMPENSATIONS = ("none", "columns", "exact", "loss")
+DAMPING = 0.01
+
+
+def score(matrix: Matrix, rule: str) -> Tensor:
+    """How much each entry counts (out, in); only the order of entries that compete matters.
+
+    Args:
+        rule: "magnitude": w^2. "wanda": w^2 E[x^2], the square of |w| ||x|| (Sun et al. 2023, arXiv 2306.11695).
+            "second-order": w^2 / [H^-1]_jj (Hassibi and Stork 1993). "loss": w^2 E[x^2] E[g^2] (ours).
+
+    Raises:
+        MasaError: another rule.
+    """
+    squares = matrix.weight.square()
+    if rule == "magnitude":
+        return squares
+    if rule == "wanda":
+        return squares * matrix.energies
+    if rule == "second-order":
+        return squares / torch.cholesky_inverse(_damped(matrix, {})).diagonal()
+    if rule == "loss":
+        return squares * matrix.energies * matrix.importance[:, None]
+    raise unknown("score", rule, SCORES)
+
+
+def keep_in_rows(values: Tensor, count: int) -> Tensor:
+    """The mask of ``count`` entries, equally many in each row; what does not divide goes to the largest of the next."""
+    rows = len(values)
+    each, rest = divmod(count, rows)
+    counts = torch.full((rows,), each, device=values.device)
+    if rest:
+        ahead = values.sort(1, descending=True).values[:, each]
+        counts[ahead.topk(rest).indices] += 1
+    return largest(values.T, counts).T
+
+
+def keep_two_of_four(values: Tensor) -> Tensor:
+    """The mask of the two largest of every four neighbours in a row; the last group may be shorter."""
+    out, inp = values.shape
+    padded = torch.nn.functional.pad(values, (0, -inp % 4), value=-1.0).view(-1, 4)
+    return largest(padded.T, 2).T.reshape(out, -1)[:, :inp] & (values >= 0)
+
+
+def keep(values: Tensor, count: int, scope: str) -> Tensor:
+    """The mask of ``count`` entries with the largest values, over all of the matrix or in each row."""
+    return keep_in_rows(values, count) if scope == "rows" else largest_overall(values, count)
+
+
+def compensated(matrix: Matrix, mask: Tensor, rule: str, log: dict[str, float], iterations: int = 10) -> Tensor:
+    """W on the support ``mask``, with the entries that stay moved to make up for those that go.
+
+    Args:
+        rule: "none". "columns": column by column, as SparseGPT does (:func:`eliminate`). "exact": the best on this
+            support for the outputs, by conjugate gradients. "loss": the best for the loss, where outputs, too, make up
+            for each other (ours).
+        log: of jitters.
+        iterations: of the conjugate gradients.
+    """
+    if rule == "none" or matrix.inputs is None:
+        return matrix.weight * mask
+    if rule == "columns":
+        return eliminate(matrix, mask, log)[0]
+    if rule not in COMPENSATIONS:
+        raise unknown("compensation", rule, COMPENSATIONS)
+    gram = matrix.inputs
+    if rule == "loss" and matrix.outputs is not None:
+        target, metric = gram @ matrix.weight.T @ matrix.outputs, matrix.outputs
+    else:
+        target, metric = gram @ matrix.weight.T, None
+    return refit_codes(gram, target, mask.T, matrix.weight.T, metric, iterations).T
+
+
+def eliminate(
+    matrix: Matrix, mask: Tensor | None, log: dict[str, float], keep_share: float = 0.5, pattern: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Set entries to zero column by column and move the columns after each, as SparseGPT does (arXiv 2301.00774).
+
+    Args:
+        mask: what stays (out, in); None to choose, block by block, by the error that each entry's loss leaves.
+        keep_share: of the entries of a block, without a mask.
+        pattern: choose two of every four.
+
+    Returns:
+        the matrix, and its mask.
+    """
+    weight, inp, block = matrix.weight.clone(), matrix.weight.shape[1], 128
+    inverse = torch.cholesky_inverse(_damped(matrix, log))
+    upper = torch.linalg.cholesky(inverse, upper=True)
+    chosen = torch.zeros_like(weight, dtype=torch.bool) if mask is None else mask
+    kept_before = 0
+    for start in range(0, inp, block):
+        end = min(start + block, inp)
+        part, pivots = weight[:, start:end].clone(), upper.diagonal()[start:end]
+        if mask is None and not pattern:
+            count = round(keep_share * len(weight) * end) - kept_before
+            chosen[:, start:end] = largest_overall(part.square() / pivots.square(), count)
+            kept_before += count
+        errors = torch.zeros_like(part)
+        for i in range(end - start):
+            if mask is None and pattern and i % 4 == 0:
+                near = slice(i, min(i + 4, end - start))
+                chosen[:, start + near.start : start + near.stop] = keep_two_of_four(
+                    part[:, near].square() / pivots[near].square()
+                )
+            column = part[:, i]
+            errors[:, i] = column * ~chosen[:, start + i] / pivots[i]
+            part[:, i + 1 :] -= errors[:, i : i + 1] * upper[start + i, start + i + 1 : end]
+            part[:, i] = column * chosen[:, start + i]
+        weight[:, start:end] = part
+        weight[:, end:] -= errors @ upper[start:end, end:]
+    return weight, chosen
+
+
+def _damped(matrix: Matrix, log: dict[str, float]) -> Tensor:
+    """A Cholesky factor of H with 1 % of its mean diagonal added, as published."""
+    assert matrix.inputs is not None
+    gram = matrix.inputs.clone()
+    gram.diagonal().add_(DAMPING * gram.diagonal().mean())
+    return cholesky(gram, matrix.name, log)

@@ -1,0 +1,239 @@
+"""Ways to store a matrix, or several with something in common: one class a kind, called to multiply or to write out.
+
+A matrix W (out, in) of one layer is the sum of its parts. To add a kind, subclass :class:`Part` and decorate it with
+:func:`part`; :mod:`masa.sharing.part_sources` does the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from masa.errors import MasaError, unknown
+from masa.sharing.packed import Packed
+from masa.sharing.products import at_most, autocast_dtype, on_device_of
+from masa.sharing.weight_sources import call
+
+Shape = tuple[int, int]
+"""(out, in)."""
+
+PARTS: dict[str, type[Part]] = {}
+
+
+def part(kind: str) -> Callable[[type[Part]], type[Part]]:
+    """Class decorator: make a :class:`Part` loadable under ``kind``."""
+
+    def add(cls: type[Part]) -> type[Part]:
+        cls.kind = kind
+        PARTS[kind] = cls
+        return cls
+
+    return add
+
+
+class Part(nn.Module):
+    """What one or several matrices are stored as.
+
+    Args:
+        shapes: (out, in) of every member, in the order of the members.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(self, shapes: Sequence[Shape]) -> None:
+        super().__init__()
+        self.shapes = [(int(out), int(inp)) for out, inp in shapes]
+
+    def config(self) -> dict[str, Any]:
+        """JSON-able arguments beside the shapes that build this part again, empty."""
+        return {}
+
+    def written(self, row: int) -> Tensor:
+        """The matrix (out, in) of one member."""
+        raise NotImplementedError
+
+    def multiplied(self, row: int, x: Tensor, bias: Tensor | None) -> Tensor:
+        """``x W^T + b`` of one member."""
+        return nn.functional.linear(on_device_of(weight := self.written(row), x), weight, bias)
+
+    def own(self, row: int) -> list[Tensor]:
+        """The tensors that only this member reads; what is left over belongs to all."""
+        return list(self.state_dict().values())
+
+    def reads(self, row: int) -> int:
+        """Numbers that are read to multiply one token by this member."""
+        out, inp = self.shapes[row]
+        return out * inp
+
+    def forward(self, row: int, x: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        """``x W^T + b`` of one member, or the member's matrix without ``x``."""
+        return self.written(row) if x is None else self.multiplied(row, x, bias)
+
+
+def make_part(config: Mapping[str, Any], shapes: Sequence[Shape]) -> Part:
+    """Build an empty part from its ``kind`` and :meth:`Part.config`.
+
+    Raises:
+        MasaError: an unknown kind, or arguments that it does not have.
+    """
+    arguments = dict(config)
+    kind = arguments.pop("kind", None)
+    if kind not in PARTS:
+        raise unknown("Kind of part", kind, PARTS)
+    try:
+        return PARTS[kind](shapes, **arguments)
+    except TypeError as error:
+        raise MasaError(f"Part of kind {kind!r}: {error}.") from error
+
+
+@part("dense")
+class Dense(Part):
+    """The matrix itself."""
+
+    def __init__(self, shapes: Sequence[Shape]) -> None:
+        super().__init__(shapes)
+        self.weight = nn.Parameter(torch.empty(*self.shapes[0]))
+
+    def written(self, row: int) -> Tensor:
+        return self.weight.to(autocast_dtype(self.weight))
+
+    def multiplied(self, row: int, x: Tensor, bias: Tensor | None) -> Tensor:
+        return nn.functional.linear(on_device_of(self.weight, x), self.weight, bias)
+
+
+@part("nothing")
+class Nothing(Part):
+    """A matrix of zeros, of which nothing is stored."""
+
+    def __init__(self, shapes: Sequence[Shape]) -> None:
+        super().__init__(shapes)
+        self.like = nn.Parameter(torch.empty(0))  # of no element: it says dtype and device
+
+    def written(self, row: int) -> Tensor:
+        return self.like.new_zeros(self.shapes[row], dtype=autocast_dtype(self.like))
+
+    def multiplied(self, row: int, x: Tensor, bias: Tensor | None) -> Tensor:
+        y = x.new_zeros(*x.shape[:-1], self.shapes[row][0])
+        return y if bias is None else y + bias
+
+    def reads(self, row: int) -> int:
+        return 0
+
+
+@part("sparse")
+class Sparse(Part):
+    """The matrix with ``count`` values left where they were, packed; unpacked for each product."""
+
+    def __init__(self, shapes: Sequence[Shape], count: int) -> None:
+        super().__init__(shapes)
+        self.count = int(count)
+        self.packed = Packed(*self.shapes[0], self.count)
+
+    def config(self) -> dict[str, Any]:
+        return {"count": self.count}
+
+    def written(self, row: int) -> Tensor:
+        return call(self.packed)
+
+    def reads(self, row: int) -> int:
+        return self.count + super().reads(row)
+
+
+class Product(Part):
+    """Members that are a product through k numbers a token; subclasses say what the two factors are."""
+
+    inner: int
+
+    def into(self, row: int, x: Tensor) -> Tensor:
+        """(..., in) -> (..., k)."""
+        raise NotImplementedError
+
+    def out_of(self, row: int, y: Tensor, bias: Tensor | None) -> Tensor:
+        """(..., k) -> (..., out)."""
+        raise NotImplementedError
+
+    def multiplied(self, row: int, x: Tensor, bias: Tensor | None) -> Tensor:
+        out, inp = self.shapes[row]
+        extra = self.inner * (out + inp) - out * inp  # a token's products beyond those of the matrix written out
+        if extra > 0 and not at_most(x, self.inner * out * inp // extra):
+            return super().multiplied(row, x, bias)
+        return self.out_of(row, self.into(row, x), bias)
+
+    def reads(self, row: int) -> int:
+        out, inp = self.shapes[row]
+        return self.inner * (out + inp)
+
+
+@part("low-rank")
+class LowRankPart(Product):
+    """``W = B A`` with A^T (in, r) and B^T (r, out) in memory, as one token is multiplied by them."""
+
+    def __init__(self, shapes: Sequence[Shape], rank: int) -> None:
+        super().__init__(shapes)
+        self.inner = int(rank)
+        out, inp = self.shapes[0]
+        self.right = nn.Parameter(torch.empty(inp, self.inner))
+        self.left = nn.Parameter(torch.empty(self.inner, out))
+
+    def config(self) -> dict[str, Any]:
+        return {"rank": self.inner}
+
+    def written(self, row: int) -> Tensor:
+        return (self.right @ self.left).t()
+
+    def into(self, row: int, x: Tensor) -> Tensor:
+        return torch.matmul(on_device_of(self.right, x), self.right)
+
+    def out_of(self, row: int, y: Tensor, bias: Tensor | None) -> Tensor:
+        return nn.functional.linear(y, self.left.t(), bias)
+
+
+@part("sparse-dictionary")
+class SparseDictionary(Product):
+    """A dictionary of k atoms, dense, and packed coefficients for every member.
+
+    Args:
+        atoms: k.
+        counts: coefficients that stay, of every member.
+        side: "in": atoms are of the inputs, ``W^T = D C`` with D (in, k) for all members. "out": of the outputs,
+            ``W = D C`` with D (out, k).
+    """
+
+    def __init__(self, shapes: Sequence[Shape], atoms: int, counts: Sequence[int], side: str = "in") -> None:
+        super().__init__(shapes)
+        if side not in ("in", "out"):
+            raise unknown("The side of a dictionary", side, ("in", "out"))
+        self.inner, self.side, self.counts = int(atoms), side, [int(n) for n in counts]
+        if len(self.counts) != len(self.shapes) or len({shape[side == "in"] for shape in self.shapes}) != 1:
+            raise MasaError(f"A dictionary of the {side} side needs members of one width, got {self.shapes}.")
+        self.atoms = nn.Parameter(torch.empty(self.shapes[0][side == "in"], self.inner))
+        self.codes = nn.ModuleList(
+            Packed(*((out, self.inner) if side == "in" else (self.inner, inp)), count)
+            for (out, inp), count in zip(self.shapes, self.counts, strict=True)
+        )
+
+    def config(self) -> dict[str, Any]:
+        return {"atoms": self.inner, "counts": self.counts, "side": self.side}
+
+    def own(self, row: int) -> list[Tensor]:
+        return list(self.codes[row].state_dict().values())
+
+    def code(self, row: int) -> Tensor:
+        """C^T (out, k) of the input side, C (k, in) of the output side."""
+        return call(self.codes._modules[str(row)])
+
+    def written(self, row: int) -> Tensor:
+        return self.code(row) @ self.atoms.t() if self.side == "in" else self.atoms @ self.code(row)
+
+    def into(self, row: int, x: Tensor) -> Tensor:
+        factor = self.atoms if self.side == "in" else self.code(row).t()
+        return torch.matmul(on_device_of(factor, x), factor)
+
+    def out_of(self, row: int, y: Tensor, bias: Tensor | None) -> Tensor:
+        return nn.functional.linear(y, self.code(row) if self.side == "in" else self.atoms, bias)
+
+    def reads(self, row: int) -> int:
+        return self.counts[row] + super().reads(row)
