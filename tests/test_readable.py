@@ -7,7 +7,7 @@ import readable
 
 import masa
 
-ALL = [(section, case) for section, cases in readable.CASES.items() for case in cases]
+ALL = [(section, case) for section, cases in readable.sections().items() for case in cases]
 
 
 @pytest.mark.parametrize(("section", "case"), ALL, ids=[f"{section}: {case.what}" for section, case in ALL])
@@ -18,10 +18,10 @@ def test_what_masa_reads(section, case, tmp_path, monkeypatch):
         path = "hub:org/name"
     if isinstance(case.right, re.Pattern):
         with pytest.raises(masa.MasaError, match=case.right) as refused:
-            readable.READ[section](path)
+            readable.sections("READ")[section](path)
         assert "\n" not in str(refused.value)
     else:
-        assert readable.READ[section](path) == case.right
+        assert readable.sections("READ")[section](path) == case.right
 
 
 def test_the_page_is_made_of_the_tests():
