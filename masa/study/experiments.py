@@ -52,14 +52,11 @@ def experiments_at(config: Config, names: Iterable[str], scale: str, possible: b
     Args:
         possible: also leave out what that kind of model cannot have: grouped heads in vision.
     """
-    grouped = possible and kind_of(config, scale) is not kinds.LANGUAGE
     return [
         name
         for name in names
         if _wanted_at(config["experiments"][name], scale)
-        and not (
-            grouped and getattr(METHODS.get(config["experiments"][name]["method"]), "source", "") == "grouped_heads"
-        )
+        and not (possible and _is_grouped_vision(config, name, scale))
         and not misfit(config, name, scale)
     ]
 
@@ -68,12 +65,20 @@ def _wanted_at(entry: Mapping[str, Any], scale: str) -> bool:
     return scale in entry.get("only", [scale])
 
 
+def _is_grouped_vision(config: Config, name: str, scale: str) -> bool:
+    """Whether an experiment groups heads at a scale of vision, whose models have no such thing with any number."""
+    grouped = getattr(METHODS.get(config["experiments"][name]["method"]), "source", None) == "grouped_heads"
+    return grouped and kind_of(config, scale) is not kinds.LANGUAGE
+
+
 def misfit(config: Config, name: str, scale: str) -> str:
     """Why an experiment cannot exist at a scale, with the mend; empty where it can.
 
     A number that is written relative to the model, as ``H/6``, is meant for many scales, and some have no such whole
     number. One that is written out is meant as it stands, and wrong where it does not fit (:func:`run_spec`).
     """
+    if _is_grouped_vision(config, name, scale):
+        return ""  # no number mends it: it is refused where it is asked for
     model = sizes(config)[scale]["model"]
     known = {"L": model["num_layers"], "d": model["hidden_size"], "H": model["num_attention_heads"]}
     sharing = _sharing_at(config["experiments"][name], scale)
