@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from readable import Case, file
 
 PILLOW = "Pillow 13.0.0, "
 MODES = "https://pillow.readthedocs.io/en/stable/handbook/concepts.html#modes"
@@ -189,92 +190,91 @@ READ: dict[str, Callable[[Path], Any]] = {
 }
 
 
-def cases(case: type, file: Callable[..., Callable[[Path], Path]]) -> dict[str, list[Any]]:
-    """Section -> rows, of the class ``case`` (:class:`readable.Case`)."""
+def _cases() -> dict[str, list[Case]]:
     white, grey = [255] * 3, [[0] * 3, [1] * 3, [128] * 3, [255] * 3]
     return {
         "images": [
-            case(
+            Case(
                 "grey of 16 bits: PNG, TIFF, PGM",
                 "scaled to 8 bits, white to white",
                 image("a.png", DEEP),
                 [grey],
                 f"{PILLOW}`convert` cuts off at 255, and all but the darkest 0.4 % become white; {MODES}",
             ),
-            case(
+            Case(
                 "a palette with a clear colour",
                 "the colour, on white",
                 palette,
                 [[[200, 0, 0], white]],
                 f'{PILLOW}`convert("RGB")` shows what was meant to be clear',
             ),
-            case(
+            Case(
                 "grey or colour with opacity (LA, RGBA)",
                 "on white",
                 image("a.png", np.array([[[9, 8, 7, 0], [9, 8, 7, 255]]], np.uint8)),
                 [[white, [9, 8, 7]]],
             ),
-            case("CMYK", "its colour", image("a.tif", np.array([[[255, 0, 0]]], np.uint8), "CMYK"), [[[255, 0, 0]]]),
-            case("1 bit", "black and white", image("a.png", np.array([[False, True]])), [[[0] * 3, white]]),
-            case(
+            Case("CMYK", "its colour", image("a.tif", np.array([[[255, 0, 0]]], np.uint8), "CMYK"), [[[255, 0, 0]]]),
+            Case("1 bit", "black and white", image("a.png", np.array([[False, True]])), [[[0] * 3, white]]),
+            Case(
                 "EXIF's orientation",
                 "applied: the image is upright",
                 turned,
                 [[[1] * 3], [[2] * 3]],
                 f"{PILLOW}`Image.open` leaves it to `ImageOps.exif_transpose`",
             ),
-            case(
+            Case(
                 "floating point",
                 "refused: nothing says what is white",
                 image("a.tif", FLOATS),
                 re.compile("are floating-point numbers, and nothing says which of them is white"),
             ),
-            case("cut short", "refused", file("a.png", png(3)[:40]), re.compile("a.png: the image is corrupt")),
+            Case("cut short", "refused", file("a.png", png(3)[:40]), re.compile("a.png: the image is corrupt")),
         ],
         "folders": [
-            case(
+            Case(
                 "Parquet: `train-00000-of-00002.parquet`, `train.parquet`",
                 "in the hub's layout",
                 as_parquet("data/{split}-{i:05d}-of-00002.parquet"),
                 FOUND,
             ),
-            case(
+            Case(
                 "Parquet as the hub converts it: `default/train/0000.parquet`",
                 "the same",
                 as_parquet("default/{split}/{i:04d}.parquet"),
                 FOUND,
             ),
-            case(
+            Case(
                 "a part of several is missing",
                 "refused",
                 as_parquet("data/{split}-{i:05d}-of-00002.parquet", 1),
                 re.compile(r"of the 2 files train-\*-of-00002 number 1 is missing"),
             ),
-            case(
+            Case(
                 "CIFAR's pickles: `data_batch_1`, …",
                 "its arrays and lists",
                 as_pickles,
                 {"classes": ["cat", "dog"], "train": [0] * 5, "test": [0, 1]},
             ),
-            case(
+            Case(
                 "a pickle that asks for anything else",
                 "refused; nothing is run",
                 with_a_program,
                 re.compile("no batch of CIFAR .*asks for os.system"),
             ),
-            case(
+            Case(
                 "a folder a class: `train/cat/0.png`",
                 "classes in alphabetical order",
                 as_folders,
                 {"classes": ["cat", "dog"], "train": [0, 0, 1, 1], "test": [0, 1]},
             ),
-            case(
+            Case(
                 "tiny-imagenet-200: `train/WNID/images`, `val_annotations.txt`",
                 "the same",
                 as_tiny_imagenet,
                 {"classes": ["n01", "n02"], "train": [0, 1], "test": [1]},
             ),
-            case(
+            Case(
                 "none of these, or still an archive",
                 "refused, with what was looked for",
                 packed,
@@ -282,28 +282,28 @@ def cases(case: type, file: Callable[..., Callable[[Path], Path]]) -> dict[str, 
             ),
         ],
         "boxes": [
-            case("COCO's layout", "boxes as annotated", as_coco([1, 1, 3, 2]), [(1, [[1, 1, 3, 2]])]),
-            case("ids beyond 2^53", "exact", as_coco([1, 1, 3, 2], 2**53 + 1), [(2**53 + 1, [[1, 1, 3, 2]])]),
-            case("a box within a pixel of the edge", "as annotated", as_coco([5, 1, 3.6, 2]), [(1, [[5, 1, 3.6, 2]])]),
-            case(
+            Case("COCO's layout", "boxes as annotated", as_coco([1, 1, 3, 2]), [(1, [[1, 1, 3, 2]])]),
+            Case("ids beyond 2^53", "exact", as_coco([1, 1, 3, 2], 2**53 + 1), [(2**53 + 1, [[1, 1, 3, 2]])]),
+            Case("a box within a pixel of the edge", "as annotated", as_coco([5, 1, 3.6, 2]), [(1, [[5, 1, 3.6, 2]])]),
+            Case(
                 "a box beyond it",
                 "refused, with the key that changes it",
                 as_coco([5, 1, 9, 2]),
                 re.compile(r"lies outside its image \(outside_boxes: clip"),
             ),
-            case(
+            Case(
                 "the same, `outside_boxes: clip`",
                 "cut off at the edge",
                 as_coco([5, 1, 9, 2], name="clip"),
                 [(1, [[5, 1, 3, 2]])],
             ),
-            case(
+            Case(
                 "the same, `outside_boxes: drop`",
                 "left out, and counted",
                 as_coco([5, 1, 9, 2], name="drop"),
                 [(1, [])],
             ),
-            case(
+            Case(
                 "annotations of an image as stored, which EXIF turns",
                 "refused, with both sizes",
                 as_coco([1, 1, 3, 2], orientation=6),
@@ -311,7 +311,7 @@ def cases(case: type, file: Callable[..., Callable[[Path], Path]]) -> dict[str, 
             ),
         ],
         "tasks": [
-            case(
+            Case(
                 "a mirror's `ORG/NAME`, as the task's file names it",
                 "any task of lm-eval, by its content",
                 mirror("aps/super_glue"),
@@ -319,7 +319,10 @@ def cases(case: type, file: Callable[..., Callable[[Path], Path]]) -> dict[str, 
                 "datasets 5.2.0, load.py, `LocalDatasetModuleFactory`: its own cache goes by the words of the card, "
                 "not by the files",
             ),
-            case("a mirror's `lm_eval/NAME`", "the same", mirror("lm_eval/super_glue"), (2, "64 digits")),
-            case("a mirror's `lm_eval/TASK`", "the same", mirror("lm_eval/boolq"), (2, "64 digits")),
+            Case("a mirror's `lm_eval/NAME`", "the same", mirror("lm_eval/super_glue"), (2, "64 digits")),
+            Case("a mirror's `lm_eval/TASK`", "the same", mirror("lm_eval/boolq"), (2, "64 digits")),
         ],
     }
+
+
+CASES = _cases()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,76 +80,40 @@ def run_calibrate(
             ``wait``, that another process writes.
     """
     folder = tried(Path(output), folder=True, option="output")
-    where = {"column": column, "subset": subset, "split": split}
-    with exclusive(folder, wait=wait, keep=False):
-        return _collect(
-            *(model, folder, text, where, samples, length, seed, revision, projections, batch_size, dtype),
-            *(gradient_samples, threads, device, trust_remote_code, quiet),
-        )
-
-
-def _collect(
-    model: str,
-    folder: Path,
-    text: str | Path | Sequence[str],
-    where: Mapping[str, str | None],
-    samples: int,
-    length: int | None,
-    seed: int,
-    revision: str | None,
-    projections: str,
-    batch_size: int,
-    dtype: str | None,
-    gradient_samples: int,
-    threads: int | None,
-    device: str,
-    trust_remote_code: bool,
-    quiet: bool,
-) -> dict[str, Any]:
-    """:func:`run_calibrate` in a folder that is held."""
     started = time.perf_counter()
     if threads:
         torch.set_num_threads(threads)
     reset_peak_rss()
-    Documents(text, **where).check()  # before the model is read
-    loaded, tokenizer = load_pretrained(model, revision=revision, device=device, trust_remote_code=trust_remote_code)
-    if tokenizer is None:
-        raise MasaError(f"{model} holds no tokenizer, which calibration on text needs.")
-    length = check_length(loaded, length)
-    documents = Documents(text, **where, tokenizer=tokenizer)
-    tokens = draw_tokens(tokenizer, documents, samples, length, seed)
-    start = tokenizers.start_of(tokenizer)
-    (folder / "calibration.json").unlink(missing_ok=True)  # written last: with it, everything is there
-    with writing(folder / "tokens.safetensors", below=folder):
-        save_tokens(tokens, folder)
-    with terminal(quiet) as progress:
-        found = calibrate(
-            loaded,
-            tokens,
-            directory=folder,
-            projections=projections,
-            batch_size=batch_size,
-            dtype=_dtype(dtype),
-            gradient_samples=gradient_samples,
-            seed=seed,
-            text_sha256=_text_sha256(text),
-            progress=progress,
-        )
-    return {
-        "model": model,
-        "directory": str(folder),
-        "samples": samples,
-        "length": length,
-        "seed": seed,
-        "start_token": None if start is None else tokenizer.convert_ids_to_tokens(start),
-        "threads": found.threads,
-        "tokens_sha256": found.tokens_sha256,
-        "text_sha256": found.text_sha256,
-        "model_sha256": found.model_sha256,
-        "tokens_per_second": found.tokens_per_second,
-        "seconds": round(time.perf_counter() - started, 2),
-        "peak_rss_bytes": peak_rss(),
-    }
+    with exclusive(folder, wait=wait, keep=False):
+        Documents(text, column, subset=subset, split=split).check()  # before the model is read
+        how = {"revision": revision, "device": device, "trust_remote_code": trust_remote_code}
+        loaded, tokenizer = load_pretrained(model, **how)
+        if tokenizer is None:
+            raise MasaError(f"{model} holds no tokenizer, which calibration on text needs.")
+        length, start = check_length(loaded, length), tokenizers.start_of(tokenizer)
+        documents = Documents(text, column, subset=subset, split=split, tokenizer=tokenizer)
+        tokens = draw_tokens(tokenizer, documents, samples, length, seed)
+        (folder / "calibration.json").unlink(missing_ok=True)  # written last: with it, everything is there
+        with writing(folder / "tokens.safetensors", below=folder):
+            save_tokens(tokens, folder)
+        with terminal(quiet) as progress:
+            found = calibrate(
+                loaded,
+                tokens,
+                directory=folder,
+                projections=projections,
+                batch_size=batch_size,
+                dtype=_dtype(dtype),
+                gradient_samples=gradient_samples,
+                seed=seed,
+                text_sha256=_text_sha256(text),
+                progress=progress,
+            )
+    summary = {"model": model, "directory": str(folder), "samples": samples, "length": length, "seed": seed}
+    summary["start_token"] = None if start is None else tokenizer.convert_ids_to_tokens(start)
+    same = ("threads", "tokens_sha256", "text_sha256", "model_sha256", "tokens_per_second")
+    summary |= {name: getattr(found, name) for name in same}
+    return summary | {"seconds": round(time.perf_counter() - started, 2), "peak_rss_bytes": peak_rss()}
 
 
 def _text_sha256(text: str | Path | Sequence[str]) -> str | None:
