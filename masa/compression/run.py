@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from masa.compression.api import compress
-from masa.compression.base import make_compressor
+from masa.compression.base import Compressor, make_compressor
 from masa.compression.calibration.collect import DTYPES
 from masa.compression.calibration.statistics import Calibration, model_sha256
 from masa.compression.calibration.texts import load_tokens
@@ -90,16 +90,9 @@ def run_compress(
     started = time.perf_counter()
     if threads:
         torch.set_num_threads(threads)
-    chosen = {"method": method} if isinstance(method, str) else dict(method)
     if dtype is not None and dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
-    compressor = make_compressor(**{**chosen, **(options or {})})
-    if calibration is None and (compressor.needs_calibration or compressor.needs_tokens):
-        gradients = f"--gradient-samples {GRADIENT_SAMPLES} " if needs_gradients(compressor.name) else ""
-        raise MasaError(
-            f"{compressor.name!r} needs calibration statistics: make them with `masa calibrate {model} --text FILE "
-            f"{gradients}--out statistics`, then pass --calibration statistics."
-        )
+    compressor = _compressor(method, options or {}, model, calibration is not None)
     target = tried(Path(output), folder=True, option="output")
     _check_output(target)
     documents = None
@@ -134,6 +127,20 @@ def run_compress(
         summary |= {"total_seconds": round(time.perf_counter() - started, 2)}
         write_json(folder / ACCOUNT, summary)
     return summary
+
+
+def _compressor(
+    method: str | Mapping[str, Any], options: Mapping[str, Any], model: str, calibrated: bool
+) -> Compressor:
+    chosen = {"method": method} if isinstance(method, str) else dict(method)
+    compressor = make_compressor(**{**chosen, **options})
+    if not calibrated and (compressor.needs_calibration or compressor.needs_tokens):
+        gradients = f"--gradient-samples {GRADIENT_SAMPLES} " if needs_gradients(compressor.name) else ""
+        raise MasaError(
+            f"{compressor.name!r} needs calibration statistics: make them with `masa calibrate {model} --text FILE "
+            f"{gradients}--out statistics`, then pass --calibration statistics."
+        )
+    return compressor
 
 
 def _converted(model: Any, dtype: str | None, calibration: str | Path | None) -> Calibration | str | Path | None:
