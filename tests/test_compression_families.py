@@ -8,7 +8,7 @@ import logging
 import pytest
 import torch
 import transformers
-from family_compression import near, of_the_whole_model, same, statistics, tokens
+from family_compression import near, of_the_whole_model, refusal, same, statistics, tokens
 from family_models import CASES, GROUPED, VOCABULARY, calibrate, close, compress, letters_of, outputs
 
 import masa
@@ -19,12 +19,29 @@ from masa.compression.calibration import calls
 from masa.errors import MasaError
 from masa.sharing.projections import family_of
 
-LANGUAGE = [title for title, case in CASES.items() if "input_ids" in case.inputs]
+OTHERS = {
+    "no tokens alone": ("T5", "BART", "Whisper"),
+    "no loss": ("T5's encoder",),
+    "no language model": [title for title, case in CASES.items() if "input_ids" not in case.inputs],
+}
 
 
-@pytest.mark.parametrize("title", LANGUAGE)
+@pytest.mark.parametrize("title", [t for t in CASES if not any(t in titles for titles in OTHERS.values())])
 def test_every_family_is_calibrated_and_compressed(title):
     assert calibrate(CASES[title]) == compress(CASES[title]) == "yes"
+
+
+@pytest.mark.parametrize("title", [t for titles in OTHERS.values() for t in titles])
+def test_others_are_refused_in_a_sentence(title):
+    said = refusal(title)
+    assert said is not None and len(said) < 300, said
+
+
+def test_what_blocks_hand_on_beside_hidden_states_is_seen():
+    """T5's first block makes the position bias of all."""
+    model = CASES["T5's encoder"].build()
+    with pytest.raises(MasaError, match="one at a time"):
+        calibrated(model, tokens())
 
 
 # -------------------------------------------------------------------------------------------- blocks that are not alike

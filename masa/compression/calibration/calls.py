@@ -75,7 +75,7 @@ class Calls:
     def __init__(self, model: nn.Module, ids: Tensor) -> None:
         self.model, self.home = model, decoder(model)
         self.blocks: Sequence[nn.Module] = list(blocks(model))
-        self.probe = ids[:1, :PROBE]
+        self.probe, self._other = ids[:1, :PROBE], ids[-1:, 1 - PROBE :]
         self._rest: list[tuple[Any, ...] | None] = []  # of every block's answer, what follows the hidden states
         self.hidden_dtype = torch.float32
         self._look()
@@ -179,7 +179,10 @@ class Calls:
                     block.forward = own
 
     def check(self, gradients: bool = False) -> None:
-        """Compare the blocks run one after the other with the model run as a whole, on the tokens of the probe.
+        """Compare the blocks run one after the other with the model run as a whole, on a few tokens.
+
+        These are others, and fewer, than those that the answers' forms were seen with: what blocks hand on besides
+        hidden states (T5's position bias) would be of those.
 
         Args:
             gradients: compare those at the first block's input, too, taken back block by block.
@@ -214,19 +217,23 @@ class Calls:
         handle = self.blocks[0].register_forward_pre_hook(keep, with_kwargs=True)
         try:
             with torch.set_grad_enabled(gradients):
-                end = self.run(self.probe).flatten(0, 1)
+                end = self.run(self._other).flatten(0, 1)
                 return [end.detach(), *(torch.autograd.grad(_weighed(end), start[0]) if gradients else ())]
         finally:
             handle.remove()
 
     def _one_by_one(self, gradients: bool) -> list[Tensor]:
         """The same, of blocks that know nothing of each other."""
-        hidden, calls = self.enter(self.probe)
+        hidden, calls = self.enter(self._other)
         inputs = []
         with torch.no_grad():
             for block, call in zip(self.blocks, calls, strict=True):
                 inputs.append(hidden)
-                hidden = call.run(block, hidden)
+                try:
+                    hidden = call.run(block, hidden)
+                except RuntimeError as error:
+                    name = type(self.model).__name__
+                    raise MasaError(f"{name}'s blocks cannot be calibrated one at a time: {error}") from error
         with torch.set_grad_enabled(gradients):
             last = hidden.flatten(0, 1).detach().requires_grad_(gradients)
             end = self.leave(last)
