@@ -1,8 +1,8 @@
 """What masa reads: one row for every kind of input, of which the test makes one and the documentation's table is made.
 
-A file ``readable_NAME.py`` beside this one holds sections of ``docs/reference/files.md``: ``CASES``, section -> rows, each
-a :class:`Case`, and ``READ``, section -> what reads a path and gives what is compared. ``test_readable.py`` makes and
-reads every case. ``python tests/readable.py`` writes the tables anew, each between ``<!-- SECTION -->`` and
+A file ``readable_NAME.py`` beside this one holds sections of ``docs/reference/files.md``: ``CASES``, section -> rows,
+each a :class:`Case`, and ``READ``, section -> what reads a path and gives what is compared. ``test_readable.py`` makes
+and reads every case. ``python tests/readable.py`` writes the tables anew, between ``<!-- SECTION -->`` and
 ``<!-- end -->``.
 """
 
