@@ -21,7 +21,7 @@ from masa.errors import MasaError
 
 SHARES = (0.9, 0.8, 0.65, 0.5, 0.35)
 RATIOS = [2.5]
-ETA = 1e-6
+ETA = 1e-4
 """Added to every H before dictionaries are shared, relative to its mean diagonal: GeoPair's eta."""
 
 
