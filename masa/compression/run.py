@@ -80,6 +80,7 @@ def run_compress(
     compressor = make_compressor(**{**chosen, **(options or {})})
     if calibration is None and (compressor.needs_calibration or compressor.needs_tokens):
         gradients = f"--gradient-samples {GRADIENT_SAMPLES} " if needs_gradients(compressor.name) else ""
+        gradients += f"--projections {projections} " if projections != ATTENTION else ""
         raise MasaError(
             f"{compressor.name!r} needs calibration statistics: make them with `masa calibrate {model} --text FILE "
             f"{gradients}--out statistics`, then pass --calibration statistics."
