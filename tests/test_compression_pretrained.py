@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from compression_models import VOCABULARY, tiny_llama, tokens
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -242,3 +243,30 @@ def test_a_folder_left_half_written_is_replaced(folder, tmp_path):
     run_compress(str(folder), tmp_path / "out", "direct-share", 0.3, quiet=True)
     assert masa.load(tmp_path / "out").sharing.spec.method == "direct-share"
     shutil.rmtree(tmp_path / "out")
+
+
+def test_all_linear_layers_at_a_size_from_the_command_line(folder, tmp_path, capsys):
+    """Calibrated, compressed to a size, read again, folded and exported: not a byte above what was asked for."""
+    (tmp_path / "text.txt").write_text("\n".join(TEXT * 4))
+    whole = sum(p.nbytes for p in tiny_llama().parameters())
+    statistics, out = str(tmp_path / "statistics"), tmp_path / "smaller"
+    told = ["--text", str(tmp_path / "text.txt"), "--samples", "8", "--length", "24", "--gradient-samples", "8"]
+    assert cli.main(["calibrate", str(folder), *told, "--projections", "all", "--out", statistics]) == 0
+    for size in (f"{(whole - 150_000) / 1024:.2f}KiB", str(whole - 150_000)):
+        given = ["--method", "sparse-fisher", "--projections", "all", "--size", size, "--calibration", statistics]
+        assert cli.main(["compress", str(folder), *given, "--out", str(out)]) == 0
+        said = capsys.readouterr().out
+        stored = sum(t.nbytes for t in load_file(out / "model.safetensors").values())
+        assert whole - 152_500 < stored <= whole - 149_990
+        account = json.loads((out / "compression.json").read_text())
+        assert f"-> {account['stored_bytes']:,}, all counted" in said
+        assert whole - stored == account["dense_bytes"] - account["stored_bytes"]
+    assert cli.main(["export", str(out), "--out", str(tmp_path / "plain")]) == 0
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "plain").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(exported(tokens()).logits, load(out)(tokens()).logits)
+    capsys.readouterr()
+    assert cli.main(["compress", str(folder), *given[:4], "--size", "1KB", "--out", str(out)]) == 2
+    both = ["--size", "1KB", "--reduction", "0.2", "--out", str(out)]
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["compress", str(folder), *both])

@@ -257,3 +257,11 @@ def test_larger_groups_are_pairs_of_near_pairs():
     found = groups((at[:, None] - at).abs(), 4)
     assert found == [[0, 2, 4, 6], [1, 3, 5, 7]]
     assert groups((at[:, None] - at).abs(), 8) == [list(range(8))]
+
+
+@METRICS
+def test_the_error_of_a_profile_is_that_of_the_fit(metric):
+    seen = side(metric=metric)
+    basis = seen.basis()
+    kept, mask = basis.kept(6, 60)
+    assert basis.error(kept) == pytest.approx(seen.error(seen.refit(kept, mask)), rel=1e-9)

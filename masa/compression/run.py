@@ -92,7 +92,7 @@ def run_compress(
         torch.set_num_threads(threads)
     if dtype is not None and dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
-    compressor = _compressor(method, options or {}, model, calibration is not None)
+    compressor = _compressor(method, options or {}, model, projections, calibration is not None)
     target = tried(Path(output), folder=True, option="output")
     _check_output(target)
     documents = None
@@ -130,12 +130,13 @@ def run_compress(
 
 
 def _compressor(
-    method: str | Mapping[str, Any], options: Mapping[str, Any], model: str, calibrated: bool
+    method: str | Mapping[str, Any], options: Mapping[str, Any], model: str, projections: str, calibrated: bool
 ) -> Compressor:
     chosen = {"method": method} if isinstance(method, str) else dict(method)
     compressor = make_compressor(**{**chosen, **options})
     if not calibrated and (compressor.needs_calibration or compressor.needs_tokens):
         gradients = f"--gradient-samples {GRADIENT_SAMPLES} " if needs_gradients(compressor.name) else ""
+        gradients += f"--projections {projections} " if projections != ATTENTION else ""
         raise MasaError(
             f"{compressor.name!r} needs calibration statistics: make them with `masa calibrate {model} --text FILE "
             f"{gradients}--out statistics`, then pass --calibration statistics."

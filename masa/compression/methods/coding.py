@@ -163,11 +163,11 @@ def refit_dictionary(x: Tensor, codes: Tensor, metric: Tensor | None, name: str,
         name, log: as for :func:`~masa.compression.methods.algebra.cholesky`, for atoms that depend on each other.
     """
     weighed = right(codes, metric)
-    factor = cholesky(_used(weighed @ codes.T), name, log)
+    factor = cholesky(used(weighed @ codes.T), name, log)
     return torch.cholesky_solve((x @ weighed.T).T, factor).T
 
 
-def _used(gram: Tensor) -> Tensor:
+def used(gram: Tensor) -> Tensor:
     """With a 1 on the diagonal for atoms that no column uses, whose equations are empty."""
     idle = gram.diagonal() <= 0
     return gram + torch.diag(idle.to(gram.dtype) * gram.diagonal().mean().clamp_min(TINY))

@@ -22,6 +22,7 @@ from masa.compression.methods.coding import (
     refit_codes,
     refit_dictionary,
     right,
+    used,
 )
 from masa.compression.methods.matrices import Matrix
 
@@ -88,7 +89,7 @@ class Side:
             kept[-1] = True  # also of a matrix of zeros
             vectors = torch.linalg.qr(whitened @ short[:, kept].flip(1)).Q
         atoms = vectors if upper is None else torch.linalg.solve_triangular(upper, vectors, upper=True)
-        return Basis(self, atoms, vectors.T @ x, atoms.norm(dim=0))
+        return Basis(self, atoms, vectors.T @ x, atoms.norm(dim=0), x, float(whitened.square().sum()))
 
     def error(self, code: Code) -> float:
         """``tr(A E B E^T)``."""
@@ -136,15 +137,18 @@ class Basis:
         atoms: ``L^-1 b_i`` (m, r), with A = L^T L.
         codes: ``b_i^T L X`` (r, n).
         lengths: norms of the atoms (r,).
+        rooted, total: L X, and ``tr(A X B X^T)``.
     """
 
     of: Side
     atoms: Tensor
     codes: Tensor
     lengths: Tensor
+    rooted: Tensor
+    total: float
 
-    def code(self, atoms: int, count: int, scope: str = "columns", weight_space: float = 0.5) -> Code:
-        """The closed form: k directions, the most important coefficients of each, and the best D for them.
+    def kept(self, atoms: int, count: int, scope: str = "columns", weight_space: float = 0.5) -> tuple[Tensor, Tensor]:
+        """The most important coefficients of the first k directions, and the mask of them.
 
         Args:
             atoms: k.
@@ -160,7 +164,18 @@ class Basis:
         if metric is not None:
             score = score * (metric if metric.ndim == 1 else metric.diagonal())
         mask = largest_overall(score, count) if scope == "matrix" else keep_in_columns(score, count)
-        return self.of.refit(codes * mask, mask)
+        return codes * mask, mask
+
+    def code(self, atoms: int, count: int, scope: str = "columns", weight_space: float = 0.5) -> Code:
+        """The closed form: :meth:`kept`, and the best dictionary for them."""
+        return self.of.refit(*self.kept(atoms, count, scope, weight_space))
+
+    def error(self, codes: Tensor) -> float:
+        """The error that the best dictionary leaves, ``tr(A X B X^T) - tr(T (C B C^T)^-1 T^T)``, T = L X B C^T."""
+        weighed = right(codes, self.of.metric)
+        factor = cholesky(used(weighed @ codes.T), f"atoms of {self.of.name}", self.of.log)
+        explained = torch.linalg.solve_triangular(factor, weighed @ self.rooted.T, upper=False)
+        return max(0.0, self.total - float(explained.square().sum()))
 
 
 def keep_in_columns(score: Tensor, count: int) -> Tensor:

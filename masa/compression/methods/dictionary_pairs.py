@@ -21,7 +21,7 @@ from masa.errors import MasaError
 
 SHARES = (0.9, 0.8, 0.65, 0.5, 0.35)
 RATIOS = [2.5]
-ETA = 1e-6
+ETA = 1e-4
 """Added to every H before dictionaries are shared, relative to its mean diagonal: GeoPair's eta."""
 
 
@@ -108,7 +108,7 @@ class Pairs(ByteCompressor):
         self.group_size, self.shared, self.rounds = group_size, shared, rounds
 
     def needs_loss(self) -> bool:
-        return self.cost == "loss" or self.outputs != "none"
+        return self.cost.startswith("loss") or self.outputs != "none"
 
     def families(self, log: dict[str, float]) -> list[Family]:
         side, power = ("short", 0.0) if self.allocation == "global" else ("in", 0.0)
@@ -229,7 +229,7 @@ class DictionaryPairsFisher(Pairs):
 
     def __init__(
         self,
-        cost: str = "loss",
+        cost: str = "loss-diagonal",
         allocation: str = "global",
         outputs: str = "diagonal",
         scope: str = "matrix",

@@ -91,7 +91,7 @@ class ByteCompressor(Compressor):
 
     def needs_loss(self) -> bool:
         """Whether the gradients' moments are read."""
-        return self.cost == "loss"
+        return self.cost.startswith("loss")
 
     def matrix(self, problem: Problem, letter: str, layer: int) -> Matrix:
         return Matrix.of(problem, letter, layer, self.needs_loss())

@@ -117,7 +117,7 @@ class SparseInPlace(ByteCompressor):
         self.score, self.scope, self.compensation = score, scope, compensation
 
     def needs_loss(self) -> bool:
-        return "loss" in (self.cost, self.score, self.compensation)
+        return self.cost.startswith("loss") or "loss" in (self.score, self.compensation)
 
     def families(self, log: dict[str, float]) -> list[Family]:
         return [InPlace(self.score, self.scope, self.compensation, False, log)]
@@ -205,7 +205,7 @@ class SparseTwoOfFour(ByteCompressor):
 class SparseFisher(SparseInPlace):
     """Entries by what the loss minds of them, w^2 E[x^2] E[g^2]; one threshold for the whole model (ours).
 
-    The entries that stay make up for those that go. Needs a calibration with gradients.
+    The entries that stay make up for those that go, in the metric of the loss. Needs a calibration with gradients.
 
     Args:
         cost, allocation, score, scope, compensation: of :class:`SparseInPlace`.
@@ -217,7 +217,7 @@ class SparseFisher(SparseInPlace):
         allocation: str = "global",
         score: str = "loss",
         scope: str = "matrix",
-        compensation: str = "exact",
+        compensation: str = "loss",
     ) -> None:
         super().__init__(cost, allocation, score, scope, compensation)
 
@@ -239,7 +239,7 @@ class SparseFisherUpdate(SparseFisher):
         allocation: str = "global",
         score: str = "loss",
         scope: str = "matrix",
-        compensation: str = "exact",
+        compensation: str = "loss",
         samples: int | None = None,
     ) -> None:
         super().__init__(cost, allocation, score, scope, compensation)

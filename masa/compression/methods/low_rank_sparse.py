@@ -137,7 +137,7 @@ class LowRankSparseCompressor(ByteCompressor):
         self.score, self.compensation, self.rounds = score, compensation, rounds
 
     def needs_loss(self) -> bool:
-        return "loss" in (self.cost, self.score, self.compensation)
+        return self.cost.startswith("loss") or "loss" in (self.score, self.compensation)
 
     def families(self, log: dict[str, float]) -> list[Family]:
         return [LowRankSparse(self.score, self.compensation, self.rounds, log)]

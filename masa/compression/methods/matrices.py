@@ -10,7 +10,7 @@ from torch import Tensor
 from masa.compression.base import Problem
 from masa.errors import unknown
 
-COSTS = ("weights", "whitened", "loss")
+COSTS = ("weights", "whitened", "loss", "loss-diagonal")
 """How approximations of different matrices compare, see :meth:`Matrix.cost`."""
 
 
@@ -80,7 +80,7 @@ class Matrix:
         Args:
             rule: "weights": ``||W - V|| / ||W||``, ROCKET's (arXiv 2602.11008). "whitened": the squared error of the
                 outputs over the outputs' own. "loss": the loss's second-order increase ``tr(G D H D^T) / 2``, in nats a
-                token.
+                token. "loss-diagonal": the same with the diagonal of G alone, for which less is computed.
         """
         return self.error_cost(rule, self.weight - approximation.double())
 
@@ -94,6 +94,8 @@ class Matrix:
         if rule == "whitened":
             return float((spread * error).sum()) / max(self.energy(), 1e-300)
         assert self.outputs is not None
+        if rule == "loss-diagonal":
+            return float(((spread * error).sum(1) * self.importance).sum()) / 2
         return max(0.0, float((spread * (self.outputs @ error)).sum())) / 2
 
     def energy(self) -> float:

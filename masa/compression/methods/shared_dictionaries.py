@@ -8,7 +8,7 @@ gradients. Everything is float64.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -53,10 +53,19 @@ def simultaneous(first: Tensor, second: Tensor, name: str, log: dict[str, float]
 
 
 def sylvester(
-    lefts: tuple[Tensor, Tensor], grams: tuple[Tensor, Tensor], target: Tensor, name: str, log: dict[str, float]
+    lefts: tuple[Tensor, Tensor],
+    grams: tuple[Tensor, Tensor],
+    target: Tensor,
+    name: str,
+    log: dict[str, float],
+    known: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """The D (m, k) of ``A_1 D S_1 + A_2 D S_2 = K``, exactly, by two generalised eigenproblems."""
-    p, lam = simultaneous(*lefts, name, log)
+    """The D (m, k) of ``A_1 D S_1 + A_2 D S_2 = K``, exactly, by two generalised eigenproblems.
+
+    Args:
+        known: the solution of the first of them, of ``simultaneous(*lefts)``, which is the same for any S and K.
+    """
+    p, lam = known or simultaneous(*lefts, name, log)
     q, sigma = simultaneous(*grams, name, log)
     return p @ ((p.T @ target @ q) / (1 + lam[:, None] * sigma)) @ q.T
 
@@ -98,6 +107,7 @@ class Group:
     """Matrices of one height m that are to share a dictionary."""
 
     sides: list[Side]
+    _known: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
 
     @property
     def name(self) -> str:
@@ -149,7 +159,12 @@ class Group:
         for left, (side, _), w in zip(lefts, used, weighed, strict=True):
             target += left @ side.x @ w.T
         if len(used) == 2:
-            atoms = sylvester((lefts[0], lefts[1]), (grams[0], grams[1]), target, self.name, first.log)
+            both = (lefts[0], lefts[1])
+            if len(self.sides) > 2:
+                known = None
+            else:
+                known = self._known = self._known or simultaneous(*both, self.name, first.log)
+            atoms = sylvester(both, (grams[0], grams[1]), target, self.name, first.log, known)
         else:
             atoms = conjugate(lefts, grams, target, code.atoms, self.name, first.log)
         return SharedCode(atoms, code.codes, code.masks)

@@ -16,7 +16,7 @@ from masa.errors import MasaError, unknown
 
 SIDES = ("in", "out", "short", "both")
 SHARES = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.35)
-RATIOS = [1.5, 2.0, 2.5, 3.0]  # a list, as it comes back from a configuration
+RATIOS = [1.5, 2.0, 2.5]  # a list, as it comes back from a configuration
 
 
 class Dictionary(Family):
@@ -68,11 +68,22 @@ class Dictionary(Family):
                     if sizes is None:
                         continue
                     atoms, count, size = sizes
-                    code = basis.code(atoms, count, self.scope, self.weight_space)
+                    kept, mask = basis.kept(atoms, count, self.scope, self.weight_space)
                     settings = {"side": name, "atoms": atoms, "count": count}
-                    cost = matrix.cost(rule, written(code, name))
+                    if (scale := self._scale(matrix, rule)) is not None:
+                        cost = basis.error(kept) * scale
+                    else:
+                        cost = matrix.cost(rule, written(side.refit(kept, mask), name))
                     found.append(Option((matrix.member,), self.name, size, cost, settings))
         return found
+
+    def _scale(self, matrix: Matrix, rule: str) -> float | None:
+        """What the error of a fit is to be multiplied by to be the cost; None where that is in another metric."""
+        if rule == "whitened" and self.outputs == "none":
+            return 0.0 if matrix.idle else 1 / max(matrix.energy(), 1e-300)
+        if (rule, self.outputs) in (("loss", "full"), ("loss-diagonal", "diagonal")):
+            return 0.5
+        return None
 
     def fit(self, matrix: Matrix, option: Option) -> list[Fit]:
         name = str(option.settings["side"])
@@ -139,7 +150,7 @@ class SparseDictionaryCompressor(ByteCompressor):
         self.ratios, self.rounds = ratios, rounds
 
     def needs_loss(self) -> bool:
-        return self.cost == "loss" or self.outputs != "none"
+        return self.cost.startswith("loss") or self.outputs != "none"
 
     def families(self, log: dict[str, float]) -> list[Family]:
         return [
@@ -158,7 +169,7 @@ class SparseDictionaryFisher(SparseDictionaryCompressor):
 
     def __init__(
         self,
-        cost: str = "loss",
+        cost: str = "loss-diagonal",
         allocation: str = "global",
         side: str = "short",
         outputs: str = "diagonal",
