@@ -95,9 +95,8 @@ def run_compress(
     compressor = _compressor(method, options or {}, model, projections, calibration is not None)
     target = tried(Path(output), folder=True, option="output")
     _check_output(target)
-    documents = None
-    if evaluate is not None:
-        documents = Documents(evaluate, column, subset=subset, split=split).check()
+    asked = {"column": column, "subset": subset, "split": split}
+    documents = Documents(evaluate, **asked).check() if evaluate is not None else None
     with whole_folder(target) as folder:
         where = locate(model, revision=revision)
         loaded, tokenizer = load_pretrained(where, device=device, trust_remote_code=trust_remote_code)
@@ -106,9 +105,7 @@ def run_compress(
             raise MasaError(f"{model} holds no tokenizer, which evaluation on text needs.")
         if documents:
             documents.chat = template_of(tokenizer)
-        tokens = load_tokens(calibration) if calibration is not None else None
-        if tokens is not None:
-            Calibration.load(calibration).check_tokens(tokens)
+        tokens = _tokens(calibration)
         window = min(window, getattr(loaded.config, "max_position_embeddings", window))
         scores = {}
         with terminal(quiet) as progress:
@@ -122,9 +119,9 @@ def run_compress(
                 scores["perplexity_after"] = perplexity(loaded, tokenizer, documents, window=window, **how).to_dict()
         save_plain(loaded, folder) if plain else save(loaded, folder)
         summary = report.to_dict() | scores | {"model": str(model), "output": str(output)}
-        summary |= {"threads": torch.get_num_threads()}
+        summary["threads"] = torch.get_num_threads()
         summary["handed_on"] = hand_on(where, folder, code=trust_remote_code)
-        summary |= {"total_seconds": round(time.perf_counter() - started, 2)}
+        summary["total_seconds"] = round(time.perf_counter() - started, 2)
         write_json(folder / ACCOUNT, summary)
     return summary
 
@@ -142,6 +139,14 @@ def _compressor(
             f"{gradients}--out statistics`, then pass --calibration statistics."
         )
     return compressor
+
+
+def _tokens(calibration: str | Path | None) -> Any:
+    """The tokens of statistics, seen to be those that they were made of."""
+    tokens = load_tokens(calibration) if calibration is not None else None
+    if tokens is not None:
+        Calibration.load(calibration).check_tokens(tokens)
+    return tokens
 
 
 def _converted(model: Any, dtype: str | None, calibration: str | Path | None) -> Calibration | str | Path | None:
