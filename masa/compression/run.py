@@ -119,8 +119,7 @@ def run_compress(
                 scores["perplexity_after"] = perplexity(loaded, tokenizer, documents, window=window, **how).to_dict()
         save_plain(loaded, folder) if plain else save(loaded, folder)
         summary = report.to_dict() | scores | {"model": str(model), "output": str(output)}
-        summary["threads"] = torch.get_num_threads()
-        summary["handed_on"] = hand_on(where, folder, code=trust_remote_code)
+        summary |= {"threads": torch.get_num_threads(), "handed_on": hand_on(where, folder, code=trust_remote_code)}
         summary["total_seconds"] = round(time.perf_counter() - started, 2)
         write_json(folder / ACCOUNT, summary)
     return summary
