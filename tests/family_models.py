@@ -42,6 +42,12 @@ EXPERTS = GROUPED | {"num_local_experts": 2, "num_experts": 2, "num_experts_per_
 EXPERTS |= {"n_routed_experts": 2, "shared_expert_intermediate_size": 16}
 LATENT = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
 LATENT |= {"n_group": 1, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1}
+DBRX = {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 32}
+DBRX |= {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}}
+DBRX |= {"ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 2, "moe_top_k": 1, "hidden_size": 32}}
+GEMMA = {"num_hidden_layers": 6, "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8, "laurel_rank": 4}
+GEMMA |= {"vocab_size_per_layer_input": 64, "activation_sparsity_pattern": [0.0] * 6, "intermediate_size": [48] * 6}
+GEMMA |= {"layer_types": ["sliding_attention", "full_attention"] * 3, "altup_num_inputs": 2}
 MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_expand": 2}
 LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
 DECODER = {"is_decoder": True, "d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48}
@@ -165,8 +171,11 @@ def _cases():
         Case("MPT", "MptForCausalLM", {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 32}, TEXT),
         Case("CodeGen", "CodeGenForCausalLM", {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}, TEXT),
         Case("Persimmon", "PersimmonForCausalLM", base=TEXT),
+        Case("DBRX", "DbrxForCausalLM", DBRX, TEXT),
     ]
     hybrid = [
+        Case("Gemma 3n", "Gemma3nForCausalLM", GEMMA),
+        Case("Moshi", "MoshiForCausalLM", {"ffn_dim": 48}, GROUPED | {"num_key_value_heads": 4}),
         Case("Qwen3-Next", "Qwen3NextForCausalLM", LINEAR | {"num_hidden_layers": 8}, EXPERTS),
         Case(
             "Jamba",

@@ -43,6 +43,7 @@ QKV = (
     ("wq", "wk", "wv"),
     ("linear_q", "linear_k", "linear_v"),
     ("project_q", "project_k", "project_v"),
+    ("q_proj.linear", "k_proj.linear", "v_proj.linear"),
 )
 """Names of Q, K and V beside each other in the attention. Q must be there; some layers borrow K and V of others."""
 
@@ -60,6 +61,7 @@ OUTPUT = (
     "projection",
     "projection_layer",
     "attention_out",
+    "o_proj.linear",
     "output",
     "../output.dense",
 )
@@ -132,6 +134,7 @@ FUSED = (
     Fused("attn.qkv_proj", "attn.out_proj", letters="qvk", groups=4),  # CodeGen, for TPUs of four cores
     Fused("attn.Wqkv", "attn.Wo"),  # ModernBERT
     Fused("attn.Wqkv", "attn.out_proj"),  # MPT
+    Fused("norm_attn_norm.attn.Wqkv", "norm_attn_norm.attn.out_proj"),  # DBRX
     Fused("attn.c_attn", "attn.c_proj", without="multi_query"),  # GPT-2
     Fused("attn.c_attn", "attn.c_proj", heads=True, has="multi_query"),  # GPT-BigCode
     Fused("attn.att_proj", "attn.out_proj"),  # Bark
