@@ -12,6 +12,7 @@ from family_models import CASES, VOCABULARY, close, letters_of, outputs
 
 import masa
 from masa.compression import calibrate, compress
+from masa.errors import MasaError
 from masa.sharing.families import layer_at
 from masa.sharing.projections import family_of
 
@@ -42,6 +43,16 @@ def statistics(title):
     case = CASES[title]
     options = {"projections": letters_of(case), "gradient_samples": SAMPLES, "batch_size": BATCH}
     return calibrate(language(case), tokens(), **options)
+
+
+@cache
+def refusal(title):
+    """Why a family cannot be calibrated, or None."""
+    try:
+        statistics(title)
+    except MasaError as error:
+        return str(error)
+    return None
 
 
 def of_the_whole_model(model, ids, letters, dtype=torch.float64):

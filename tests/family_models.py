@@ -20,7 +20,7 @@ from conftest import ROOT
 import masa
 from masa.errors import MasaError
 from masa.sharing.projections import family_of
-from masa.sharing.stacks import bank_of
+from masa.sharing.stacks import bank_of, stack_of
 
 TABLE = ROOT / "docs" / "reference" / "families.md"
 VOCABULARY = 64
@@ -45,6 +45,10 @@ LATENT |= {"n_group": 1, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_
 MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_expand": 2}
 LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
 DECODER = {"is_decoder": True, "d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48}
+WHISPER = {"encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 48, "num_mel_bins": 8}
+WHISPER |= {"max_target_positions": 32, "max_source_positions": 16, "pad_token_id": 0, "decoder_start_token_id": 0}
+T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4}
+T5 |= {"decoder_start_token_id": 0, "pad_token_id": 0}
 IMAGES = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -68,12 +72,14 @@ class Case:
         kind: class of transformers.
         sizes: of its configuration, beside those of its kind.
         base: the sizes of its kind.
+        stack: which blocks share, in a model with several stacks.
     """
 
     title: str
     kind: str
     sizes: dict = field(default_factory=dict)
     base: dict = field(default_factory=lambda: GROUPED)
+    stack: str | None = None
 
     def build(self):
         """The model, the same every time, in eval()."""
@@ -93,7 +99,15 @@ class Case:
             return {"pixel_values": torch.randn(2, 1, 8, 8, generator=generator)}
         if self.base is SOUND:
             return {"input_values": torch.randn(2, 64, generator=generator)}
-        return {"input_ids": torch.randint(4, VOCABULARY, (2, 9), generator=generator)}
+        ids = torch.randint(4, VOCABULARY, (2, 9), generator=generator)
+        if self.kind == "WhisperForConditionalGeneration":
+            return {"input_features": torch.randn(2, 8, 32, generator=generator), "decoder_input_ids": ids}
+        return {"input_ids": ids} | ({"decoder_input_ids": ids} if self.stack else {})
+
+    def family(self, model=None):
+        """Of a new model, or of one that was built."""
+        model = model if model is not None else self.build()
+        return family_of(model, stack_of(model, self.stack))
 
 
 def _cases():
@@ -183,9 +197,8 @@ def _cases():
         Case("DeBERTa-v2", "DebertaV2ForMaskedLM", base=TEXT),
         Case("ModernBERT", "ModernBertForMaskedLM", {"pad_token_id": 0}, TEXT),
         Case("BART's decoder", "BartForCausalLM", DECODER, TEXT),
-        Case(
-            "Whisper's decoder", "WhisperForCausalLM", DECODER | {"max_target_positions": 32, "pad_token_id": 0}, TEXT
-        ),
+        Case("Whisper's decoder", "WhisperForCausalLM", WHISPER | DECODER, TEXT),
+        Case("T5's encoder", "T5EncoderModel", T5, TEXT),
     ]
     others = [
         Case("ViT", "ViTForImageClassification", base=IMAGES),
@@ -198,7 +211,26 @@ def _cases():
         Case("Wav2Vec2", "Wav2Vec2Model", TEXT | SOUND, SOUND),
         Case("HuBERT", "HubertModel", TEXT | SOUND, SOUND),
     ]
-    return [*text, *experts, *fused, *hybrid, *encoders, *others]
+    small = {k: v for k, v in GROUPED.items() if k != "max_position_embeddings"}
+    pictures = {k: v for k, v in IMAGES.items() if k != "num_channels"}
+    visual = {"depth": 2, "embed_dim": 32, "num_heads": 4, "hidden_size": 32, "mlp_ratio": 2}
+    mrope = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}}
+    both = {"text_config": small, "vision_config": pictures}
+    llava = {
+        "text_config": small | {"model_type": "llama"},
+        "vision_config": pictures | {"model_type": "clip_vision_model"},
+    }
+    idefics = {"text_config": small | {"model_type": "llama"}, "vision_config": pictures}
+    several = [
+        Case("LLaVA", "LlavaForConditionalGeneration", llava),
+        Case("Gemma 3, images", "Gemma3ForConditionalGeneration", both),
+        Case("Idefics 3", "Idefics3ForConditionalGeneration", idefics),
+        Case("Qwen2-VL", "Qwen2VLForConditionalGeneration", {"text_config": small | mrope, "vision_config": visual}),
+        Case("T5", "T5ForConditionalGeneration", T5, TEXT, stack="decoder.block"),
+        Case("BART", "BartForConditionalGeneration", WHISPER | DECODER, TEXT, stack="encoder.layers"),
+        Case("Whisper", "WhisperForConditionalGeneration", WHISPER | DECODER, TEXT, stack="decoder.layers"),
+    ]
+    return [*text, *experts, *fused, *hybrid, *encoders, *others, *several]
 
 
 CASES = {case.title: case for case in _cases()}
@@ -221,7 +253,7 @@ def outputs(model, case):
 
 def letters_of(case):
     """Those that a tiny model of the family has in one shape, which is all that could be shared."""
-    family = family_of(case.build())
+    family = case.family()
     return "".join(p for p in family.paths if len(family.shapes(p)) == 1)
 
 
@@ -252,7 +284,7 @@ def way(title):
     """Share all that a family has, train one step, save, and fold: the models and folders of the columns below."""
     case = CASES[title]
     plain, letters = case.build(), letters_of(case)
-    model = masa.share(plain, SPEC | {"projections": letters})
+    model = masa.share(plain, SPEC | {"projections": letters}, stack=case.stack)
     bank = bank_of(model)
     before = {name: p.detach().clone() for name, p in bank.named_parameters()}
     # not train(): dropout of a model of two layers may drop whole layers
@@ -281,7 +313,7 @@ def way(title):
 
 def projections(case):
     """Letters, those that only some blocks have with their number."""
-    family = family_of(case.build())
+    family = case.family()
     count, found = len(family.blocks), {}
     for letter in letters_of(case):
         found.setdefault(len(family.layers(letter)), []).append(letter)
@@ -309,7 +341,7 @@ def save_load(case):
 def fold(case):
     passed = way(case.title)
     back = type(passed.shared).from_pretrained(passed.folded)
-    assert family_of(back).paths == family_of(case.build()).paths
+    assert case.family(back).paths == case.family().paths
     close(outputs(back, case), passed.expected, "folded and loaded")
     return "yes"
 

@@ -8,7 +8,7 @@ import logging
 import pytest
 import torch
 import transformers
-from family_compression import near, of_the_whole_model, same, statistics, tokens
+from family_compression import near, of_the_whole_model, refusal, same, statistics, tokens
 from family_models import CASES, GROUPED, VOCABULARY, calibrate, close, compress, letters_of, outputs
 
 import masa
@@ -19,12 +19,29 @@ from masa.compression.calibration import calls
 from masa.errors import MasaError
 from masa.sharing.projections import family_of
 
-LANGUAGE = [title for title, case in CASES.items() if "input_ids" in case.inputs]
+OTHERS = {
+    "no tokens alone": ("T5", "BART", "Whisper"),
+    "no loss": ("T5's encoder",),
+    "no language model": [title for title, case in CASES.items() if "input_ids" not in case.inputs],
+}
 
 
-@pytest.mark.parametrize("title", LANGUAGE)
+@pytest.mark.parametrize("title", [t for t in CASES if not any(t in titles for titles in OTHERS.values())])
 def test_every_family_is_calibrated_and_compressed(title):
     assert calibrate(CASES[title]) == compress(CASES[title]) == "yes"
+
+
+@pytest.mark.parametrize("title", [t for titles in OTHERS.values() for t in titles])
+def test_others_are_refused_in_a_sentence(title):
+    said = refusal(title)
+    assert said is not None and len(said) < 300, said
+
+
+def test_what_blocks_hand_on_beside_hidden_states_is_seen():
+    """T5's first block makes the position bias of all."""
+    model = CASES["T5's encoder"].build()
+    with pytest.raises(MasaError, match="one at a time"):
+        calibrated(model, tokens())
 
 
 # -------------------------------------------------------------------------------------------- blocks that are not alike
@@ -94,6 +111,34 @@ def test_a_model_that_passes_more_from_block_to_block_is_refused():
     norm.forward = lambda x: own(x + first[-1].mean((0, 1)))
     with pytest.raises(MasaError, match="passes more from block to block than hidden states"):
         calibrated(model, tokens())
+
+
+def test_gradients_that_go_past_a_block_are_refused():
+    """Gemma 4's last blocks read keys and values of earlier ones: forward all is right, backward a part is missing."""
+    cls = transformers.Gemma4ForCausalLM
+    sizes = {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": [WINDOW, FULL] * 2, "sliding_window": 4}
+    sizes |= {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8, "global_head_dim": 8}
+    config = cls.config_class(**{k: v for k, v in GROUPED.items() if k in vars(cls.config_class())} | sizes)
+    torch.manual_seed(0)
+    model = cls(config).eval()
+    letters = "".join(p for p in family_of(model).paths if len(family_of(model).shapes(p)) == 1)
+    with pytest.raises(MasaError, match=r"gradients of blocks .*A calibration without gradients may do"):
+        calibrated(model, tokens(), projections=letters, gradient_samples=3)
+    found = calibrated(model, tokens(), projections=letters, batch_size=2)
+    for (letter, layer), (gram, _) in of_the_whole_model(model, tokens(), letters, torch.float32).items():
+        assert float((found.gram(letter, layer) - gram).norm() / gram.norm()) < 1e-5, (letter, layer)
+
+
+def test_heads_of_another_width():
+    """ELECTRA's and RemBERT's embeddings and heads are narrower than their blocks."""
+    cls = transformers.ElectraForCausalLM
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    config = cls.config_class(**sizes, embedding_size=16, vocab_size=VOCABULARY, is_decoder=True)
+    model = cls(config).eval()
+    found = calibrated(model, tokens(), gradient_samples=3)
+    assert len(found.drift) == 2 and all(value > 0 for value in found.drift)
+    same(found, of_the_whole_model(model, tokens(), "qkvo"))
 
 
 def test_a_projection_that_is_never_called_is_named():

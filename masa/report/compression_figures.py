@@ -143,6 +143,8 @@ def drift(spec: Mapping[str, Any], results: Path) -> Figure:
     row = spec["rows"][0]
     record = m.load(results, row["records"][0])
     values, groups = record["drift"], record["compression"]["learned"]["groups"]
+    if isinstance(groups, dict):  # by projection, where not all blocks have all of them
+        groups = next(iter(groups.values()))
     layers = len(values) + 1
     canvas = Canvas(TEXT, 1.9)
     axis = canvas.axes[0][0]

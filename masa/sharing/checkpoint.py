@@ -17,6 +17,7 @@ from torch import nn
 from masa.errors import MasaError
 from masa.runs.files import whole_files
 from masa.sharing import description as described
+from masa.sharing.bank import SharedProjections
 from masa.sharing.compressed_sources import EARLIER_NAMES
 from masa.sharing.runtime import check_runtime
 from masa.sharing.saving import attach_saving, refuse_adapters
@@ -45,6 +46,8 @@ def save(model: nn.Module, directory: str | Path, **options: Any) -> Path:
             "store masa.fold(model).state_dict()."
         )
     refuse_adapters(model)
+    if any(isinstance(module, SharedProjections) for module in model.modules()):
+        attach_saving(model)  # a part of it may have been shared by itself
     directory = Path(directory)
     with whole_files(directory, directory / WEIGHTS) as folder, quietly():
         model.save_pretrained(folder, **options)

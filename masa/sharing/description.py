@@ -17,7 +17,8 @@ from masa.sharing.compression_spec import CompressionSpec
 from masa.sharing.spec import SharingSpec
 
 FORMATS = (1, 2, 3)
-"""1 has a file of its own (:data:`EARLIER`); 3 says which blocks share what, where not all do."""
+"""1 has a file of its own (:data:`EARLIER`); 3 says which blocks share what
+where not all do, and which stack of blocks where there are several."""
 METHOD = "masa--import-masa-before-you-load-it-or-run-masa-export"
 """``quant_method`` of a factored folder. Tools that do not know it print it, so that it says the two ways on."""
 PLAIN = "masa"
@@ -32,7 +33,7 @@ def read(folder: Path) -> dict[str, Any] | None:
     """The description of a folder, or None if it is an ordinary model.
 
     Returns:
-        ``spec``, ``dense_attention``, ``sources``, and ``layers`` in format 3.
+        ``spec``, ``dense_attention``, ``sources``, and in format 3 ``layers`` or ``stack``.
 
     Raises:
         MasaError: it cannot be read; the message names the file.

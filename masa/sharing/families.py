@@ -40,6 +40,7 @@ QKV = (
     ("q_lin", "k_lin", "v_lin"),
     ("q", "k", "v"),
     ("Wq", "Wk", "Wv"),
+    ("wq", "wk", "wv"),
     ("linear_q", "linear_k", "linear_v"),
     ("project_q", "project_k", "project_v"),
 )
@@ -52,6 +53,7 @@ OUTPUT = (
     "proj",
     "c_proj",
     "Wo",
+    "wo",
     "out_lin",
     "o",
     "linear_out",

@@ -12,7 +12,7 @@ from masa.sharing.bank import SharedProjections, is_hooked
 from masa.sharing.fused import FusedLinear
 from masa.sharing.linears import SharedLinear, SharedWeight, like
 from masa.sharing.saving import adapted, detach_saving
-from masa.sharing.stacks import decoder
+from masa.sharing.stacks import decoder, stacks
 
 
 @torch.no_grad()
@@ -43,7 +43,8 @@ def fold(model: nn.Module) -> nn.Module:
     plain = copy.deepcopy(model)
     fold_in_place(plain)
     plain = _merge_adapters(plain)
-    decoder(plain)  # raises for what masa does not know
+    if not stacks(plain):
+        decoder(plain)  # raises
     return plain.eval()
 
 

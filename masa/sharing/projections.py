@@ -15,7 +15,7 @@ from masa.sharing.fused import FusedLinear, Layout, Rows
 from masa.sharing.linears import SharedLinear as SharedLinear
 from masa.sharing.linears import SharedWeight, is_conv1d, is_plain, sizes
 from masa.sharing.spec import PROJECTIONS, ModelShape
-from masa.sharing.stacks import PAGE, stack_of
+from masa.sharing.stacks import PAGE, Stack, stack_of
 from masa.sharing.stacks import bank_of as bank_of
 from masa.sharing.stacks import blocks as blocks
 from masa.sharing.stacks import decoder as decoder
@@ -166,13 +166,16 @@ def _children(block: nn.Module) -> str:
     return ", ".join(f"{name}: {type(child).__name__}" for name, child in parts[:3])
 
 
-def family_of(model: nn.Module) -> Family:
+def family_of(model: nn.Module, stack: Stack | None = None) -> Family:
     """What a model's blocks are built of.
+
+    Args:
+        stack: of the model; by default :func:`~masa.sharing.stacks.stack_of` it.
 
     Raises:
         MasaError: it has no stack of blocks with attention, or several.
     """
-    stack = stack_of(model)
+    stack = stack or stack_of(model)
     return Family(type(model).__name__, stack.blocks, tuple(map(find, stack.blocks)), _reads_tokens(model))
 
 

@@ -109,7 +109,7 @@ def put_sources(model: nn.Module, description: Mapping[str, Any], where: str | P
             sources = [from_config(source) for source in description["sources"]]
         shared = SharedProjections(sources, description.get("layers"))
         shared.to(next(p.dtype for p in model.parameters() if p.is_floating_point()))
-        install(model, shared)
+        install(model, shared, description.get("stack"))
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         file = EARLIER if description.get("format") == 1 else "config.json"
         raise MasaError(

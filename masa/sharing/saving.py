@@ -20,7 +20,7 @@ from masa.errors import MasaError
 from masa.runs.files import whole_file
 from masa.sharing.description import ELSEWHERE, METHOD, PLAIN
 from masa.sharing.linears import computed_layers
-from masa.sharing.stacks import bank_of, stack_of
+from masa.sharing.stacks import bank_of, stack_of, stacks
 
 
 class SavePretrained:
@@ -65,19 +65,25 @@ class SavePretrained:
 
     def keys(self) -> dict[str, Any]:
         """What ``config.json`` says beside the model's own configuration."""
-        sharing = getattr(self.owner, "sharing", None)
-        shared = bank_of(self.model)
+        stack = stack_of(self.model)
+        found = (getattr(m, "sharing", None) for m in (self.owner, *stack.parents))
+        sharing, shared = next((s for s in found if s is not None), None), bank_of(self.model)
         finals = [source.freeze_coefficients() for source in shared.values()] if shared is not None else []
         description = {
-            "format": 3 if shared is not None and shared.layers else 2,
+            "format": 2,
             "spec": sharing.spec.to_dict() if sharing else {"method": "vanilla"},
             "dense_attention": sharing.dense_attention if sharing else None,
             "sources": [{"kind": final.kind, **final.config()} for final in finals],
         }
-        if shared is not None and shared.layers:
-            description["layers"] = {letter: list(layers) for letter, layers in shared.layers.items()}
         if not finals:
             return {PLAIN: description}
+        more: dict[str, Any] = {}
+        if shared.layers:
+            more["layers"] = {letter: list(layers) for letter, layers in shared.layers.items()}
+        if len(stacks(self.model)) > 1:
+            more["stack"] = stack.path
+        if more:
+            description |= {"format": 3} | more
         return {"quantization_config": {"quant_method": METHOD} | description, "runtime": "auto"}
 
 

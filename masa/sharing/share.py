@@ -21,7 +21,7 @@ from masa.sharing.bank import SharedProjections
 from masa.sharing.compression_spec import CompressionSpec
 from masa.sharing.fused import Part
 from masa.sharing.linears import SharedLinear, SharedWeight
-from masa.sharing.projections import Family, bank_of, decoder, family_of, model_shape
+from masa.sharing.projections import Family, bank_of, family_of, model_shape
 from masa.sharing.saving import attach_saving
 from masa.sharing.spec import ATTENTION, METHODS, SharingSpec
 from masa.sharing.stacks import stack_of
@@ -63,7 +63,7 @@ class ParameterCount:
         return dataclasses.asdict(self)
 
 
-def share(model: nn.Module, spec: SharingSpec | Mapping[str, Any] | str) -> nn.Module:
+def share(model: nn.Module, spec: SharingSpec | Mapping[str, Any] | str, *, stack: str | None = None) -> nn.Module:
     """Make the projections of ``model`` share weights across layers, in place, newly initialised for training.
 
     The matrices of the shared projections are replaced and their values lost; biases, norms, FFNs and embeddings stay.
@@ -75,6 +75,8 @@ def share(model: nn.Module, spec: SharingSpec | Mapping[str, Any] | str) -> nn.M
             inside Hugging Face's TimmWrapper; on any device ("meta" included). Blocks without one of the projections
             keep what they have, and a line in the log says so.
         spec: a :class:`SharingSpec`, a mapping of its fields, or a method's name.
+        stack: path of the list of blocks that is to share, in a model with several (encoder and decoder); by default
+            the only one, or that of the text beside images or sound.
 
     Returns:
         ``model`` itself.
@@ -94,32 +96,39 @@ def share(model: nn.Module, spec: SharingSpec | Mapping[str, Any] | str) -> nn.M
     spec = SharingSpec.coerce(spec)
     if getattr(model, "sharing", None) is not None:
         raise MasaError(f"This model already shares weights ({model.sharing.spec.method}); fold it first.")
-    family = family_of(model)
+    chosen = stack_of(model, stack)
+    family = family_of(model, chosen)
     family.require(spec.projections or "")
     shape = model_shape(model, family)
     spec = spec.resolve(shape)
     dense = _attention_numbers(family)
     kind = METHODS[spec.method].source
-    std = getattr(getattr(decoder(model), "config", None), "initializer_range", None) or 0.02
-    if spec.projections and (line := family.passed_over(spec.projections)):
-        _log.warning("masa: %s", line)
+    std = getattr(getattr(chosen.home, "config", None), "initializer_range", None) or 0.02
+    for line in (chosen.beside(model), family.passed_over(spec.projections or "")):
+        if kind is not None and line:
+            _log.warning("masa: %s", line)
     if kind == "grouped_heads":
-        group_heads(model, int(spec.num_key_value_heads or 1), std)
+        group_heads(family, chosen.home, int(spec.num_key_value_heads or 1), std)
     elif kind is not None:
-        example = next(decoder(model).parameters())
+        example = next(chosen.home.parameters())
         sources = KINDS[kind].from_spec(spec, shape)
         for source in sources:
             source.to(device=example.device)
             source.reset_parameters(std)
-        install(model, SharedProjections(sources, shape.layers).to(dtype=example.dtype))
+        install(model, SharedProjections(sources, shape.layers).to(dtype=example.dtype), stack)
     model.sharing = Sharing(spec, dense)
     attach_saving(model)
     return model
 
 
-def install(model: nn.Module, shared: SharedProjections) -> None:
-    """Replace the linear layers that ``shared`` serves and attach it to the decoder; biases stay where they are."""
-    family, stack = family_of(model), stack_of(model)
+def install(model: nn.Module, shared: SharedProjections, path: str | None = None) -> None:
+    """Replace the linear layers that ``shared`` serves and attach it to the decoder; biases stay where they are.
+
+    Args:
+        path: of the stack, as :func:`share` takes it.
+    """
+    stack = stack_of(model, path)
+    family = family_of(model, stack)
     for letter in shared.projections:
         layers, wanted = shared.layers.get(letter, range(len(stack.blocks))), shared.source(letter).num_layers
         if len(layers) != wanted:
@@ -134,13 +143,12 @@ def install(model: nn.Module, shared: SharedProjections) -> None:
     attach_saving(model)
 
 
-def group_heads(model: nn.Module, num_key_value_heads: int, std: float) -> None:
+def group_heads(family: Family, home: nn.Module, num_key_value_heads: int, std: float) -> None:
     """Give the model fewer key/value heads, newly drawn from N(0, std^2); query head h reads head h // (H / kv).
 
     Raises:
         MasaError: the model's attention cannot group them, as no vision model's can.
     """
-    family = family_of(model)
     attentions = [
         block.get_submodule(found.attention)
         for block, found in zip(family.blocks, family.found, strict=True)
@@ -152,7 +160,7 @@ def group_heads(model: nn.Module, num_key_value_heads: int, std: float) -> None:
             f"Method 'gqa' does not exist for {family.name}, whose attention cannot group key/value heads. Choose "
             "another method."
         )
-    config = decoder(model).config
+    config = home.config
     for layer, attention in enumerate(attentions):
         block = family.blocks[layer]
         for letter in "kv":

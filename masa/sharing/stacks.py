@@ -15,6 +15,7 @@ from torch import nn
 from masa.errors import MasaError
 from masa.sharing.bank import SharedProjections
 from masa.sharing.families import has_attention
+from masa.sharing.linears import SharedWeight
 
 PAGE = "docs/howto/family.md"
 
@@ -37,6 +38,13 @@ class Stack:
     home: nn.Module
     parents: tuple[nn.Module, ...]
 
+    def beside(self, model: nn.Module) -> str | None:
+        """A line that says which other stacks the model has, if it has any."""
+        others = [s.path for s in stacks(model) if s.path != self.path]
+        if not others:
+            return None
+        return f"{self.path} shares; {', '.join(others[:4])} {'stays' if len(others) == 1 else 'stay'} as before."
+
 
 def stacks(model: nn.Module) -> list[Stack]:
     """All stacks of a model, in the order of its modules."""
@@ -44,32 +52,33 @@ def stacks(model: nn.Module) -> list[Stack]:
     return list(_walk(base, "", base, (base,)))
 
 
-def stack_of(model: nn.Module) -> Stack:
-    """The stack whose projections are shared: the only one, or the text's.
+def stack_of(model: nn.Module, path: str | None = None) -> Stack:
+    """The stack whose projections are shared: the one at ``path``, the only one, the one that shares, or the text's.
 
     Raises:
-        MasaError: none, or several of which none is the text's; the message names them.
+        MasaError: none, or several of which nothing says which is meant; the message names them.
     """
     found, name = stacks(model), type(model).__name__
-    config = getattr(model, "config", None)
-    text = _text_config(config)
-    if text is not config:  # images or sound beside text
-        found = [s for s in found if type(getattr(s.home, "config", None)) is type(text)] or found[:0]
-        if not found:
-            raise MasaError(
-                f"{name}: its text's part has no list of transformer blocks with attention that masa knows; share "
-                f"another of its models by itself ({PAGE})."
-            )
+    if not found:
+        raise MasaError(
+            f"{name} has no list of transformer blocks with attention that masa knows{_seen(model)} ({PAGE})."
+        )
+    if path is not None and len(found) > 1:
+        found = [s for s in found if s.path == path]
+    elif sharing := [s for s in found if _shares(s)]:
+        found = sharing
+    elif (text := _text_config(model)) is not None:
+        found = [s for s in found if type(getattr(s.home, "config", None)) is type(text)]
     if len(found) == 1:
         return found[0]
-    if found:
-        paths = ", ".join(s.path for s in found[:3]) + ", …" * (len(found) > 3)
-        part = _path_of(model, found[-1].home)
-        raise MasaError(
-            f"{name} has {len(found)} stacks of blocks ({paths}); share one of them by itself, as in "
-            f"masa.share(model.{part}, …) ({PAGE})."
-        )
-    raise MasaError(f"{name} has no list of transformer blocks with attention that masa knows{_seen(model)} ({PAGE}).")
+    there = [repr(s.path) for s in stacks(model)]
+    shown = ", ".join(there[:4]) + ", …" * (len(there) > 4)
+    if path is not None:
+        raise MasaError(f"{name} has no stack of blocks {path!r}; there are {shown}.")
+    raise MasaError(
+        f"{name} has {len(there)} stacks of blocks ({shown}); say which is to share, as in masa.share(model, spec, "
+        f"stack={there[-1]}) ({PAGE})."
+    )
 
 
 def decoder(model: nn.Module) -> nn.Module:
@@ -105,16 +114,20 @@ def _walk(module: nn.Module, path: str, owner: nn.Module, parents: tuple[nn.Modu
         yield from _walk(child, below, owner if contains else child, (*parents, child) if is_model(child) else parents)
 
 
-def _text_config(config: Any) -> Any:
-    """The configuration of the text's part, or the whole one where there are no parts or several of text."""
+def _shares(stack: Stack) -> bool:
+    """Whether blocks of the stack read from shared sources."""
+    shared = isinstance(stack.home._modules.get("shared"), SharedProjections)
+    return shared and any(isinstance(module, SharedWeight) for module in stack.blocks.modules())
+
+
+def _text_config(model: nn.Module) -> Any:
+    """The configuration of the text's part, where a model has one beside others: images, sound."""
+    config = getattr(model, "config", None)
     try:
-        return config.get_text_config()
+        text = config.get_text_config()
     except (AttributeError, ValueError):
-        return config
-
-
-def _path_of(model: nn.Module, part: nn.Module) -> str:
-    return next((name for name, module in model.named_modules() if module is part), "…")
+        return None
+    return None if text is config else text
 
 
 def _seen(model: nn.Module) -> str:

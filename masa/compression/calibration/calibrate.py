@@ -143,8 +143,13 @@ def kl_drift(model: nn.Module, calls: Calls, outputs: Tensor) -> Tensor:
     one that ties both.
     """
     head = model.get_output_embeddings() or model.get_input_embeddings()
-    hidden = calls.leave(outputs.to(calls.hidden_dtype))
-    logp = torch.log_softmax(nn.functional.linear(hidden, head.weight).float().double(), -1)
+    outputs = outputs.to(calls.hidden_dtype)
+    hidden = calls.leave(outputs)
+    if hidden.shape[-1] == head.weight.shape[-1]:
+        logits = nn.functional.linear(hidden, head.weight)
+    else:  # the head has another width, which is the model's own affair
+        logits = calls.logits(outputs)
+    logp = torch.log_softmax(logits.float().double(), -1)
     return (logp[:-1].exp() * (logp[:-1] - logp[1:])).sum(-1).clamp_min(0).cpu()
 
 

@@ -75,7 +75,7 @@ class Calls:
     def __init__(self, model: nn.Module, ids: Tensor) -> None:
         self.model, self.home = model, decoder(model)
         self.blocks: Sequence[nn.Module] = list(blocks(model))
-        self.probe = ids[:1, :PROBE]
+        self.probe, self._other = ids[:1, :PROBE], ids[-1:, 1 - PROBE :]
         self._rest: list[tuple[Any, ...] | None] = []  # of every block's answer, what follows the hidden states
         self.hidden_dtype = torch.float32
         self._look()
@@ -179,57 +179,77 @@ class Calls:
                     block.forward = own
 
     def check(self, gradients: bool = False) -> None:
-        """Compare the blocks run one after the other with the model run as a whole, on the tokens of the probe.
+        """Compare the blocks run one after the other with the model run as a whole, on a few tokens.
+
+        These are others, and fewer, than those that the answers' forms were seen with: what blocks hand on besides
+        hidden states (T5's position bias) would be of those.
 
         Args:
-            gradients: compare those at the first block's input, too.
+            gradients: compare those at the first block's input, too, taken back block by block.
 
         Raises:
             MasaError: they differ: the model passes more from block to block than hidden states.
         """
-        generator = torch.Generator().manual_seed(0)
-        found: list[Tensor] = []
-        for whole in (True, False):
-            with frozen(self.model), torch.set_grad_enabled(gradients):
-                start, end = self._whole() if whole else self._one_by_one()
-                found.append(end.detach().float())
-                if gradients:
-                    weight = torch.randn(end.shape, generator=generator.manual_seed(0)).to(end)
-                    found.append(torch.autograd.grad((end * weight).sum(), start)[0].float())
-        half = len(found) // 2
+        with frozen(self.model):
+            pairs = zip(("", "gradients of "), self._one_by_one(gradients), self._whole(gradients), strict=False)
         tolerance = 1e-3 if self.hidden_dtype in (torch.float32, torch.float64) else 5e-2
-        for ours, exact in zip(found[half:], found[:half], strict=True):
-            apart = float((ours - exact).norm() / exact.norm().clamp_min(1e-30))
+        for what, ours, exact in pairs:
+            unlike = ours.shape != exact.shape
+            apart = 1.0 if unlike else float((ours - exact).float().norm() / exact.float().norm().clamp_min(1e-30))
             if apart > tolerance:  # a NaN is not: broken weights are named where they are met
+                mend = " A calibration without gradients may do, for other methods." if what else ""
                 raise MasaError(
-                    f"{type(self.model).__name__} passes more from block to block than hidden states (run one by one, "
-                    f"its blocks are off by {apart:.1g}), so that they cannot be calibrated one at a time."
+                    f"{type(self.model).__name__} passes more from block to block than hidden states: {what}blocks run "
+                    f"one by one are off by {apart:.1g}, so that they cannot be calibrated one at a time.{mend}"
                 )
 
-    def _whole(self) -> tuple[Tensor, Tensor]:
-        """The first block's input and the model's output."""
+    def _whole(self, gradients: bool) -> list[Tensor]:
+        """The model's output, and the gradient of a sum of it at the first block's input."""
         start: list[Tensor] = []
 
         def keep(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             hidden, call = Call.of(block, args, kwargs)
-            start.append(hidden.detach().requires_grad_(torch.is_grad_enabled()))
+            start.append(hidden.detach().requires_grad_(gradients))
             if call.named:
                 return call.args, call.kwargs | {"hidden_states": start[0]}
             return (start[0], *call.args), kwargs
 
         handle = self.blocks[0].register_forward_pre_hook(keep, with_kwargs=True)
         try:
-            end = self.run(self.probe)
+            with torch.set_grad_enabled(gradients):
+                end = self.run(self._other).flatten(0, 1)
+                return [end.detach(), *(torch.autograd.grad(_weighed(end), start[0]) if gradients else ())]
         finally:
             handle.remove()
-        return start[0], end
 
-    def _one_by_one(self) -> tuple[Tensor, Tensor]:
-        start, calls = self.enter(self.probe)
-        start = hidden = start.detach().requires_grad_(torch.is_grad_enabled())
-        for block, call in zip(self.blocks, calls, strict=True):
-            hidden = call.run(block, hidden)
-        return start, self.leave(hidden.flatten(0, 1)).view_as(hidden)
+    def _one_by_one(self, gradients: bool) -> list[Tensor]:
+        """The same, of blocks that know nothing of each other."""
+        hidden, calls = self.enter(self._other)
+        inputs = []
+        with torch.no_grad():
+            for block, call in zip(self.blocks, calls, strict=True):
+                inputs.append(hidden)
+                try:
+                    hidden = call.run(block, hidden)
+                except RuntimeError as error:
+                    name = type(self.model).__name__
+                    raise MasaError(f"{name}'s blocks cannot be calibrated one at a time: {error}") from error
+        with torch.set_grad_enabled(gradients):
+            last = hidden.flatten(0, 1).detach().requires_grad_(gradients)
+            end = self.leave(last)
+            if not gradients:
+                return [end]
+            gradient = torch.autograd.grad(_weighed(end), last)[0].view_as(hidden)
+            for block, call, entered in reversed(list(zip(self.blocks, calls, inputs, strict=True))):
+                x = entered.detach().requires_grad_()
+                (gradient,) = torch.autograd.grad(call.run(block, x), x, gradient)
+        return [end.detach(), gradient]
+
+
+def _weighed(end: Tensor) -> Tensor:
+    """A sum of numbers, each with a weight of its own, the same every time."""
+    weights = torch.randn(end.shape, generator=torch.Generator().manual_seed(0))
+    return (end * weights.to(end)).sum()
 
 
 @contextlib.contextmanager

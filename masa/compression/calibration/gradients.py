@@ -99,6 +99,10 @@ def add_gradients(
                     hidden = hidden.detach().requires_grad_()
                     stream.through(layer, block, i, hidden).backward(gradients[i])
                     gradients[i] = hidden.grad
+            if absent := [p for p in letters if p not in moments]:
+                raise MasaError(
+                    f"No gradient comes to {', '.join(absent)} of layer {layer}: leave it out of projections."
+                )
             for p in not_finite(moments):
                 raise MasaError(f"NaN or infinity in the gradients at the output of {p!r} of layer {layer}.")
             calibration.add(layer, {f"gradient.{p}": moments[p] / tokens for p in letters})
