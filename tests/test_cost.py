@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import masa
 from masa.models import language
+from masa.runs.progress import clock
 from masa.study import accounting, config, experiments, order
 from masa.study.cost import (
     DEVICES,
@@ -23,6 +25,7 @@ from masa.study.cost import (
     limits,
     logs,
     measure,
+    progress,
     report,
     resources,
     schedule,
@@ -237,6 +240,25 @@ def test_the_artefacts_that_go_first():
     assert found["calibrate", "SmolLM2-135M/attention"] == 120 and found["tokenizer", ""] == 200
     del config["first"]
     assert set(order.priorities(config).values()) == {0, 5, 10, 20}
+
+
+def test_how_far_a_workflow_is(tmp_path):
+    """Two of four jobs alike are done, in half the time that was planned; so will the others be."""
+    plan = Plan(merged())
+    names = [("pretrain", f"nano/vanilla/seed{seed}") for seed in range(4)]
+    planned = plan.job(*names[0]).seconds
+    seen = progress.Progress(plan, names, tmp_path, 1, {})
+    assert seen.line().startswith("masa: 0 of 4 jobs done, 0:00 on the clock, about ")
+    for rule, name in names[:2]:
+        log = tmp_path / rule / f"{name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text(f"done in {planned / 2:.6f} s, peak memory 900 MiB\n")
+    left = clock(planned + 2 * schedule.OVERHEAD)
+    assert seen.line() == f"masa: 2 of 4 jobs done, 0:00 on the clock, about {left} to go"
+    os.utime(tmp_path / "pretrain" / f"{names[0][1]}.log", (1, 1))  # of an earlier call
+    assert seen.line().startswith("masa: 1 of 4 jobs done")
+    close = seen.start()
+    close()
 
 
 # ---------------------------------------------------------------------------------------------------------- devices

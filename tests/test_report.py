@@ -8,6 +8,7 @@ import pytest
 import masa
 from masa.evaluation import metrics
 from masa.report import figures, own_tables, tables
+from masa.report.headline import headline
 from masa.runs import run
 from masa.study import accounting, artefacts, config, inputs
 
@@ -73,6 +74,19 @@ def test_a_row_has_mean_std_paper_difference_and_verdict(spec, results):
     assert first["avg_pct_paper"] == 33.48
     assert first["verdict"] == "differs"
     assert first["seeds"] == 2
+
+
+def test_a_line_says_what_a_table_holds(spec, results):
+    frame = tables.build(spec, results)
+    losses = frame.sort_values("validation_loss")
+    best, worst = losses.iloc[0], losses.iloc[-1]
+    said = headline(frame, spec)
+    assert said.startswith(f"Held-out loss (nats/token) from {best['validation_loss']:.4f} ± ")
+    assert f" ({best['label']}) to {worst['validation_loss']:.4f}" in said and said.endswith(f"{len(frame)} rows")
+    top = pd.DataFrame({"label": ["A", "B"], "top1_pct": [50.0, 70.5], "requested_pct": [0, 20]})
+    assert headline(top, spec) == "Top-1 (%) from 70.50 (B at 20 %) to 50.00 (A), 2 rows"
+    assert headline(top.head(1), spec) == "Top-1 (%) 50.00 (A)"
+    assert headline(top[["label"]], spec) == ""
 
 
 def test_a_task_that_could_not_be_had_is_reported(spec, results):

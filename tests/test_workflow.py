@@ -4,6 +4,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 
 import pandas as pd
 import pytest
@@ -256,3 +257,29 @@ def test_statistics_that_an_orphan_left_are_not_compressed_with(project):
         os.utime(file, ns=(when.st_atime_ns, when.st_mtime_ns))
     snakemake(project, str(target.relative_to(project)))
     assert json.loads(target.read_bytes()) == json.loads(record)
+
+
+def test_where_the_time_of_a_job_goes(project, tmp_path):
+    """The benchmark repeats jobs of a finished workflow and leaves it as it is."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "job_parts.py"), "--configfile", "config/smoke.yaml"]
+    command += ["--kinds", "tables", "tokenize", "--out", str(tmp_path)]
+    environment = ENVIRONMENT | {"PYTHONPATH": str(project)}
+    done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = pd.read_csv(tmp_path / "job_parts.csv").set_index("what")["value"]
+    for verb in ("tables", "tokenize"):
+        parts = rows[[name for name in rows.index if name.startswith(f"{verb}: ") and "whole" not in name]]
+        assert rows[f"{verb}: whole"] > 0 and parts.sum() == pytest.approx(1, abs=0.05)
+        assert parts[f"{verb}: imports"] > 0.1
+    assert rows["tokenize: data"] > 0
+    assert jobs(snakemake(project, "-n")) == {}
+
+
+def test_a_workflow_says_what_its_tables_hold(project):
+    """What goes first, is said when it lands, with its place and a line of its content."""
+    table = project / "results/smoke/parts/tables/table1.csv"
+    kept = table.read_bytes()
+    table.unlink()
+    result = snakemake(project, "table1")
+    assert table.read_bytes() == kept
+    assert "table1: results/smoke/parts/tables/table1.md  Held-out loss (nats/token) from " in result.stderr
