@@ -244,6 +244,19 @@ def record_of(root, name, percent):
     return run.read_json(root / "results" / "compression" / MODEL / name / f"{percent:g}" / "metrics.json")
 
 
+def test_in_bfloat16_it_is_scored_as_transformers_reads_it(swept, tmp_path):
+    """RoPE's frequencies stay what they are: rounded with the weights, perplexities were others."""
+    spec = spec_of("original")
+    spec["evaluation"] = spec["evaluation"] | {"dtype": "bfloat16"}
+    texts = {text: swept / f"{text}.json" for text in ("held_out", "wikitext")}
+    sweep(swept / "results" / "pretrained", spec, None, texts, {}, tmp_path)
+    found = run.read_json(tmp_path / "0" / "metrics.json")["corpus"]["nll"]
+    _, words = load_pretrained(swept / "source")
+    theirs = AutoModelForCausalLM.from_pretrained(swept / "source", dtype=torch.bfloat16)
+    assert found == perplexity(theirs, words, TEXT[8:], window=32).nll
+    assert found != perplexity(theirs.to(torch.bfloat16), words, TEXT[8:], window=32).nll, "so that the test can fail"
+
+
 def test_a_record_says_what_was_asked_got_and_measured(swept):
     model, words = load_pretrained(swept / "source")
     dense = perplexity(model, words, TEXT[8:], window=32)

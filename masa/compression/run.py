@@ -26,6 +26,7 @@ from masa.runs.files import whole_folder
 from masa.runs.outputs import tried
 from masa.runs.run import write_json
 from masa.sharing.checkpoint import save
+from masa.sharing.parameters import cast
 from masa.sharing.spec import ATTENTION
 
 ACCOUNT = "compression.json"
@@ -159,8 +160,7 @@ def _converted(model: Any, dtype: str | None, calibration: str | Path | None) ->
     statistics = None if calibration is None else Calibration.load(calibration)
     if statistics is not None:
         statistics.check(model, None)
-    for name, parameter in model.named_parameters():  # model.to(dtype) would round RoPE's buffers too
-        parameter.data = parameter.data.to(DTYPES[dtype])
+    for name, parameter in cast(model, DTYPES[dtype]).named_parameters():
         if not_finite(parameter):
             raise MasaError(f"{name} has numbers that {dtype} cannot hold; {BEYOND}.")
     if statistics is not None:

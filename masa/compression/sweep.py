@@ -34,6 +34,7 @@ from masa.runs.files import sha256_of, whole_folder
 from masa.runs.fingerprint import fingerprint
 from masa.sharing import checkpoint
 from masa.sharing.fold import fold
+from masa.sharing.parameters import cast
 from masa.sharing.share import count_parameters
 
 
@@ -175,7 +176,7 @@ def _one(
                 checkpoint.save(model, kept)
                 hand_on(locate(model_dir), kept)
         settings = spec["evaluation"]
-        model = fold(model).to(getattr(torch, settings["dtype"]))
+        model = cast(fold(model), getattr(torch, settings["dtype"]))
         scores = {
             name: perplexity(model, tokenizer, record["documents"], window=settings["window"], progress=show).to_dict()
             for name, record in documents.items()

@@ -148,6 +148,7 @@ def _plain(source: Source, kind: Any, folder: Path, options: Options, checked: b
 
     from masa.export import read_back
     from masa.sharing.fold import fold
+    from masa.sharing.parameters import cast
     from masa.sharing.share import count_parameters
 
     factored = source.load()
@@ -155,8 +156,8 @@ def _plain(source: Source, kind: Any, folder: Path, options: Options, checked: b
     model = fold(factored)
     del factored
     stored = _dtype(model)
-    for parameter in model.parameters() if options.dtype else ():  # model.to(dtype) would round RoPE's buffers too
-        parameter.data = parameter.data.to(getattr(torch, options.dtype))
+    if options.dtype:
+        cast(model, getattr(torch, options.dtype))
     _refuse_beyond(model, options.dtype)
     dtype = _dtype(model)
     _say(f"export: folded, {counts['total']:,} -> {sum(p.numel() for p in model.parameters()):,} parameters, {dtype}")

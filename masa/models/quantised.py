@@ -11,6 +11,7 @@ import torch
 
 from masa.errors import MasaError
 from masa.sharing.description import METHOD
+from masa.sharing.parameters import cast
 from masa.sharing.weight_files import kinds
 
 SCALES = ("weight_scale_inv", "weight_scale", "scale", "qscale_weight")
@@ -61,8 +62,8 @@ def cannot(folder: Path, method: str, why: str) -> MasaError:
 
 def forget(model: Any, dtype: Any) -> None:
     """Take off a model what says that it is quantised: its weights are plain numbers of one dtype now."""
-    for parameter in model.parameters() if isinstance(dtype, torch.dtype) else ():  # those beside were left as stored
-        parameter.data = parameter.data.to(dtype)
+    if isinstance(dtype, torch.dtype):
+        cast(model, dtype)  # those beside the quantised ones were left as stored
     for owner in (model.config, model.config.get_text_config()):
         vars(owner).pop("quantization_config", None)
     for name in ("hf_quantizer", "quantization_method", "_weight_conversions"):

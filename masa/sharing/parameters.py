@@ -1,14 +1,22 @@
-"""What an optimiser is handed: which parameters decay, and which are MASA's coefficients."""
+"""What an optimiser is handed: which parameters decay, and which are MASA's coefficients; and their dtype."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from masa.sharing.families import layer_at
 from masa.sharing.projections import SharedProjections, bank_of, blocks, decoder, family_of, is_plain
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """``model`` itself, its parameters of another dtype; ``model.to(dtype)`` would round RoPE's frequencies, too."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def parameter_groups(model: nn.Module, recipe: Mapping[str, Any]) -> list[dict[str, Any]]:
