@@ -25,6 +25,7 @@ from masa.errors import MasaError
 from masa.models.pretrained import fetch, load_pretrained
 from masa.report import compression_tables, figures, tables
 from masa.runs import run
+from masa.runs.files import sha256_of
 from masa.study import artefacts, compressions, config, experiments
 
 MODEL = "SmolLM2-135M"
@@ -316,6 +317,8 @@ def test_a_kept_model_loads_and_a_healed_one_is_marked(swept):
         sweep_one(swept, "svd-global", **options)
         record = record_of(swept, "svd-global", 20)
         assert record["healing"]["steps"] == 2
+        handed = record["provenance"]["handed_on"]["files"]
+        assert handed["tokenizer.json"] == sha256_of(folder / "20" / "model" / "tokenizer.json")
         model = masa.load(folder / "20" / "model")
         words = tokenizer()
         found = perplexity(model, words, TEXT[8:], window=32).token_perplexity

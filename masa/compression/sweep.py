@@ -92,6 +92,7 @@ def sweep(
                 except MasaError as error:
                     raise MasaError(f"{spec['run']} at {percent:g} %: {error}") from error
                 made = {"calibration": calibration.made_of()} if calibration else {}
+                made |= {"handed_on": record.pop("handed_on")} if "handed_on" in record else {}
                 record |= {"identity": identity, "provenance": run.provenance(inputs) | made}
                 run.write_json(file, record)
                 if not spec["keep_models"]:  # of the record that this one replaces
@@ -170,11 +171,11 @@ def _one(
             progress(f"{spec['run']} {percent:g} %: {what}", done, of)
 
         model, report, healing = _compressed(model, model_dir, spec, compressor, percent, calibration, tokens, show)
-        counts = count_parameters(model).to_dict()
+        counts, beside = count_parameters(model).to_dict(), {}
         if spec["keep_models"]:
             with whole_folder(folder / "model") as kept:
                 checkpoint.save(model, kept)
-                hand_on(locate(model_dir), kept)
+                beside["handed_on"] = hand_on(locate(model_dir), kept)
         settings = spec["evaluation"]
         model = cast(fold(model), getattr(torch, settings["dtype"]))
         scores = {
@@ -199,6 +200,7 @@ def _one(
         "texts": scores,
         "text_data": {n: {k: v for k, v in r.items() if k != "documents"} for n, r in documents.items()},
         **language.scored(raw, tasks),
+        **beside,
         "lm_eval": json.loads(json.dumps(raw, default=str)),
         "settings": dict(settings),
         "start_token": raw.get("start_token"),
