@@ -146,7 +146,7 @@ class SparseMagnitude(SparseInPlace):
 
 @register("sparse-wanda")
 class SparseWanda(SparseInPlace):
-    """Entries by |w| ||x|| in each row, the same share of every matrix (Sun et al. 2023, arXiv 2306.11695).
+    """Entries by ``|w| ||x||`` in each row, the same share of every matrix (Sun et al. 2023, arXiv 2306.11695).
 
     Args:
         cost, allocation, score, scope, compensation: of :class:`SparseInPlace`.

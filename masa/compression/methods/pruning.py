@@ -22,7 +22,7 @@ def score(matrix: Matrix, rule: str) -> Tensor:
     """How much each entry counts (out, in); only the order of entries that compete matters.
 
     Args:
-        rule: "magnitude": w^2. "wanda": w^2 E[x^2], the square of |w| ||x|| (Sun et al. 2023, arXiv 2306.11695).
+        rule: "magnitude": w^2. "wanda": w^2 E[x^2], the square of ``|w| ||x||`` (Sun et al. 2023, arXiv 2306.11695).
             "second-order": w^2 / [H^-1]_jj (Hassibi and Stork 1993). "loss": w^2 E[x^2] E[g^2] (ours).
 
     Raises:
