@@ -74,8 +74,8 @@ def calibrate(
     """
     if getattr(model, "sharing", None) is not None:
         raise MasaError(f"This model shares weights already ({model.sharing.spec.method}); calibrate the dense one.")
-    projections = letters(model, projections)
-    family, training = compressible(model, projections), model.training
+    projections, family = check_asked(model, projections, batch_size, gradient_samples)
+    training = model.training
     tokens = _check_tokens(tokens, model)
     if gradient_samples and model.get_output_embeddings() is None:
         raise MasaError(
@@ -160,6 +160,19 @@ def kl_drift(model: nn.Module, calls: Calls, outputs: Tensor) -> Tensor:
         logits = calls.logits(outputs)
     logp = torch.log_softmax(logits.float().double(), -1)
     return (logp[:-1].exp() * (logp[:-1] - logp[1:])).sum(-1).clamp_min(0).cpu()
+
+
+def check_asked(model: nn.Module, projections: str, batch_size: int, gradient_samples: int) -> tuple[str, Family]:
+    """The letters asked for, and where the model has them.
+
+    Raises:
+        MasaError: it has not, or a number is out of range.
+    """
+    if batch_size < 1 or gradient_samples < 0:
+        name, value = ("batch_size", batch_size) if batch_size < 1 else ("gradient_samples", gradient_samples)
+        raise MasaError(f"{name} is a number of sequences, at least {int(name == 'batch_size')}, got {value}.")
+    projections = letters(model, projections)
+    return projections, compressible(model, projections)
 
 
 def compressible(model: nn.Module, projections: str) -> Family:
