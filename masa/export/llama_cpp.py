@@ -164,8 +164,11 @@ def check(file: Path, plain: Path, dtype: str, prompts: tuple[str, ...] = PROMPT
         if len(theirs) < len(
             [token for token in expected if token not in (model.generation_config.eos_token_id or ())]
         ):
+            ended, ends = expected[len(theirs)], model.generation_config.eos_token_id
             raise MasaError(
-                f"After {prompt[:40]!r} llama.cpp stops at token {len(theirs)}, transformers at {len(expected)}."
+                f"After {prompt[:40]!r} llama.cpp ends at token {ended} ({tokenizer.convert_ids_to_tokens(ended)!r}), "
+                f"transformers goes on: generation_config.json has eos_token_id {ends}, without it. "
+                "Mend that in the model's folder, or say --no-check."
             )
         equal, gap, tie = _compared(f"{file.name}, after {prompt[:40]!r}", expected, chances, theirs, dtype)
         compared, largest = compared + equal, max(largest, gap)

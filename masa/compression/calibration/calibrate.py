@@ -222,7 +222,7 @@ def check_weights(family: Family, block: nn.Module, layer: int, letters: str) ->
     """Raise :class:`MasaError` for a NaN or infinity in a weight, naming layer and projection."""
     for letter in not_finite({p: family.layer(block, layer, p).weight for p in letters}):
         path = family.place(layer, letter).path
-        raise MasaError(f"NaN or infinity in the weight of projection {letter!r} ({path}) of layer {layer}.")
+        raise MasaError(f"NaN or infinity in the weight of projection {letter!r} ({path}) of layer {layer}; {BEYOND}.")
 
 
 def _say_if_few(tokens: int, width: int) -> None:
