@@ -13,7 +13,7 @@ import torch
 from compression_models import VOCABULARY, tiny_llama, tokens
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import masa
 from masa import cli, count_parameters, load
@@ -320,3 +320,28 @@ def test_a_weight_beyond_the_dtype_of_calibration_is_said_with_the_dtype(folder,
         model.model.layers[1].mlp.down_proj.weight[0, 0] = 1e6
     with pytest.raises(MasaError, match=r"'d' \(mlp.down_proj\) of layer 1.*--dtype bfloat16"):
         masa.compression.calibrate(model, tokens(), dtype=torch.float16)
+
+
+@pytest.mark.parametrize("kind", ["mpt", "roberta", "whisper"])
+def test_positions_are_found_by_every_name_and_behind_the_padding(tmp_path, kind):
+    """MPT and Whisper call them otherwise; RoBERTa counts from behind the padding's id."""
+    sizes = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 1}
+    more = {
+        "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 30},
+        "roberta": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        | {"max_position_embeddings": 32},
+        "whisper": {"d_model": 32, "decoder_layers": 2, "decoder_ffn_dim": 48, "decoder_attention_heads": 4}
+        | {"encoder_layers": 1, "max_target_positions": 30},
+    }[kind]
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **more)).eval()
+    ids = torch.randint(3, VOCABULARY, (4, 30))
+    masa.compression.calibrate(model, ids)
+    with pytest.raises(MasaError, match="this model knows 30 positions"):
+        masa.compression.calibrate(model, torch.randint(3, VOCABULARY, (4, 31)))
+    with pytest.raises(MasaError, match="window <= 30"):
+        perplexity(model, tokenizer(), TEXT, window=31)
+    if kind == "mpt":
+        model.save_pretrained(tmp_path / "model")
+        tokenizer().save_pretrained(tmp_path / "model")
+        done = run_compress(str(tmp_path / "model"), tmp_path / "out", "svd", evaluate=TEXT, quiet=True)
+        assert done["perplexity_after"]["tokens"] > 100

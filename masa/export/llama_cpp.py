@@ -18,6 +18,7 @@ from masa.data.tokenizers import load_tokenizer
 from masa.errors import MasaError
 from masa.export.gguf import EXTRA
 from masa.export.source import Source
+from masa.models.positions import positions_of
 
 TEXTS = (
     "The length of the name is 12345 characters, e.g. 3.14 or 2,000,000.",
@@ -149,7 +150,7 @@ def check(file: Path, plain: Path, dtype: str, prompts: tuple[str, ...] = PROMPT
     """
     print("export: transformers and llama.cpp continue the same texts", file=sys.stderr, flush=True)
     model, tokenizer = _plain(plain)
-    context = min(getattr(model.config, "max_position_embeddings", None) or 512, 512)
+    context = min(positions_of(model) or 512, 512)
     llama = LlamaCpp(file, context)
     for text in (*TEXTS, *prompts):
         ours, theirs = tokenizer(text, add_special_tokens=False)["input_ids"], llama.tokenize(text)

@@ -89,7 +89,8 @@ def _no_model(folder: Path, error: Exception, trusted: bool) -> MasaError:
             f"{folder} is of a kind that transformers reads with the folder's own Python alone ({', '.join(code)}). "
             "Look at it; if you trust it, say --trust-remote-code."
         )
-    said = " ".join(str(error).split())[:300] or "no reason given"
+    lines = str(error).splitlines() or ["no reason given"]
+    said = " ".join(" ".join(lines[: 2 if lines[0].endswith(":") else 1]).split())
     said = f"it has no {said}" if isinstance(error, KeyError) else said
     return MasaError(f"{path} does not describe a causal LM of transformers: {said}")
 

@@ -22,6 +22,7 @@ from masa.compression.calibration.statistics import INPUT_OF, Calibration, model
 from masa.compression.calibration.stream import BlockStream, GramHooks, not_finite
 from masa.compression.sizes import letters
 from masa.errors import BEYOND, MasaError
+from masa.models.positions import positions_of
 from masa.sharing.projections import Family, family_of
 from masa.sharing.spec import ATTENTION, PROJECTIONS
 
@@ -241,7 +242,7 @@ def check_length(model: nn.Module, length: int | None = None) -> int:
     Raises:
         MasaError: the model has fewer positions.
     """
-    known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    known = positions_of(model)
     if length is None:
         return min(USUAL_LENGTH, known or USUAL_LENGTH)
     if known and length > known:
