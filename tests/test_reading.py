@@ -115,6 +115,11 @@ def test_a_tensor_that_two_shards_hold_is_named(tmp_path):
         load_pretrained(tmp_path)
 
 
+def test_a_file_of_a_folder_is_no_model(folder):
+    with pytest.raises(MasaError, match=rf"is a file, and no GGUF file: give the folder of the model, {folder}"):
+        load_pretrained(folder / WEIGHTS)
+
+
 def test_a_folder_that_is_no_model_is_told_what_it_is(folder, tmp_path):
     for number, (made, message) in enumerate(
         (

@@ -138,6 +138,11 @@ def _window(file: Path, arch: str, entry: Architecture, keys: Mapping[str, Any],
 def _rope(file: Path, entry: Architecture, keys: Mapping[str, Any], found: dict[str, Any], factors: Any) -> set[str]:
     """``rope_parameters``; the keys that were read for it."""
     theta, head = float(keys.get("rope.freq_base", 10_000.0)), found["head_dim"]
+    for name, given in factors.items():
+        if not (np.isfinite(given) & (np.asarray(given) > 0)).all():
+            raise MasaError(f"{file}: {name} holds factors that are no positive numbers; fetch it again.")
+        if len(given) != keys.get("rope.dimension_count", head) // 2:
+            raise MasaError(f"{file}: {name} has {len(given)} factors for heads of {head}; fetch it again.")
     rope = {"rope_theta": theta} | _scaling(file, keys, found, factors)
     read = {"rope.freq_base", "rope.freq_base_swa", *(key for key in keys if key.startswith("rope.scaling."))}
     turned = keys.get("rope.dimension_count", head)
@@ -226,7 +231,7 @@ def llama3(factors: np.ndarray, theta: float) -> dict[str, Any] | None:
     """
     frequencies = theta ** (-np.arange(len(factors)) / len(factors))
     waves, largest = 2 * math.pi / frequencies, float(factors.max())
-    if largest == 1.0:
+    if (factors == 1.0).all():
         return {"rope_type": "default"}
     between = (factors > 1.0) & (factors < largest)
     tries = [(_ORIGINAL, 1.0, 4.0)]
