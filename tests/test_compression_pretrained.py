@@ -345,3 +345,34 @@ def test_positions_are_found_by_every_name_and_behind_the_padding(tmp_path, kind
         tokenizer().save_pretrained(tmp_path / "model")
         done = run_compress(str(tmp_path / "model"), tmp_path / "out", "svd", evaluate=TEXT, quiet=True)
         assert done["perplexity_after"]["tokens"] > 100
+
+
+def status(call):
+    """Of the command, also where its words are refused as they are read."""
+    try:
+        return cli.main(call)
+    except SystemExit as end:
+        return end.code
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (["--threads", "-1"], "a number of at least 1, not '-1'"),
+        (["--threads", "0"], "a number of at least 1, not '0'"),
+        (["--option", "ranks"], "--option is KEY=VALUE, such as ranks=global, not 'ranks'"),
+        (["--option", "ranks="], "--option is KEY=VALUE"),
+        (["--option", "ranks={a"], "'{a' is no value"),
+        (["--option", "ranks=3"], "Ranks are a rule, uniform, role"),
+    ],
+)
+def test_words_of_the_command_line_that_mean_nothing(folder, tmp_path, capsys, asked, message):
+    call = ["compress", str(folder), "--method", "svd", "--out", str(tmp_path / "out"), *asked]
+    assert status(call) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_seed_of_more_than_64_bits(folder, tmp_path, capsys):
+    call = ["calibrate", str(folder), "--text", "x.jsonl", "--seed", str(2**64), "--out", str(tmp_path / "out")]
+    assert status(call) == 2
+    assert "a whole number of 64 bits" in capsys.readouterr().err

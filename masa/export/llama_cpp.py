@@ -162,16 +162,18 @@ def check(file: Path, plain: Path, dtype: str, prompts: tuple[str, ...] = PROMPT
         count = min(tokens, context - len(ids))
         expected, chances = _continued(model, ids, count)
         theirs = llama.continue_(ids, count)
-        if len(theirs) < len(
-            [token for token in expected if token not in (model.generation_config.eos_token_id or ())]
-        ):
-            ended, ends = expected[len(theirs)], model.generation_config.eos_token_id
-            raise MasaError(
-                f"After {prompt[:40]!r} llama.cpp ends at token {ended} ({tokenizer.convert_ids_to_tokens(ended)!r}), "
-                f"transformers goes on: generation_config.json has eos_token_id {ends}, without it. "
-                "Mend that in the model's folder, or say --no-check."
-            )
         equal, gap, tie = _compared(f"{file.name}, after {prompt[:40]!r}", expected, chances, theirs, dtype)
+        ends = model.generation_config.eos_token_id
+        if tie is None and len(theirs) < len([token for token in expected if token not in (ends or ())]):
+            ended = expected[len(theirs)]
+            near = [float(chances[len(theirs)][ended] - chances[len(theirs)][end]) for end in ends or ()]
+            tie = min(near, default=NEAR_TIE + 1)  # an end may be as likely
+        if tie is not None and tie > NEAR_TIE:
+            raise MasaError(
+                f"After {prompt[:40]!r} llama.cpp stops at token {len(theirs)}, where transformers goes on with {ended} "
+                f"({tokenizer.convert_ids_to_tokens(ended)!r}): its ends are others than eos_token_id {ends} of "
+                "generation_config.json. Mend that in the model's folder, or say --no-check."
+            )
         compared, largest = compared + equal, max(largest, gap)
         ties += [] if tie is None else [{"prompt": prompt, "token": equal, "nats": tie}]
     return {
