@@ -170,7 +170,7 @@ def check(file: Path, plain: Path, dtype: str, prompts: tuple[str, ...] = PROMPT
             tie = min(near, default=NEAR_TIE + 1)  # an end may be as likely
         if tie is not None and tie > NEAR_TIE:
             raise MasaError(
-                f"After {prompt[:40]!r} llama.cpp stops at token {len(theirs)}, where transformers goes on with {ended} "
+                f"After {prompt[:40]!r} llama.cpp stops at token {len(theirs)}, transformers goes on with {ended} "
                 f"({tokenizer.convert_ids_to_tokens(ended)!r}): its ends are others than eos_token_id {ends} of "
                 "generation_config.json. Mend that in the model's folder, or say --no-check."
             )
