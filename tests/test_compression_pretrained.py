@@ -13,7 +13,7 @@ import torch
 from compression_models import VOCABULARY, tiny_llama, tokens
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import masa
 from masa import cli, count_parameters, load
@@ -158,7 +158,7 @@ def test_the_command_line_calibrates_and_compresses(folder, tmp_path, capsys):
     passing = [*without, "--text", str(text), "--option", "ranks=global", "--projections", "qv", "--reduction", "0.3"]
     assert cli.main(passing) == 0, capsys.readouterr().err
     assert load(tmp_path / "no").sharing.spec.options == {"ranks": "global"}
-    for out, message in ((folder, "is what is read (model)"), (tmp_path, "no earlier output")):
+    for out, message in ((folder, "is what is read (model)"), (tmp_path, "lies in it")):
         assert cli.main(["compress", str(folder), "--method", "svd", "--out", str(out)]) == 2
         assert message in capsys.readouterr().err
     wrong = [str(argument) for argument in calls[1]] + ["--method", "svd-globl"]
@@ -270,3 +270,112 @@ def test_all_linear_layers_at_a_size_from_the_command_line(folder, tmp_path, cap
     both = ["--size", "1KB", "--reduction", "0.2", "--out", str(out)]
     with pytest.raises(SystemExit, match="2"):
         cli.main(["compress", str(folder), *both])
+
+
+@pytest.mark.parametrize("method", ["svd", "svd-llm", "matrix-pca", "basis-sharing", "sparse-dictionary"])
+def test_factors_beyond_a_dtype_that_holds_the_weights_are_refused(method):
+    """A matrix of one sign has a first factor far larger than its numbers."""
+    model = tiny_llama(attention_bias=False)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.v_proj.weight.fill_(4e4)
+    ids = tokens()
+    statistics = masa.compression.calibrate(model, ids)
+    masa.compression.compress(model, method, statistics, 0.3, tokens=ids)
+    half = tiny_llama(attention_bias=False)
+    with torch.no_grad():
+        half.model.layers[1].self_attn.v_proj.weight.fill_(4e4)
+    half, statistics = half.half(), masa.compression.calibrate(half.half(), ids, dtype=torch.float32)
+    try:
+        done, _ = masa.compression.compress(half, method, statistics, 0.3, tokens=ids)
+    except MasaError as error:
+        assert "float16" in str(error) and "--dtype bfloat16" in str(error)
+        assert getattr(half, "sharing", None) is None, "the model is as it was"
+    else:
+        assert all(x.isfinite().all() for x in done.shared.state_dict().values())
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (["--dtype", "fp16"], "dtype 'fp16' does not exist"),
+        (["--projections", "qx"], "must be distinct letters"),
+        (["--gradient-samples", "-1"], "gradient_samples is a number of sequences, at least 0, got -1"),
+        (["--batch-size", "0"], "batch_size is a number of sequences, at least 1, got 0"),
+    ],
+)
+def test_statistics_that_are_there_stay_where_new_ones_are_asked_for_wrongly(folder, tmp_path, capsys, asked, message):
+    run_calibrate(str(folder), tmp_path / "out", TEXT, samples=4, length=16, quiet=True)
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": document}) + "\n" for document in TEXT))
+    before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    call = ["calibrate", folder, "--text", text, "--samples", "3", "--length", "16", "--out", tmp_path / "out", *asked]
+    assert cli.main([str(word) for word in call]) == 2
+    assert message in capsys.readouterr().err
+    assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
+
+
+def test_a_weight_beyond_the_dtype_of_calibration_is_said_with_the_dtype(folder, tmp_path):
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = 1e6
+    with pytest.raises(MasaError, match=r"'d' \(mlp.down_proj\) of layer 1.*--dtype bfloat16"):
+        masa.compression.calibrate(model, tokens(), dtype=torch.float16)
+
+
+@pytest.mark.parametrize("kind", ["mpt", "roberta", "whisper"])
+def test_positions_are_found_by_every_name_and_behind_the_padding(tmp_path, kind):
+    """MPT and Whisper call them otherwise; RoBERTa counts from behind the padding's id."""
+    sizes = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 1}
+    more = {
+        "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 30},
+        "roberta": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        | {"max_position_embeddings": 32},
+        "whisper": {"d_model": 32, "decoder_layers": 2, "decoder_ffn_dim": 48, "decoder_attention_heads": 4}
+        | {"encoder_layers": 1, "max_target_positions": 30},
+    }[kind]
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **more)).eval()
+    ids = torch.randint(3, VOCABULARY, (4, 30))
+    masa.compression.calibrate(model, ids)
+    with pytest.raises(MasaError, match="this model knows 30 positions"):
+        masa.compression.calibrate(model, torch.randint(3, VOCABULARY, (4, 31)))
+    with pytest.raises(MasaError, match="window <= 30"):
+        perplexity(model, tokenizer(), TEXT, window=31)
+    if kind == "mpt":
+        model.save_pretrained(tmp_path / "model")
+        tokenizer().save_pretrained(tmp_path / "model")
+        done = run_compress(str(tmp_path / "model"), tmp_path / "out", "svd", evaluate=TEXT, quiet=True)
+        assert done["perplexity_after"]["tokens"] > 100
+
+
+def status(call):
+    """Of the command, also where its words are refused as they are read."""
+    try:
+        return cli.main(call)
+    except SystemExit as end:
+        return end.code
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (["--threads", "-1"], "a number of at least 1, not '-1'"),
+        (["--threads", "0"], "a number of at least 1, not '0'"),
+        (["--option", "ranks"], "--option is KEY=VALUE, such as ranks=global, not 'ranks'"),
+        (["--option", "ranks="], "--option is KEY=VALUE"),
+        (["--option", "ranks={a"], "'{a' is no value"),
+        (["--method", "svd-fisher", "--option", "damping=x"], "Option 'damping' of 'svd-fisher' is float, not 'x'"),
+        (["--method", "post-share", "--option", "steps=0.5"], "Option 'steps' of 'post-share' is int, not 0.5"),
+        (["--method", "basis-sharing", "--option", "shared=3"], "Option 'shared' of 'basis-sharing' is str, not 3"),
+        (["--option", "ranks=3"], "Ranks are a rule, uniform, role"),
+    ],
+)
+def test_words_of_the_command_line_that_mean_nothing(folder, tmp_path, capsys, asked, message):
+    call = ["compress", str(folder), "--method", "svd", "--out", str(tmp_path / "out"), *asked]
+    assert status(call) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_seed_of_more_than_64_bits(folder, tmp_path, capsys):
+    call = ["calibrate", str(folder), "--text", "x.jsonl", "--seed", str(2**64), "--out", str(tmp_path / "out")]
+    assert status(call) == 2
+    assert "a whole number of 64 bits" in capsys.readouterr().err

@@ -176,6 +176,19 @@ def test_parts_that_do_not_belong_together(llama, tmp_path):
         ({"keys": {"llama.block_count": 4}}, r"lacks weights of its model: \['blk\.3\."),
         ({"keys": {"llama.block_count": 2}}, r"no place for here: \['blk\.2\."),
         ({"keys": {"llama.embedding_length": None}}, r"lacks the key llama\.embedding_length"),
+        ({"keys": {"llama.context_length": None}}, r"lacks the key llama\.context_length"),
+        ({"keys": {"llama.attention.layer_norm_rms_epsilon": None}}, r"lacks the key llama\.attention\.layer_norm_rms"),
+        (
+            {"keys": {"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 4.0}},
+            r"rope\.scaling\.factor = 4\.0 is not taken over beside longrope",
+        ),
+        ({"keys": {"llama.attention.head_count": 3}}, r"multiple of the number of attention heads \(3\)"),
+        ({"tensors": {"rope_freqs.weight": np.float32([1, 0, 1, 1])}}, r"rope_freqs\.weight holds factors that are no"),
+        (
+            {"tensors": {"rope_freqs.weight": np.float32([1, np.nan, 1, 1])}},
+            r"rope_freqs\.weight holds factors that are",
+        ),
+        ({"tensors": {"rope_freqs.weight": np.float32([1, 1, 1])}}, r"rope_freqs\.weight has 3 factors for heads of 8"),
         ({"keys": {"general.type": "adapter"}}, r"holds no model, but 'adapter'"),
         (
             {"without": ("output_norm.weight",), "tensors": {"output_norm.weight": np.full(32, np.nan, np.float32)}},
@@ -185,8 +198,9 @@ def test_parts_that_do_not_belong_together(llama, tmp_path):
 )
 def test_what_is_not_taken_over_is_named(llama, tmp_path, change, message):
     file = rewritten(llama, tmp_path / "changed.gguf", **change)
-    with pytest.raises(MasaError, match=message):
+    with pytest.raises(MasaError, match=message) as caught:
         convert_gguf(file, tmp_path / "out")
+    assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["changed.gguf"]
 
 
@@ -207,6 +221,38 @@ def test_what_is_not_taken_over_is_named(llama, tmp_path, change, message):
 def test_what_changes_nothing_is_no_reason_to_refuse(llama, tmp_path, keys):
     file = rewritten(llama, tmp_path / "changed.gguf", keys)
     assert torch.equal(chances(built(file)), chances(built(llama)))
+
+
+@needs_llama_cpp
+def test_more_numbers_to_rotate_than_a_head_has(exported, tmp_path):
+    file = rewritten(exported / "phi3.gguf", tmp_path / "changed.gguf", {"phi3.rope.dimension_count": 16})
+    with pytest.raises(MasaError, match=r"rope\.dimension_count = 16 are not numbers of a head of 8"):
+        convert_gguf(file, tmp_path / "out")
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("llama", {"llama.rope.scaling.factor": 4.0}),  # of no kind: linear
+        ("llama", {"rope_freqs.weight": np.float32([1, 0.25, 0.5, 1])}),  # none above 1
+        ("granite", {"granite.attention.scale": None}),
+        ("cohere", {"command-r.logit_scale": None}),
+        ("granite", {"granite.attention.scale": 0.0, "granite.embedding_scale": 0.0, "granite.residual_scale": None}),
+    ],
+)
+def test_what_is_missing_is_what_llama_cpp_takes_it_for(exported, tmp_path, name, keys):
+    from masa.export.llama_cpp import LlamaCpp
+
+    original = exported / f"{name}.gguf"
+    tensors = {name: value for name, value in keys.items() if name == "rope_freqs.weight"}
+    keys = {name: value for name, value in keys.items() if name not in tensors}
+    file = rewritten(original, tmp_path / "changed.gguf", keys, tensors=tensors)
+    found = chances(built(file))
+    assert float((found - chances(built(original))).abs().max()) > 0.1, "or it would not matter"
+    tokens = gguf.GGUFReader(file).fields["tokenizer.ggml.tokens"].contents()
+    theirs = LlamaCpp(file, 64).log_probabilities(ids()[0].tolist(), tokens.index("a"))
+    assert max(abs(float(found[token]) - value) for token, value in theirs.items()) < EXACT
 
 
 @needs_llama_cpp

@@ -68,6 +68,33 @@ def test_names_of_compiled_and_parallel_models(folder, prefix):
     assert torch.equal(logits(load_pretrained(folder)[0]), expected)
 
 
+@pytest.mark.parametrize("plain", [[], ["--plain"]])
+def test_what_is_read_under_wrapped_names_is_written_under_the_models_own(folder, tmp_path, plain):
+    change(folder, lambda t: {"module._orig_mod." + name: tensor for name, tensor in t.items()})
+    call = ["compress", str(folder), "--method", "svd", "--device", "cpu", "--out", str(tmp_path / "out"), *plain]
+    assert cli.main(call) == 0
+    assert not any("_orig_mod" in n or "module" in n for n in load_file(tmp_path / "out" / WEIGHTS))
+    masa.load(tmp_path / "out")
+
+
+def test_shards_without_their_index_are_named(tmp_path):
+    tiny_llama().save_pretrained(tmp_path, max_shard_size="50KB")
+    (tmp_path / "model.safetensors.index.json").unlink()
+    with pytest.raises(MasaError, match=r"model\.safetensors\.index\.json is missing, .* shards"):
+        load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "values", [{"num_attention_heads": 5}, {"hidden_size": "48"}, {"rope_parameters": {"rope_type": "unheard"}}]
+)
+def test_a_strange_value_of_the_config_is_said_in_one_line(folder, values):
+    configure(folder, **values)
+    with pytest.raises(MasaError, match=r"config\.json does not describe a causal LM") as caught:
+        load_pretrained(folder)
+    said = str(caught.value)
+    assert "\n" not in said and not said.endswith(":") and str(next(iter(values.values()))).split("'")[-2:][0] in said
+
+
 def test_names_of_blocks_that_are_wrapped_one_by_one(folder):
     expected = logits(load_pretrained(folder)[0])
 
@@ -86,6 +113,11 @@ def test_a_tensor_that_two_shards_hold_is_named(tmp_path):
     save_file(load_file(second) | {name: tensor + 1}, second, {"format": "pt"})
     with pytest.raises(MasaError, match=rf"{name} is stored in .*{first.name} and in {second.name}"):
         load_pretrained(tmp_path)
+
+
+def test_a_file_of_a_folder_is_no_model(folder):
+    with pytest.raises(MasaError, match=rf"is a file, and no GGUF file: give the folder of the model, {folder}"):
+        load_pretrained(folder / WEIGHTS)
 
 
 def test_a_folder_that_is_no_model_is_told_what_it_is(folder, tmp_path):

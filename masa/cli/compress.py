@@ -10,6 +10,7 @@ from typing import Any
 from masa.cli.base import Verbs, add_out, spec_of
 from masa.cli.train import benchmarks_of
 from masa.compression.names import GRADIENT_SAMPLES, METHODS, needs_gradients
+from masa.errors import MasaError
 from masa.study import compressions
 
 TEXTS = "a file, folder or glob of JSON, Parquet, Arrow, CSV or plain text (.gz, .zst too), or hub:ORG/NAME[@COMMIT]"
@@ -44,9 +45,9 @@ def _add_calibrate(verbs: Verbs) -> None:
     v.add_argument("--gradient-samples", type=int, default=0, help="sequences for the *-fisher methods (default 0)")
     v.add_argument("--projections", default="qkvo", help="letters to measure, or all (default qkvo)")
     v.add_argument("--batch-size", type=int, default=4, help="sequences at once (default 4)")
-    v.add_argument("--seed", type=int, default=0)
+    v.add_argument("--seed", type=_seed, default=0)
     v.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda:1, …")
-    v.add_argument("--threads", type=int, help="CPU threads (default: all)")
+    v.add_argument("--threads", type=_count, help="CPU threads (default: all)")
     v.add_argument(
         "--dtype", metavar="NAME", help="of the computation: float32, bfloat16 or float16 (default: as it is stored)"
     )
@@ -78,7 +79,7 @@ def _add_compress(verbs: Verbs) -> None:
     v.add_argument("--plain", action="store_true", help="write an ordinary Hugging Face folder instead of factors")
     v.add_argument("--evaluate", metavar="FILE", help="documents for the perplexity before and after; as --text")
     _add_where(v)
-    v.add_argument("--threads", type=int, help="CPU threads (default: all)")
+    v.add_argument("--threads", type=_count, help="CPU threads (default: all)")
     v.add_argument(
         "--dtype",
         metavar="NAME",
@@ -132,6 +133,37 @@ def _calibrate(given: argparse.Namespace) -> None:
     print(json.dumps(summary, indent=1, default=str))
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a number of at least 1, not {text!r}")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    """What torch takes."""
+    if not text.removeprefix("-").isdecimal() or not -(2**63) <= int(text) < 2**63:
+        raise argparse.ArgumentTypeError(f"a whole number of 64 bits, not {text!r}")
+    return int(text)
+
+
+def _option(text: str) -> tuple[str, Any]:
+    """Name and value of a hyperparameter.
+
+    Raises:
+        MasaError: it has no value, or one that is no YAML.
+    """
+    import yaml
+
+    key, sign, value = text.partition("=")
+    try:
+        found = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise MasaError(f"--option {text!r}: {value!r} is no value: {' '.join(str(error).split())[:200]}.") from error
+    if not sign or not key or found is None:
+        raise MasaError(f"--option is KEY=VALUE, such as ranks=global, not {text!r}.")
+    return key, found
+
+
 def _where(given: argparse.Namespace) -> dict[str, Any]:
     """Where in a source of texts the texts are."""
     return {"column": given.column, "subset": given.subset, "split": given.split}
@@ -140,11 +172,9 @@ def _where(given: argparse.Namespace) -> dict[str, Any]:
 def _compress(given: argparse.Namespace) -> None:
     import tempfile
 
-    import yaml
-
     from masa.compression import run_calibrate, run_compress
 
-    options = dict(option.partition("=")[::2] for option in given.option)
+    options = dict(map(_option, given.option))
     shared = {"projections": given.projections, "threads": given.threads, "device": given.device}
     shared |= {"revision": given.revision, "dtype": given.dtype, "trust_remote_code": given.trust_remote_code}
     shared |= _where(given)
@@ -159,7 +189,7 @@ def _compress(given: argparse.Namespace) -> None:
             given.reduction,
             folder if given.text else given.calibration,
             size=int(given.size) if given.size and given.size.isdigit() else given.size,
-            options={key: yaml.safe_load(value) for key, value in options.items()},
+            options=options,
             plain=given.plain,
             evaluate=given.evaluate,
             **shared,

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from masa.compression.base import Compressor, Problem, make_compressor
 from masa.compression.calibration.calibrate import Progress, check_weights, compressible
 from masa.compression.calibration.statistics import Calibration
+from masa.compression.calibration.stream import not_finite
 from masa.compression.report import CompressionReport, peak_rss, reset_peak_rss
 from masa.compression.sizes import budget_of_size, letters
-from masa.errors import MasaError
+from masa.errors import BEYOND, MasaError
 from masa.sharing.compression_spec import CompressionSpec
 from masa.sharing.part_sources import guard_bytes
 from masa.sharing.projections import Family, SharedProjections, model_shape
@@ -105,7 +106,7 @@ def compress(
 
     reset_peak_rss()
     started = time.perf_counter()
-    sources = compressor.fit(problem)
+    sources = _fitted(compressor, problem)
     install(model, SharedProjections(sources, shape.layers))
     seconds = time.perf_counter() - started + problem.seconds_before
     peak = max(peak_rss(), problem.peak_before)
@@ -113,6 +114,23 @@ def compress(
     spec = CompressionSpec(compressor.name, float(reduction), projections, compressor.get_params())
     model.sharing = Sharing(spec, before.attention_dense)
     return model, _report(model, compressor, problem, before, sources, seconds, peak)
+
+
+def _fitted(compressor: Compressor, problem: Problem) -> list[WeightSource]:
+    """The sources, whose every number is finite; the model is as it was where they are refused."""
+    said = str(problem.dtype).removeprefix("torch.")
+    try:
+        sources = compressor.fit(problem)
+    except torch.linalg.LinAlgError as error:
+        raise MasaError(
+            f"{compressor.name}: a matrix cannot be decomposed ({error}). Its numbers, or those of the statistics, are "
+            f"too large or too far apart for {said}; {BEYOND}."
+        ) from error
+    for source in sources:
+        if not_finite(source.state_dict()):
+            where = f"the factors of {source.projections}"
+            raise MasaError(f"{compressor.name}: {where} have numbers that {said} cannot hold; {BEYOND}.")
+    return sources
 
 
 def check_reduction(reduction: Any) -> None:

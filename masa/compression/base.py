@@ -217,11 +217,23 @@ def make_compressor(method: str, **options: Any) -> Compressor:
     if method not in COMPRESSORS:
         raise unknown("Compression method", method, {*COMPRESSORS, *METHODS})
     cls = COMPRESSORS[method]
-    names = [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
-    for key in options:
-        if key not in names:
-            raise unknown(f"Option of {method!r}:", key, names)
+    parameters = {k: p for k, p in inspect.signature(cls.__init__).parameters.items() if k != "self"}
+    for key, value in options.items():
+        if key not in parameters:
+            raise unknown(f"Option of {method!r}:", key, parameters)
+        _check_kind(method, key, value, str(parameters[key].annotation))
     return cls(**options)
+
+
+def _check_kind(method: str, key: str, value: Any, annotation: str) -> None:
+    """Raise :class:`MasaError` for a value of another kind than the option's, where that is a plain one."""
+    wanted = {word.strip() for word in annotation.split("|")}
+    plain = {"int": int, "float": int | float, "str": str, "bool": bool, "None": type(None)}
+    if not wanted <= set(plain):
+        return
+    fits = [isinstance(value, plain[kind]) and (kind == "bool" or not isinstance(value, bool)) for kind in wanted]
+    if not any(fits) or value != value:  # NaN is no number
+        raise MasaError(f"Option {key!r} of {method!r} is {' or '.join(sorted(wanted))}, not {value!r}.")
 
 
 def unreachable(problem: Problem, least: int, what: str) -> MasaError:

@@ -20,6 +20,7 @@ from masa.compression.terminal import terminal
 from masa.data.texts import Documents, template_of
 from masa.errors import BEYOND, MasaError, unknown
 from masa.models.beside import hand_on
+from masa.models.positions import positions_of
 from masa.models.pretrained import load_pretrained, locate, save_plain
 from masa.models.reading import not_finite
 from masa.runs.files import whole_folder
@@ -107,7 +108,7 @@ def run_compress(
         if documents:
             documents.chat = template_of(tokenizer)
         tokens = _tokens(calibration)
-        window = min(window, getattr(loaded.config, "max_position_embeddings", window))
+        window = min(window, positions_of(loaded) or window)
         scores = {}
         with terminal(quiet) as progress:
             how: dict[str, Any] = {"batch_size": batch_size, "progress": progress}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from masa.data import tokenizers
 from masa.errors import BEYOND, MasaError
+from masa.models.positions import positions_of
 
 GROUP = 4096
 """Documents whose windows are in memory at once."""
@@ -88,7 +89,7 @@ def perplexity(
     if isinstance(documents, str) or not any(document.split() for document in documents):
         raise MasaError("perplexity needs a list of documents with at least one word.")
     stride = window if stride is None else stride
-    limit = getattr(model.config, "max_position_embeddings", window)
+    limit = positions_of(model) or window
     if not 1 <= stride <= window <= limit:
         raise MasaError(f"Need 1 <= stride <= window <= {limit}, got stride = {stride}, window = {window}.")
     prefix = tokenizers.first_of(tokenizer)

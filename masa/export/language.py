@@ -14,6 +14,7 @@ from masa.errors import MasaError
 from masa.export.source import Source
 from masa.models.beside import hand_on
 from masa.models.both_versions import versions, write_for_both
+from masa.models.positions import POSITIONS, positions_of
 from masa.runs import run
 from masa.runs.files import sha256_of
 
@@ -99,7 +100,7 @@ def describe_data(source: Source) -> dict[str, Any]:
 
 def example(model: nn.Module) -> torch.Tensor:
     """Ids (2, T) to compare logits on."""
-    length = min(64, getattr(model.config, "max_position_embeddings", None) or 64)
+    length = min(64, positions_of(model) or 64)
     return torch.randint(model.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
 
 
@@ -119,10 +120,6 @@ def usage(source: Source) -> str:
         'inputs = tokenizer("The name of the", return_tensors="pt")\n'
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20, do_sample=False)[0]))\n"
     )
-
-
-POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
-"""What configurations call the longest text."""
 
 
 def limits(source: Source, config: Mapping[str, Any]) -> list[str]:

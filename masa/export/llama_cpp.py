@@ -18,6 +18,7 @@ from masa.data.tokenizers import load_tokenizer
 from masa.errors import MasaError
 from masa.export.gguf import EXTRA
 from masa.export.source import Source
+from masa.models.positions import positions_of
 
 TEXTS = (
     "The length of the name is 12345 characters, e.g. 3.14 or 2,000,000.",
@@ -149,7 +150,7 @@ def check(file: Path, plain: Path, dtype: str, prompts: tuple[str, ...] = PROMPT
     """
     print("export: transformers and llama.cpp continue the same texts", file=sys.stderr, flush=True)
     model, tokenizer = _plain(plain)
-    context = min(getattr(model.config, "max_position_embeddings", None) or 512, 512)
+    context = min(positions_of(model) or 512, 512)
     llama = LlamaCpp(file, context)
     for text in (*TEXTS, *prompts):
         ours, theirs = tokenizer(text, add_special_tokens=False)["input_ids"], llama.tokenize(text)
@@ -161,13 +162,18 @@ def check(file: Path, plain: Path, dtype: str, prompts: tuple[str, ...] = PROMPT
         count = min(tokens, context - len(ids))
         expected, chances = _continued(model, ids, count)
         theirs = llama.continue_(ids, count)
-        if len(theirs) < len(
-            [token for token in expected if token not in (model.generation_config.eos_token_id or ())]
-        ):
-            raise MasaError(
-                f"After {prompt[:40]!r} llama.cpp stops at token {len(theirs)}, transformers at {len(expected)}."
-            )
         equal, gap, tie = _compared(f"{file.name}, after {prompt[:40]!r}", expected, chances, theirs, dtype)
+        ends = model.generation_config.eos_token_id
+        if tie is None and len(theirs) < len([token for token in expected if token not in (ends or ())]):
+            ended = expected[len(theirs)]
+            near = [float(chances[len(theirs)][ended] - chances[len(theirs)][end]) for end in ends or ()]
+            tie = min(near, default=NEAR_TIE + 1)  # an end may be as likely
+        if tie is not None and tie > NEAR_TIE:
+            raise MasaError(
+                f"After {prompt[:40]!r} llama.cpp stops at token {len(theirs)}, transformers goes on with {ended} "
+                f"({tokenizer.convert_ids_to_tokens(ended)!r}): its ends are others than eos_token_id {ends} of "
+                "generation_config.json. Mend that in the model's folder, or say --no-check."
+            )
         compared, largest = compared + equal, max(largest, gap)
         ties += [] if tie is None else [{"prompt": prompt, "token": equal, "nats": tie}]
     return {

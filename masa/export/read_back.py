@@ -52,7 +52,11 @@ def check(model: Any, kind: Any, folder: Path) -> dict[str, Any]:
     inputs = kind.example(model)
     with torch.no_grad():
         output = model(inputs)
-    expected = (output.logits if kind.LOGITS else output).float()
+    expected = output.logits if kind.LOGITS else output
+    expected_dtype, expected = expected.dtype, expected.float()
+    if not torch.isfinite(expected).all():
+        said = str(expected_dtype).removeprefix("torch.")
+        raise MasaError(f"In {said} the model's own outputs are not finite; export it in another dtype (--dtype).")
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".masa-check-") as temporary:
         given, found = Path(temporary) / "inputs.npy", Path(temporary) / "outputs.npy"
         np.save(given, inputs.numpy())

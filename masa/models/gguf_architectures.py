@@ -85,6 +85,13 @@ def _gemma(large: int) -> Callable[[Values], dict[str, Any]]:
     return fixed
 
 
+def _granite(config: Values) -> dict[str, Any]:
+    """llama.cpp takes a factor that is 0 or missing for none, and that of attention for the usual one."""
+    factors = {name: config.get(name) or 1.0 for name in ("embedding_multiplier", "residual_multiplier")}
+    factors["logits_scaling"] = config.get("logits_scaling") or 1.0
+    return factors | {"attention_multiplier": config.get("attention_multiplier") or config["head_dim"] ** -0.5}
+
+
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture("llama", flags=_BIASES | {"blk.0.ffn_up.bias": "mlp_bias"}, undo=unpermuted),
     "smollm3": Architecture("smollm3", flags=_BIASES, fixed={"no_rope_layer_interval": 4}, undo=unpermuted),
@@ -96,6 +103,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "residual_scale": "residual_multiplier",
             "logit_scale": "logits_scaling",
         },
+        fixed=_granite,
         flags=_BIASES,
         undo=unpermuted,
     ),
@@ -120,7 +128,10 @@ ARCHITECTURES: dict[str, Architecture] = {
         flags={"blk.0.attn_q.bias": "use_bias"},
     ),
     "command-r": Architecture(
-        "cohere", keys=_NORM | {"logit_scale": "logit_scale"}, flags=_BIASES | {"attn_q_norm": "use_qk_norm"}
+        "cohere",
+        keys=_NORM | {"logit_scale": "logit_scale"},
+        flags=_BIASES | {"attn_q_norm": "use_qk_norm"},
+        fixed=lambda config: {"logit_scale": config.get("logit_scale") or 1.0},
     ),
     "gpt2": Architecture("gpt2", keys={"attention.layer_norm_epsilon": "layer_norm_epsilon"}, undo=transposed),
     "gptneox": Architecture(

@@ -24,6 +24,8 @@ KEYS = {
 }
 """Key of all architectures -> attribute of transformers' configurations."""
 
+_NEEDED = ("context_length", "embedding_length", "block_count", "attention.head_count")
+_EPSILONS = ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon")
 _TOKENS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "padding_token_id": "pad_token_id"}
 _ORIGINAL = 8192
 """Positions that Llama 3 was trained with; the others are multiples that give the same factors."""
@@ -57,9 +59,10 @@ def configuration(file: Path, values: Mapping[str, Any], shapes: Mapping[str, tu
     found["tie_word_embeddings"] = "output.weight" not in shapes
     found |= {name: values.get(f"tokenizer.ggml.{key}") for key, name in _TOKENS.items()}
     found |= {flag: any(part in name for name in shapes) for part, flag in entry.flags.items()}
-    if missing := [name for name in ("hidden_size", "num_hidden_layers", "num_attention_heads") if name not in found]:
-        key = next(key for key, name in names.items() if name == missing[0])
-        raise MasaError(f"{file} lacks the key {arch}.{key}; fetch it again.")
+    if missing := [key for key in _NEEDED if key not in keys]:
+        raise MasaError(f"{file} lacks the key {arch}.{missing[0]}; fetch it again.")
+    if not any(key in keys for key in _EPSILONS):
+        raise MasaError(f"{file} lacks the key {arch}.{_EPSILONS[0]}, or another's epsilon; fetch it again.")
     found.setdefault("num_key_value_heads", found["num_attention_heads"])
     found.setdefault("head_dim", found["hidden_size"] // found["num_attention_heads"])
     found |= entry.fixed(found) if callable(entry.fixed) else entry.fixed
@@ -135,9 +138,16 @@ def _window(file: Path, arch: str, entry: Architecture, keys: Mapping[str, Any],
 def _rope(file: Path, entry: Architecture, keys: Mapping[str, Any], found: dict[str, Any], factors: Any) -> set[str]:
     """``rope_parameters``; the keys that were read for it."""
     theta, head = float(keys.get("rope.freq_base", 10_000.0)), found["head_dim"]
+    for name, given in factors.items():
+        if not (np.isfinite(given) & (np.asarray(given) > 0)).all():
+            raise MasaError(f"{file}: {name} holds factors that are no positive numbers; fetch it again.")
+        if len(given) != keys.get("rope.dimension_count", head) // 2:
+            raise MasaError(f"{file}: {name} has {len(given)} factors for heads of {head}; fetch it again.")
     rope = {"rope_theta": theta} | _scaling(file, keys, found, factors)
     read = {"rope.freq_base", "rope.freq_base_swa", *(key for key in keys if key.startswith("rope.scaling."))}
     turned = keys.get("rope.dimension_count", head)
+    if not 0 < turned <= head:
+        raise MasaError(f"{file}: rope.dimension_count = {turned} are not numbers of a head of {head}; fetch it again.")
     if entry.turns:
         rope["partial_rotary_factor"] = turned / head
         read.add("rope.dimension_count")
@@ -159,12 +169,14 @@ def _rope(file: Path, entry: Architecture, keys: Mapping[str, Any], found: dict[
 def _scaling(file: Path, keys: Mapping[str, Any], found: Mapping[str, Any], factors: Any) -> dict[str, Any]:
     """How RoPE's frequencies are scaled, as transformers says it."""
     scale = {key.removeprefix("rope.scaling."): v for key, v in keys.items() if key.startswith("rope.scaling.")}
-    kind, factor = scale.get("type") or "none", float(scale.get("factor") or 1.0)
+    kind, factor = scale.get("type") or "linear", float(scale.get("factor") or 1.0)  # llama.cpp's defaults
     by_key = kind if kind in ("linear", "yarn") and factor != 1.0 else "none"
     if kind not in ("none", "linear", "yarn", "longrope"):
         raise MasaError(f"{file}: rope.scaling.type = {kind} is not taken over. {WAY_OUT}")
     if factors and by_key != "none":
         raise MasaError(f"{file} scales RoPE twice, by {', '.join(factors)} and rope.scaling.type = {kind}. {WAY_OUT}")
+    if kind == "longrope" and factor != 1.0:
+        raise MasaError(f"{file}: rope.scaling.factor = {factor} is not taken over beside {kind}. {WAY_OUT}")
     attention = float(scale.get("attn_factor") or 1.0)
     original = scale.get("original_context_length") or found.get("max_position_embeddings")
     known = {"type", "factor", "attn_factor", "original_context_length", "finetuned"}
@@ -219,7 +231,7 @@ def llama3(factors: np.ndarray, theta: float) -> dict[str, Any] | None:
     """
     frequencies = theta ** (-np.arange(len(factors)) / len(factors))
     waves, largest = 2 * math.pi / frequencies, float(factors.max())
-    if largest == 1.0:
+    if (factors == 1.0).all():
         return {"rope_type": "default"}
     between = (factors > 1.0) & (factors < largest)
     tries = [(_ORIGINAL, 1.0, 4.0)]

@@ -71,7 +71,7 @@ def read_gguf(file: Path) -> tuple[Any, dict[str, torch.Tensor]]:
     except MasaError:
         raise
     except Exception as error:  # a strange value may fail anywhere in the model's class
-        raise MasaError(f"{file} cannot be read as a GGUF model: {error}") from error
+        raise MasaError(f"{file} cannot be read as a GGUF model: {_line(error)}") from error
     return model, _weights(file, values["general.architecture"], model, tensors)
 
 
@@ -87,7 +87,7 @@ def read_tokenizer(file: Path) -> Any:
     try:
         return PreTrainedTokenizerFast.from_pretrained(str(first.parent), gguf_file=first.name)
     except Exception as error:  # a broken file may fail anywhere in the reader
-        raise MasaError(f"The tokenizer of {first} cannot be read: {error}") from error
+        raise MasaError(f"The tokenizer of {first} cannot be read: {_line(error)}") from error
 
 
 def _merged(file: Path, readers: list[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -157,7 +157,7 @@ def _opened(file: Path) -> Any:
     try:
         return GGUFReader(file)
     except Exception as error:  # a broken file may fail anywhere in the reader
-        raise MasaError(f"{file} cannot be read as a GGUF model: {error}") from error
+        raise MasaError(f"{file} cannot be read as a GGUF model: {_line(error)}") from error
 
 
 def _contents(reader: Any) -> dict[str, Any]:
@@ -165,3 +165,7 @@ def _contents(reader: Any) -> dict[str, Any]:
         return {name: field.contents() for name, field in reader.fields.items()}
     except (ValueError, IndexError) as error:
         raise MasaError(f"The metadata of a GGUF file cannot be read: {error}; fetch it again.") from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -80,10 +80,12 @@ def locate(
         MasaError: nothing there.
     """
     path = Path(name)
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise MasaError(f"GGUF file {path} does not exist.")
         path = _converted(path, Path(cache) if cache else path.parent)
+    elif path.is_file():
+        raise MasaError(f"{path} is a file, and no GGUF file: give the folder of the model, {path.parent}.")
     elif not path.is_dir():
         path = _download(str(name), revision, code)
     elif revision is not None:

@@ -73,6 +73,8 @@ def read_folder(
             raise _no_model(folder, error, trust_remote_code) from error
     if method:
         quantised.forget(model, dtype or _dtype(stored))
+    elif wrapped:
+        _forget_wrappers(model)
     _check_complete(folder, model, found)
     check_finite(model, folder, dtype)
     return _untied_as_stored(model).eval()
@@ -87,7 +89,19 @@ def _no_model(folder: Path, error: Exception, trusted: bool) -> MasaError:
             f"{folder} is of a kind that transformers reads with the folder's own Python alone ({', '.join(code)}). "
             "Look at it; if you trust it, say --trust-remote-code."
         )
-    return MasaError(f"{path} does not describe a causal LM of transformers: {str(error).splitlines()[0]}")
+    lines = str(error).splitlines() or ["no reason given"]
+    said = " ".join(" ".join(lines[: 2 if lines[0].endswith(":") else 1]).split())
+    said = f"it has no {said}" if isinstance(error, KeyError) else said
+    return MasaError(f"{path} does not describe a causal LM of transformers: {said}")
+
+
+def _forget_wrappers(model: nn.Module) -> None:
+    """What was taken off the names is not put back when the model is saved; transformers could not."""
+    renamings = vars(model).get("_weight_conversions") or ()
+    kept = [one for one in renamings if not set(getattr(one, "source_patterns", ())) & set(WRAPPERS)]
+    vars(model).pop("_weight_conversions", None)
+    if kept:
+        model._weight_conversions = kept
 
 
 def check_stored(files: list[Path]) -> None:

@@ -28,6 +28,10 @@ def weight_files(folder: Path, made_by: str | None = None) -> list[Path]:
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
+        if shards := sorted(folder.glob("model-*-of-*.safetensors")):
+            raise MasaError(
+                f"{folder / INDEX} is missing, which says what the {len(shards)} shards there hold; fetch it again."
+            )
         raise MasaError(
             f"{folder / WEIGHTS} is missing, and so is {INDEX}; only safetensors weights are read, never pickles. "
             "Where you trust the folder, transformers turns one into the other: from_pretrained(…).save_pretrained(X)."

@@ -209,6 +209,8 @@ RANKS: dict[str, Any] = {
 
 def make_ranks(rule: str | Mapping[str, Any]) -> RankAllocator:
     """Build an allocator from its name, or from ``{"rule": name, ...arguments}``."""
+    if not isinstance(rule, str | Mapping):
+        raise MasaError(f"Ranks are a rule, {', '.join(RANKS)}, or a mapping with one (rule), not {rule!r}.")
     arguments = {"rule": rule} if isinstance(rule, str) else dict(rule)
     name = arguments.pop("rule", None)
     if name not in RANKS:

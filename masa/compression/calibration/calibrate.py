@@ -22,6 +22,7 @@ from masa.compression.calibration.statistics import INPUT_OF, Calibration, model
 from masa.compression.calibration.stream import BlockStream, GramHooks, not_finite
 from masa.compression.sizes import letters
 from masa.errors import BEYOND, MasaError
+from masa.models.positions import positions_of
 from masa.sharing.projections import Family, family_of
 from masa.sharing.spec import ATTENTION, PROJECTIONS
 
@@ -74,8 +75,8 @@ def calibrate(
     """
     if getattr(model, "sharing", None) is not None:
         raise MasaError(f"This model shares weights already ({model.sharing.spec.method}); calibrate the dense one.")
-    projections = letters(model, projections)
-    family, training = compressible(model, projections), model.training
+    projections, family = check_asked(model, projections, batch_size, gradient_samples)
+    training = model.training
     tokens = _check_tokens(tokens, model)
     if gradient_samples and model.get_output_embeddings() is None:
         raise MasaError(
@@ -162,6 +163,19 @@ def kl_drift(model: nn.Module, calls: Calls, outputs: Tensor) -> Tensor:
     return (logp[:-1].exp() * (logp[:-1] - logp[1:])).sum(-1).clamp_min(0).cpu()
 
 
+def check_asked(model: nn.Module, projections: str, batch_size: int, gradient_samples: int) -> tuple[str, Family]:
+    """The letters asked for, and where the model has them.
+
+    Raises:
+        MasaError: it has not, or a number is out of range.
+    """
+    if batch_size < 1 or gradient_samples < 0:
+        name, value = ("batch_size", batch_size) if batch_size < 1 else ("gradient_samples", gradient_samples)
+        raise MasaError(f"{name} is a number of sequences, at least {int(name == 'batch_size')}, got {value}.")
+    projections = letters(model, projections)
+    return projections, compressible(model, projections)
+
+
 def compressible(model: nn.Module, projections: str) -> Family:
     """The family of a model that can be calibrated and compressed.
 
@@ -209,7 +223,7 @@ def check_weights(family: Family, block: nn.Module, layer: int, letters: str) ->
     """Raise :class:`MasaError` for a NaN or infinity in a weight, naming layer and projection."""
     for letter in not_finite({p: family.layer(block, layer, p).weight for p in letters}):
         path = family.place(layer, letter).path
-        raise MasaError(f"NaN or infinity in the weight of projection {letter!r} ({path}) of layer {layer}.")
+        raise MasaError(f"NaN or infinity in the weight of projection {letter!r} ({path}) of layer {layer}; {BEYOND}.")
 
 
 def _say_if_few(tokens: int, width: int) -> None:
@@ -228,7 +242,7 @@ def check_length(model: nn.Module, length: int | None = None) -> int:
     Raises:
         MasaError: the model has fewer positions.
     """
-    known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    known = positions_of(model)
     if length is None:
         return min(USUAL_LENGTH, known or USUAL_LENGTH)
     if known and length > known:

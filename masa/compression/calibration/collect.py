@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from masa.compression.calibration.calibrate import calibrate, check_length
+from masa.compression.calibration.calibrate import calibrate, check_asked, check_length
 from masa.compression.calibration.texts import draw_tokens, save_tokens
 from masa.compression.report import peak_rss, reset_peak_rss
 from masa.compression.terminal import terminal
@@ -80,7 +80,7 @@ def run_calibrate(
             ``wait``, that another process writes.
     """
     folder = tried(Path(output), folder=True, option="output")
-    started = time.perf_counter()
+    started, computed = time.perf_counter(), _dtype(dtype)
     if threads:
         torch.set_num_threads(threads)
     reset_peak_rss()
@@ -90,6 +90,7 @@ def run_calibrate(
         loaded, tokenizer = load_pretrained(model, **how)
         if tokenizer is None:
             raise MasaError(f"{model} holds no tokenizer, which calibration on text needs.")
+        check_asked(loaded, projections, batch_size, gradient_samples)
         length, start = check_length(loaded, length), tokenizers.start_of(tokenizer)
         documents = Documents(text, column, subset=subset, split=split, tokenizer=tokenizer)
         tokens = draw_tokens(tokenizer, documents, samples, length, seed)
@@ -103,7 +104,7 @@ def run_calibrate(
                 directory=folder,
                 projections=projections,
                 batch_size=batch_size,
-                dtype=_dtype(dtype),
+                dtype=computed,
                 gradient_samples=gradient_samples,
                 seed=seed,
                 text_sha256=_text_sha256(text),

@@ -16,6 +16,7 @@ from torch import nn
 from masa.data import tokenizers
 from masa.data.texts import COLUMNS, Chat, Documents, listed, template_of
 from masa.errors import MasaError
+from masa.models.positions import positions_of
 
 SPOOL = 64 << 20
 """Bytes of tokens that are kept in memory; more go to a temporary file."""
@@ -106,7 +107,7 @@ def tokens_of(
     Raises:
         MasaError: data of another kind, a data set without such a column, no tokenizer, or no tokens.
     """
-    length = min(length, getattr(model.config, "max_position_embeddings", None) or length)
+    length = min(length, positions_of(model) or length)
     if isinstance(data, str | Path):
         return _drawn(Documents(data, column, tokenizer=tokenizer), model, tokenizer, samples, length, seed)
     if hasattr(data, "column_names"):
