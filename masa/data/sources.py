@@ -74,6 +74,20 @@ def parse(text: str, pinned: bool = True) -> Source:
     return Source(scheme, rest)
 
 
+def check_reader(source: Source, reader: str) -> None:
+    """See that a reader of documents reads sources of this scheme.
+
+    Raises:
+        MasaError: it does not; the one that does is named.
+    """
+    wanted = {"hub": ("hub",), "pypi": ("botocore", "arrow")}.get(source.scheme)
+    if wanted and reader not in wanted:
+        raise MasaError(f"{source} is not read by the reader {reader}: set the reader to {' or '.join(wanted)}.")
+    if not wanted and reader in ("hub", "botocore"):
+        scheme = "hub:ORG/NAME@COMMIT" if reader == "hub" else "pypi:botocore==VERSION"
+        raise MasaError(f"{source} is not read by the reader {reader}, which reads {scheme}: set the reader to files.")
+
+
 def fetch_wheel(source: Source, sha256: str | None, cache: Path) -> Path:
     """Download one wheel with pip unless the cache has it, and check it.
 
