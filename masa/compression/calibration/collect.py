@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from masa.compression.calibration.calibrate import calibrate, check_length
+from masa.compression.calibration.calibrate import calibrate, check_length, checked
 from masa.compression.calibration.texts import draw_tokens, save_tokens
 from masa.compression.report import peak_rss, reset_peak_rss
 from masa.compression.terminal import terminal
@@ -93,6 +93,8 @@ def run_calibrate(
         length, start = check_length(loaded, length), tokenizers.start_of(tokenizer)
         documents = Documents(text, column, subset=subset, split=split, tokenizer=tokenizer)
         tokens = draw_tokens(tokenizer, documents, samples, length, seed)
+        checked(loaded, tokens, projections, gradient_samples)  # what lies there stays until the new one can begin
+        as_computed = _dtype(dtype)
         (folder / "calibration.json").unlink(missing_ok=True)  # written last: with it, everything is there
         with writing(folder / "tokens.safetensors", below=folder):
             save_tokens(tokens, folder)
@@ -103,7 +105,7 @@ def run_calibrate(
                 directory=folder,
                 projections=projections,
                 batch_size=batch_size,
-                dtype=_dtype(dtype),
+                dtype=as_computed,
                 gradient_samples=gradient_samples,
                 seed=seed,
                 text_sha256=_text_sha256(text),
