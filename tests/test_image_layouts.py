@@ -417,3 +417,10 @@ def test_a_bad_image_leaves_what_was_prepared_before_and_is_named(ten, tmp_path)
     with pytest.raises(MasaError, match=r"cat/.*: the image is corrupt, or of no format .*first bytes are b'<html>'"):
         prepare(folder, tmp_path / "out")
     assert contents(tmp_path / "out") == before
+
+
+def test_an_image_that_is_a_link_to_nowhere_is_named(ten, tmp_path):
+    folder = as_folders(tmp_path / "a", ten)
+    (folder / "train" / "cat" / "more.png").symlink_to("not-fetched.png")
+    with pytest.raises(MasaError, match=r"train/cat/more\.png cannot be read \(No such file"):
+        prepare(folder, tmp_path / "out")

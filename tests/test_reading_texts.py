@@ -64,11 +64,14 @@ def test_every_refusal_is_one_line_with_status_2_and_nothing_written(model, tmp_
     bad = tmp_path / "bad.jsonl"
     bad.write_text(json.dumps({"text": "a"}) + "\n" + json.dumps({"text": 12}) + "\n")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "link.jsonl").symlink_to("not-fetched.jsonl")
     said = {
         str(bad): "bad.jsonl, line 2: 'text' is int, expected text",
         str(tmp_path / "bad.json"): "Did you mean 'bad.jsonl'",
         str(tmp_path / "empty"): "holds no file of text",
         "hub:org": "is not hub:ORG/NAME[@COMMIT]",
+        str(tmp_path / "link.jsonl"): "link.jsonl is a link to what does not exist",
+        "/dev/null": "/dev/null is no regular file",
     }
     for text, message in said.items():
         for given in (

@@ -34,7 +34,7 @@ def _is_beside(name: str) -> bool:
 
 def _is_image(path: Path, below: Path) -> bool:
     inside = path.relative_to(below).parts
-    return path.suffix.lower() in SUFFIXES and not any(map(_is_beside, inside)) and path.is_file()
+    return path.suffix.lower() in SUFFIXES and not any(map(_is_beside, inside)) and not path.is_dir()
 
 
 @dataclass(frozen=True)
