@@ -137,6 +137,12 @@ CASES["texts"] = [
         file("a.csv", 'n;text\n1;"one;\n1"\n2;NA\n'),
         ["one;\n1", "NA"],
     ),
+    Case(
+        "CSV with a separator in a text without quotes",
+        "refused, with file and line",
+        file("a.csv", "n,text\n1,one\n2,two, and more\n"),
+        re.compile(r"a\.csv, line 3: 3 fields, but the header has 2\. Put a text"),
+    ),
     Case("plain text: `.txt` and all else", "one document", file("a.txt", "one\ntwo\n"), ["one\ntwo\n"]),
     Case("a byte order mark", "no part of the text", file("a.jsonl", "\ufeff" + TWO), ["one", "two"]),
     Case("blank lines between rows", "nothing", file("a.jsonl", "\n" + TWO + "\n  \n" + TWO), ["one", "two"] * 2),
@@ -153,6 +159,12 @@ CASES["texts"] = [
         re.compile(r"a\.jsonl, line 3: 'text' is int, expected text"),
         DATASETS
         + "it would become '12', also where the column is declared as text, and other texts would come in quotes",
+    ),
+    Case(
+        "the same in Parquet and Arrow, as a struct",
+        "the same",
+        parquet("a.parquet", text=[{"text": "one"}]),
+        re.compile(r"a\.parquet, row 1: 'text' is dict, expected text"),
     ),
     Case(
         "one such row among thousands",
@@ -190,6 +202,13 @@ CASES["texts"] = [
         file("a.txt", "one".encode("utf-16")),
         re.compile(r"UTF-16, not UTF-8: convert it"),
     ),
+    Case(
+        "UTF-32",
+        "the same",
+        file("a.txt", "one".encode("utf-32")),
+        re.compile(r"UTF-32, not UTF-8: convert it"),
+    ),
+    Case("a file of no bytes", "refused", file("a.csv", ""), re.compile(r"a\.csv is empty, without even a header")),
     Case(
         "bad JSON",
         "refused, with file and line",
@@ -288,6 +307,22 @@ def tokenizer_folder(config: dict | None = None, **state: Any) -> Callable[[Path
     return make
 
 
+def with_dropout(folder: Path) -> Path:
+    from tokenizers import Tokenizer, models
+
+    vocab = {"</s>": 0, "o": 1, "n": 2, "e": 3, " ": 4, "t": 5, "w": 6, "-": 7, "h": 8, "r": 9, "on": 10, "one": 11}
+    core = Tokenizer(models.BPE(vocab, [("o", "n"), ("on", "e")], dropout=0.999, unk_token="</s>"))
+    core.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def without_unknown(folder: Path) -> Path:
+    from tokenizers import Tokenizer, models
+
+    Tokenizer(models.WordLevel({"</s>": 0, "one": 1})).save(str(folder / "tokenizer.json"))
+    return folder
+
+
 def read_tokenizer(path: Path) -> list[int]:
     from masa.data.tokenizers import load_tokenizer
 
@@ -316,6 +351,19 @@ CASES["tokenizers"] = [
         "read by AutoTokenizer, if it can",
         file("tokenizer/notes.txt", "no tokenizer here"),
         re.compile(r"holds no tokenizer\.json, nor another file of one"),
+    ),
+    Case(
+        "BPE that was saved with dropout",
+        "no merge is left out by chance",
+        with_dropout,
+        [11, 4, 5, 6, 1, 7, 5, 8, 9, 3, 3, 4, 11, 4, 11],
+        "tokenizers 0.23.3 keeps it in the file and applies it to every text (`models.BPE`, dropout)",
+    ),
+    Case(
+        "a vocabulary of words without a token for others",
+        "refused",
+        without_unknown,
+        re.compile(r"tokenizer\.json cannot split all text \(WordLevel error"),
     ),
     Case(
         "a damaged tokenizer.json",

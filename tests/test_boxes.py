@@ -335,6 +335,9 @@ BAD = {
     "no size": (lambda c: c["images"][3].pop("width"), "an entry of images lacks 'width'"),
     "text id": (lambda c: c["images"][3].update(id="4"), "an entry of images cannot be read .*not an integer"),
     "no object": (lambda c: c["images"].append(7), "an entry of images cannot be read"),
+    "no number as area": (lambda c: first(c).update(area=float("nan")), "cannot be read .area nan is no size"),
+    "negative area": (lambda c: first(c).update(area=-5), "cannot be read .area -5 is no size"),
+    "no annotations": (lambda c: c.pop("annotations"), "lists no annotations"),
     "no images": (lambda c: c.update(images=[]), "lists no images"),
     "no categories": (lambda c: c.pop("categories"), "lists no categories"),
     "other size": (lambda c: c["images"][0].update(width=64), r"image 1 .*\.png\): the image is .*say 64 x"),
@@ -592,3 +595,19 @@ def test_annotations_of_an_image_as_stored_are_told_from_a_wrong_size(layout, tm
     )
     with pytest.raises(MasaError, match=said):
         read(layout, tmp_path / "out")
+
+
+def test_bad_annotations_leave_what_was_prepared_before(layout, tmp_path):
+    read(layout, tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    layout[1](BAD["missing"][0])
+    with pytest.raises(MasaError, match="cannot be read"):
+        read(layout, tmp_path / "out")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_annotations_with_a_byte_order_mark(layout, tmp_path):
+    plain = read(layout, tmp_path / "plain")
+    path = layout[0] / "annotations" / "instances_train2017.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert read(layout, tmp_path / "marked")["splits"] == plain["splits"]

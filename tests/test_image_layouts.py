@@ -394,3 +394,33 @@ def test_the_workflow_sees_the_files_of_every_layout(ten, tmp_path):
     found = image_sets.standing_for(as_folders(tmp_path / "c", ten))
     assert tmp_path / "c/train/cat" in found
     assert not [path for path in found if path.suffix == ".PNG"]
+
+
+def test_what_macos_puts_beside_images_is_no_image(ten, tmp_path):
+    plain, folder = prepare(as_folders(tmp_path / "a", ten), tmp_path / "plain"), as_folders(tmp_path / "b" / "in", ten)
+    for name in (
+        "in/train/cat/._1.png",
+        "in/train/cat/.DS_Store",
+        "in/test/cat/Thumbs.db",
+        "__MACOSX/train/cat/._1.png",
+    ):
+        (tmp_path / "b" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "b" / name).write_bytes(b"Mac OS X")
+    assert prepare(folder.parent, tmp_path / "out")["splits"] == plain["splits"]
+
+
+def test_a_bad_image_leaves_what_was_prepared_before_and_is_named(ten, tmp_path):
+    folder = as_folders(tmp_path / "a", ten)
+    prepare(folder, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    next((folder / "train" / "cat").iterdir()).write_bytes(b"<html>")
+    with pytest.raises(MasaError, match=r"cat/.*: the image is corrupt, or of no format .*first bytes are b'<html>'"):
+        prepare(folder, tmp_path / "out")
+    assert contents(tmp_path / "out") == before
+
+
+def test_an_image_that_is_a_link_to_nowhere_is_named(ten, tmp_path):
+    folder = as_folders(tmp_path / "a", ten)
+    (folder / "train" / "cat" / "more.png").symlink_to("not-fetched.png")
+    with pytest.raises(MasaError, match=r"train/cat/more\.png cannot be read \(No such file"):
+        prepare(folder, tmp_path / "out")

@@ -160,6 +160,32 @@ def test_an_output_that_is_what_is_read_is_refused(model, tmp_path, monkeypatch,
     assert sorted((p.name, p.stat().st_mtime_ns) for p in (model / "llama").iterdir()) == before
 
 
+def test_an_output_that_a_spec_reads_is_refused(model, tmp_path, capfd):
+    """A corpus in the place of its own excerpt, a tokenizer in the place of that which it is made of."""
+    import shutil
+
+    corpus, words = tmp_path / "corpus.jsonl", tmp_path / "llama"
+    shutil.copy(model / "text.jsonl", corpus)
+    shutil.copytree(model / "llama", words)
+    of_corpus = {"source": f"file:{tmp_path}/*.jsonl", "reader": "json", "validation_fraction": 0.5}
+    text = {"text": of_corpus | {"documents": 2, "split": "train"}}
+    made = {
+        "corpus": of_corpus | {"shuffle_buffer": 1, "validation_tokens": 10},
+        "tokenizer": {"source": f"file:{words}", "vocab_size": 300},
+    }
+    where = {"cache": str(tmp_path / "cache"), "mirror": None}
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for verb, spec, out, read in (
+        (["text", "x"], text, corpus, of_corpus["source"]),
+        (["tokenizer"], {"data": made}, words, f"file:{words}"),
+        (["images"], {"data": {"name": "cifar10", "source": f"file:{words}"}}, words, f"file:{words}"),
+    ):
+        assert cli.main([*verb, "--spec", json.dumps(spec | where), "--out", str(out)]) == 2
+        said = capfd.readouterr().err
+        assert f"--out {out} is what is read ({read}): it would be overwritten" in said, said
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 def test_what_is_read_is_not_replaced_with_the_folder_around_it(model, tmp_path, capfd):
     """An earlier output may be replaced, but not with the model in it."""
     import shutil

@@ -64,11 +64,14 @@ def test_every_refusal_is_one_line_with_status_2_and_nothing_written(model, tmp_
     bad = tmp_path / "bad.jsonl"
     bad.write_text(json.dumps({"text": "a"}) + "\n" + json.dumps({"text": 12}) + "\n")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "link.jsonl").symlink_to("not-fetched.jsonl")
     said = {
         str(bad): "bad.jsonl, line 2: 'text' is int, expected text",
         str(tmp_path / "bad.json"): "Did you mean 'bad.jsonl'",
         str(tmp_path / "empty"): "holds no file of text",
         "hub:org": "is not hub:ORG/NAME[@COMMIT]",
+        str(tmp_path / "link.jsonl"): "link.jsonl is a link to what does not exist",
+        "/dev/null": "/dev/null is no regular file",
     }
     for text, message in said.items():
         for given in (
@@ -79,6 +82,20 @@ def test_every_refusal_is_one_line_with_status_2_and_nothing_written(model, tmp_
             err = capsys.readouterr().err
             assert message in err and "Traceback" not in err and len(err.strip().splitlines()) == 1, err
         assert not (tmp_path / "s" / "calibration.json").exists() and not (tmp_path / "out").exists()
+
+
+def test_what_cannot_begin_leaves_statistics_as_they_are(model, tmp_path, capsys):
+    tiny_llama(vocab_size=270).save_pretrained(tmp_path / "small")
+    fast(byte_level()).save_pretrained(tmp_path / "small")
+    text = jsonl(tmp_path / "a.jsonl")
+    assert calibrate(str(tmp_path / "small"), "--text", text, out=tmp_path / "new") == 2
+    assert "but the vocabulary has 270. Use the tokenizer of this model" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists(), "nothing half-written"
+    assert calibrate(model, "--text", text, out=tmp_path / "s") == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "s").iterdir()}
+    for given, more in ((tmp_path / "small", []), (model, ["--projections", "xy"]), (model, ["--dtype", "int4"])):
+        assert calibrate(str(given), "--text", text, *more, out=tmp_path / "s") == 2
+        assert {path.name: path.read_bytes() for path in (tmp_path / "s").iterdir()} == before, more
 
 
 def test_too_little_text_for_one_sequence_is_not_told_to_ask_for_no_samples(model, tmp_path, capsys):

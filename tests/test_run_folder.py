@@ -361,3 +361,27 @@ def test_what_cannot_be_trained_on_says_why(made, tokens, tmp_path, capfd):
     assert cli.main(command(changed(spec, steps=50), tokens, tmp_path / "out", "--extend", damaged)) == 2
     assert "is corrupt" in capfd.readouterr().err
     assert load_file(parent / "model" / "model.safetensors")
+
+
+@pytest.mark.parametrize("restart", [(), ("--restart",)], ids=["plain", "restart"])
+@pytest.mark.parametrize("name", ["checkpoints/epoch1.pt", "model/model.safetensors", "metrics.jsonl", "spec.json"])
+def test_another_programs_folder_is_left_as_it_is(name, restart, tokens, tmp_path, capsys):
+    theirs = tmp_path / "theirs"
+    (theirs / name).parent.mkdir(parents=True)
+    (theirs / name).write_text('{"epoch": 1}\n')
+    before = everything(theirs)
+    assert cli.main(command(spec_of(steps=2), tokens, theirs, *restart)) == 2
+    said = capsys.readouterr().err.strip()
+    assert f"{theirs / name.split('/')[0]} is of no run of masa and would be overwritten" in said
+    assert "\n" not in said
+    assert everything(theirs) == before
+
+
+def test_a_batch_that_no_two_processes_can_share_is_one_line_before_any_is_started(made, tmp_path, tokens, capfd):
+    folder, spec, _ = made
+    shutil.copytree(folder / "cut", tmp_path / "run")
+    before = everything(tmp_path / "run")
+    assert cli.main(command(changed(spec, processes_per_node=2), tokens, tmp_path / "run")) == 2
+    said = capfd.readouterr().err.strip()
+    assert said.endswith("is not a multiple of micro_batch_size x processes = 4 x 2.") and "\n" not in said
+    assert everything(tmp_path / "run") == before

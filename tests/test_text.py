@@ -119,6 +119,16 @@ def test_parquet_and_plain_text(tmp_path):
     assert sorted(read(spec)) == ["four", "one", "three", "two\nstill two"]
 
 
+def test_a_reader_that_does_not_read_the_source_is_named(jsonl):
+    with pytest.raises(masa.MasaError, match=r"a\.jsonl is json, not text: set the reader to json"):
+        read(corpus(jsonl.rename(jsonl.with_name("a.jsonl")), reader="text"))
+    hub, file = {"source": f"hub:a/b@{'0' * 40}"}, {"reader": "hub"}
+    with pytest.raises(masa.MasaError, match=r"hub:a/b@0+ is not read by the reader files: set the reader to hub"):
+        read(corpus(jsonl, reader="files") | hub)
+    with pytest.raises(masa.MasaError, match=r"is not read by the reader hub, which reads hub:ORG/NAME@COMMIT"):
+        read(corpus(jsonl) | file)
+
+
 BAD = {
     "not UTF-8": (lambda p: p.write_bytes(p.read_bytes() + b'{"content": "caf\xe9"}\n'), r"line 202: not UTF-8"),
     "not JSON": (lambda p: p.write_text(p.read_text() + "{oops\n"), r"line 202: not valid JSON"),

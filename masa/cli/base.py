@@ -203,13 +203,24 @@ def spec_of(given: argparse.Namespace, default: Callable[[config.Config], Any], 
     """``--spec`` as JSON text or file, else what the configuration says.
 
     Raises:
-        MasaError: it is not JSON, or not of the form ``what`` (a key of :data:`masa.study.specs.SPECS`).
+        MasaError: it is not JSON, or not of the form ``what`` (a key of :data:`masa.study.specs.SPECS`); or --out is
+            one of its sources.
     """
     if given.spec is None:
-        return default(config.load(given.configfile))
-    spec = read_spec(given.spec)
-    check_spec(what, spec)
+        spec = default(config.load(given.configfile))
+    else:
+        spec = read_spec(given.spec)
+        check_spec(what, spec)
+    keep_sources(given, spec)
     return spec
+
+
+def keep_sources(given: argparse.Namespace, spec: Any) -> None:
+    """Raise :class:`MasaError` if ``--out`` is one of the sources of a spec, which it would overwrite."""
+    if isinstance(spec, dict) and getattr(given, "out", None):
+        from masa.data.sources import check_apart
+
+        check_apart(spec, Path(given.out), spec.get("mirror"))
 
 
 def read_spec(text: str) -> Any:

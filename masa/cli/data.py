@@ -7,7 +7,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from masa.cli.base import Verbs, add_out, spec_of
+from masa.cli.base import Verbs, add_out, keep_sources, spec_of
 from masa.errors import MasaError
 from masa.study import config
 from masa.study.inputs import benchmarks_spec, data_spec, pretrained_spec, text_spec, vision_data_spec
@@ -114,6 +114,7 @@ def _prepare_vision(given: argparse.Namespace, section: str) -> None:
     if given.source:
         spec["data"]["source"] = given.source
         spec["mirror"] = config.mirror(config.load(given.configfile))
+        keep_sources(given, spec)
     module = import_module(f"masa.data.{section}")
     module.prepare(spec["data"], Path(spec["cache"]), spec["mirror"], Path(given.out))
 

@@ -50,7 +50,6 @@ def prepare(spec: Mapping[str, Any], cache: Path, mirror: str | None, out: Path)
             annotated, an annotation that cannot be, or a split that stays empty; files and annotations are named.
     """
     spec = resolve(spec)
-    (out / "manifest.json").unlink(missing_ok=True)
     with _opened(spec, mirror, out) as raw, ExitStack() as stack:
         expected = DATASETS[spec["name"]].num_classes
         if expected is not None and len(raw.classes) != expected:
@@ -59,6 +58,7 @@ def prepare(spec: Mapping[str, Any], cache: Path, mirror: str | None, out: Path)
             split: stack.enter_context(_Writer(out, split, spec["image_size"], len(raw.classes))) for split in SPLITS
         }
         dropped = _distribute(spec, raw, writers)
+        (out / "manifest.json").unlink(missing_ok=True)  # now that all was read: the files are replaced next
     mean, std = writers["train"].moments.statistics()
     manifest = {
         "dataset": spec["name"],

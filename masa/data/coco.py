@@ -180,14 +180,17 @@ def read_annotations(path: Path, rules: Rules | str) -> Annotations:
             else:
                 x, y, width, height = map(float, item["bbox"])
                 area = float(item.get("area") or width * height)
+                if "area" in item and not 0 <= float(item["area"] or 0) < float("inf"):
+                    raise ValueError(f"area {item['area']!r} is no size in pixels")
                 crowd = _integer(item.get("iscrowd", 0))
                 numbers.extend((number, _integer(item["image_id"]), _integer(item["category_id"]), crowd))
                 sizes.extend((x, y, width, height, area))
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             reason = f"lacks {error}" if isinstance(error, KeyError) else f"cannot be read ({error})"
             raise MasaError(f"{path}: an entry of {key} {reason}: {str(item)[:200]}") from error
-    if not files or not classes:
-        raise MasaError(f"{path} lists no {'categories' if files else 'images'}; see the README of COCO's layout.")
+    for found, what in ((files, "images"), (classes, "categories"), (numbers, "annotations")):
+        if not found:
+            raise MasaError(f"{path} lists no {what}; see the README of COCO's layout.")
     tables = np.array(numbers, np.int64).reshape(-1, 4), np.array(sizes).reshape(-1, 5)
     return _checked(path, files, dict(sorted(classes.items())), *tables, Rules.coerce(rules))
 

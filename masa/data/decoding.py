@@ -40,13 +40,16 @@ def decode(data: bytes, channels: int, name: str) -> np.ndarray:
     Raises:
         MasaError: the image is corrupt, or of a kind that does not say what is white.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.load()
             image = _eight_bits(_upright(image), name)
             pixels = np.asarray(image.convert("RGB" if channels == 3 else "L"))
+    except UnidentifiedImageError as error:  # whose own message names a place in memory
+        what = f"its first bytes are {data[:8]!r}" if data else "it is empty"
+        raise MasaError(f"{name}: the image is corrupt, or of no format that Pillow reads ({what}).") from error
     except (OSError, SyntaxError, TypeError, ValueError, struct.error, Image.DecompressionBombError) as error:
         raise MasaError(f"{name}: the image is corrupt ({error}).") from error
     return pixels.reshape(*pixels.shape[:2], channels)

@@ -62,7 +62,9 @@ def read(
     source = corpus["source"]
     if held_out and split == "validation":
         source, corpus = held_out, {**corpus, "sha256": None}  # the checksum is the training files'
-    documents = READERS[reader](sources.parse(source), corpus, cache, mirror, chat, option)
+    parsed = sources.parse(source)
+    sources.check_reader(parsed, reader)
+    documents = READERS[reader](parsed, corpus, cache, mirror, chat, option)
     if not held_out and split != "all":
         if corpus.get("validation_fraction") is None:
             raise MasaError(f"{source}: split {split} needs a validation_fraction (or a source of its own).")

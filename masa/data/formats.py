@@ -29,7 +29,8 @@ from masa.data.json_stream import values
 from masa.errors import MasaError, unknown
 
 Row = tuple[str, Any]
-"""A place in a file ("line 3") and what stands there: of JSON any value, else the text of one column."""
+"""A place in a file ("line 3") and what stands there: of JSON any value, of plain text a document, else a mapping of
+the one column that was asked for, so that an object in it is not taken for a row."""
 
 SUFFIXES = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet", ".arrow": "arrow"}
 SUFFIXES |= {".feather": "arrow", ".csv": "csv", ".tsv": "csv", ".txt": "text", ".text": "text", ".md": "text"}
@@ -76,6 +77,7 @@ _BINARY = {b"PAR1": "parquet", b"ARROW1": "arrow", b"\xff\xff\xff\xff": "arrow"}
 _NEITHER = {
     b"PK\x03\x04": "a zip archive: unpack it",
     b"%PDF": "a PDF: extract its text",
+    b"\xff\xfe\0\0": "UTF-32, not UTF-8: convert it (iconv -f UTF-32 -t UTF-8)",
     b"\xff\xfe": "UTF-16, not UTF-8: convert it (iconv -f UTF-16 -t UTF-8)",
     b"\xfe\xff": "UTF-16, not UTF-8: convert it (iconv -f UTF-16 -t UTF-8)",
 }
@@ -161,7 +163,7 @@ def rows(file: File, columns: Sequence[str], kind: str | None = None) -> Iterato
     if file.rows:
         return file.rows(columns)
     found = format_of(file)
-    if kind and found != kind and "text" not in (found, kind):
+    if kind and found not in (kind, "text"):
         raise MasaError(f"{file.name} is {found}, not {kind}: set the reader to {found}, or to files, which looks.")
     return FORMATS[kind or found](file, columns)
 
@@ -242,6 +244,8 @@ def _csv(file: File, columns: Sequence[str]) -> Iterator[Row]:
     try:
         headers = {mark: next(csv.reader([first], delimiter=mark), []) for mark in ",\t;|"}
         mark = next((mark for mark, names in headers.items() if set(columns) & set(names)), None)
+        if mark is None and not first:
+            raise MasaError(f"{file.name} is empty, without even a header.")
         if mark is None:
             raise unknown(f"{file.name}: column", columns[0], max(headers.values(), key=len))
         at = headers[mark].index(next(column for column in columns if column in headers[mark]))
@@ -251,8 +255,13 @@ def _csv(file: File, columns: Sequence[str]) -> Iterator[Row]:
             if row and at >= len(row):
                 few = f"{len(row)} fields, but the header has {len(headers[mark])}"
                 raise MasaError(f"{file.name}, line {passed + 1}: {few}.")
+            if any(row[len(headers[mark]) :]):
+                raise MasaError(
+                    f"{file.name}, line {passed + 1}: {len(row)} fields, but the header has {len(headers[mark])}. Put "
+                    "a text with the separator in it in quotes."
+                )
             if row:
-                yield f"line {passed + 1}", row[at]
+                yield f"line {passed + 1}", {headers[mark][at]: row[at]}
     except csv.Error as error:
         raise MasaError(f"{file.name}, after line {passed + 1}: not valid CSV ({error}).") from error
 
@@ -274,7 +283,7 @@ def _parquet(file: File, columns: Sequence[str]) -> Iterator[Row]:
                 for batch in parquet.iter_batches(batch_size=256, row_groups=[group], columns=[column]):
                     for found in batch.column(0).to_pylist():
                         row += 1
-                        yield f"row {row}", value(found)
+                        yield f"row {row}", {column: value(found)}
     except (pyarrow.ArrowException, *DAMAGED, UnicodeDecodeError) as error:
         raise MasaError(
             f"{file.name} is corrupt or not Parquet, after row {row} in row group {group} ({error}); {file.mend}."
@@ -299,7 +308,7 @@ def _arrow(file: File, columns: Sequence[str]) -> Iterator[Row]:
                 number += 1
                 for found in batch.column(column).to_pylist():
                     row += 1
-                    yield f"row {row}", value(found)
+                    yield f"row {row}", {column: value(found)}
     except (pyarrow.ArrowException, *DAMAGED, UnicodeDecodeError) as error:
         raise MasaError(
             f"{file.name} is corrupt or no Arrow stream, after row {row} in batch {number} ({error}); {file.mend}."

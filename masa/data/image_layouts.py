@@ -27,6 +27,16 @@ SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", 
 """Files of a folder that are images, whatever the case of their letters."""
 
 
+def _is_beside(name: str) -> bool:
+    """Whether a system or an archive puts it beside what is meant: ``._1.png``, ``__MACOSX``."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def _is_image(path: Path, below: Path) -> bool:
+    inside = path.relative_to(below).parts
+    return path.suffix.lower() in SUFFIXES and not any(map(_is_beside, inside)) and not path.is_dir()
+
+
 @dataclass(frozen=True)
 class Raw:
     """What a reader found: class names in the order of the labels, and the examples of each stored split."""
@@ -176,7 +186,8 @@ def read_folders(root: Path, entry: ImageDataset) -> Raw | None:
     Tiny ImageNet's validation images lie together, and ``val/val_annotations.txt`` says their classes; ``words.txt``
     has their English names. Labels are the places of the classes in alphabetical order, as in the copies on the hub.
     """
-    inside = [p for p in (root, *sorted(root.iterdir())) if (p / "train").is_dir()]
+    beside = sorted(p for p in root.iterdir() if not _is_beside(p.name))
+    inside = [p for p in (root, *beside) if (p / "train").is_dir()]
     if len(inside) > 1:
         raise MasaError(f"{inside[0]} and {inside[1]} both have a folder train. Name the one that is meant as source.")
     root = inside[0] if inside else root
@@ -214,7 +225,7 @@ def _of_classes(folder: Path, label: Mapping[str, int]) -> list[tuple[Path, int]
     for place in sorted(p for p in folder.glob("[!.]*") if p.is_dir()):
         if place.name not in label:
             raise unknown(f"{place}: class", place.name, label)
-        images = sorted(p for p in place.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        images = sorted(p for p in place.rglob("*") if _is_image(p, place))
         if not images:
             raise MasaError(f"{place} holds no image ({', '.join(sorted(SUFFIXES))}).")
         found += [(path, label[place.name]) for path in images]
@@ -234,7 +245,7 @@ def _annotated(file: Path, label: Mapping[str, int]) -> list[tuple[Path, int]]:
         if "/" in name or not (folder / name).is_file():
             raise MasaError(f"{file}, line {number}: {folder / name} does not exist.")
         found.append((folder / name, label[wnid]))
-    if more := {p.name for p in folder.iterdir() if p.suffix.lower() in SUFFIXES} - {p.name for p, _ in found}:
+    if more := {p.name for p in folder.iterdir() if _is_image(p, folder)} - {p.name for p, _ in found}:
         raise MasaError(f"{file} has no line for {min(more)} ({len(more)} images in all).")
     return found
 

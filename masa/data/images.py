@@ -55,7 +55,6 @@ def prepare(spec: Mapping[str, Any], cache: Path, mirror: str | None, out: Path)
     raw = READERS[entry.reader](sources.parse(source), entry, cache, mirror)
     if len(raw.classes) != entry.num_classes:
         raise MasaError(f"{source} names {len(raw.classes)} classes, {spec['name']} has {entry.num_classes}.")
-    (out / "manifest.json").unlink(missing_ok=True)
     progress, done, dropped = Progress(f"images {spec['name']}", sum(raw.sizes.values()), "images"), 0, 0
     with ExitStack() as stack:
         writers = {split: stack.enter_context(_Writer(out, split, entry)) for split in SPLITS}
@@ -80,6 +79,7 @@ def prepare(spec: Mapping[str, Any], cache: Path, mirror: str | None, out: Path)
                     f"{source}: the {split} split is empty ({done} images read, {dropped} training images dropped "
                     "because they are test images). Check the source and the fractions."
                 )
+        (out / "manifest.json").unlink(missing_ok=True)  # now that all was read: the files are replaced next
     progress.close(done)
     mean, std = writers["train"].moments.statistics()
     manifest = {

@@ -25,7 +25,7 @@ def members(path: Path, arrays: Collection[str]) -> Iterator[tuple[str, Any]]:
         MasaError: the file is missing or not such an object.
     """
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             yield from _members(_Stream(file), arrays)
     except FileNotFoundError as error:
         raise MasaError(f"{path} does not exist; COCO's layout has it.") from error

@@ -19,8 +19,10 @@ import tempfile
 import zipfile
 import zlib
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from masa.data.formats import SUFFIXES, suffix_of
 from masa.errors import MasaError, did_you_mean, unknown
@@ -72,6 +74,20 @@ def parse(text: str, pinned: bool = True) -> Source:
     if not rest or not rest.isprintable():
         raise MasaError(f"Source {text!r} needs a path: {scheme}:PATH.")
     return Source(scheme, rest)
+
+
+def check_reader(source: Source, reader: str) -> None:
+    """See that a reader of documents reads sources of this scheme.
+
+    Raises:
+        MasaError: it does not; the one that does is named.
+    """
+    wanted = {"hub": ("hub",), "pypi": ("botocore", "arrow")}.get(source.scheme)
+    if wanted and reader not in wanted:
+        raise MasaError(f"{source} is not read by the reader {reader}: set the reader to {' or '.join(wanted)}.")
+    if not wanted and reader in ("hub", "botocore"):
+        scheme = "hub:ORG/NAME@COMMIT" if reader == "hub" else "pypi:botocore==VERSION"
+        raise MasaError(f"{source} is not read by the reader {reader}, which reads {scheme}: set the reader to files.")
 
 
 def fetch_wheel(source: Source, sha256: str | None, cache: Path) -> Path:
@@ -155,6 +171,28 @@ def local_files(source: Source, mirror: str | None, sha256: str | None = None) -
                 f"file{'s' * (len(paths) > 1)} again ({paths[0]}{', …' * (len(paths) > 1)}), or correct the checksum."
             )
     return paths
+
+
+def check_apart(spec: Any, out: Path, mirror: str | None = None) -> None:
+    """See that an output is none of the files or folders that the sources in a spec name, which it would overwrite.
+
+    Args:
+        spec: mappings in which keys ``source`` and ``validation_source`` are sources.
+
+    Raises:
+        MasaError: it is one of them.
+    """
+    for key, value in spec.items() if isinstance(spec, Mapping) else ():
+        check_apart(value, out, mirror)
+        if key not in ("source", "validation_source") or not isinstance(value, str):
+            continue
+        scheme, _, name = value.partition(":")
+        if scheme not in ("file", "mirror") or not name.isprintable() or not out.exists():
+            continue
+        path = Path(name) if scheme == "file" else Path(mirror or "") / Path(name).relative_to(Path(name).anchor)
+        read = [path, *path.rglob("*")] if path.is_dir() and out.is_file() else [path, *expand(path)]
+        if any(one.exists() and out.samefile(one) for one in read):
+            raise MasaError(f"--out {out} is what is read ({value}): it would be overwritten. Choose another.")
 
 
 def local_folder(source: Source, mirror: str | None) -> Path:

@@ -169,6 +169,9 @@ def find(
         )
     found = sources.expand(path)
     if not found:
+        if os.path.lexists(path):
+            what = "a link to what does not exist" if path.is_symlink() and not path.exists() else "no regular file"
+            raise MasaError(f"{path} is {what}. Texts are read more than once: give a file.")
         near = did_you_mean(path.name, [p.name for p in path.parent.glob("*")]) if path.parent.is_dir() else ""
         raise MasaError(f"Text file {path} does not exist.{near} A data set on the hub is written hub:ORG/NAME.")
     return [File.local(p) for p in found]

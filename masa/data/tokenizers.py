@@ -61,11 +61,18 @@ def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
             f"The tokenizer in {directory} has no form of the tokenizers library ({type(tokenizer).__name__}). Save it "
             "once as tokenizer.json."
         )
-    tokenizer.backend_tokenizer.no_truncation()
-    tokenizer.backend_tokenizer.no_padding()
+    _as_read(tokenizer.backend_tokenizer)
     if file.is_file():
         check_splitting(tokenizer, file, [SAMPLE])
     return tokenizer
+
+
+def _as_read(fast: Any) -> None:
+    """Nothing cut off, nothing filled up, and of BPE no merge left out by chance: that is for training alone."""
+    fast.no_truncation()
+    fast.no_padding()
+    if getattr(fast.model, "dropout", None):
+        fast.model.dropout = None
 
 
 def has_tokenizer(directory: Path) -> bool:
@@ -116,10 +123,15 @@ def check_splitting(tokenizer: Any, file: Path, texts: Sequence[str]) -> None:
     from tokenizers import Tokenizer
 
     plain = Tokenizer.from_file(str(file))
-    plain.no_truncation()
-    plain.no_padding()
-    wanted = [plain.encode(text, add_special_tokens=False).ids for text in texts]
-    found = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    _as_read(plain)
+    try:
+        wanted = [plain.encode(text, add_special_tokens=False).ids for text in texts]
+        found = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    except Exception as error:  # of a word that is not in the vocabulary the library raises nothing more particular
+        raise MasaError(
+            f"The tokenizer in {file} cannot split all text ({_line(error)}). Use one that has a token for what it "
+            "does not know."
+        ) from error
     if found != wanted:
         raise MasaError(
             f"transformers splits text otherwise than {file} says: {sum(map(len, found)):,} tokens instead of "

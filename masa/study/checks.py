@@ -61,7 +61,9 @@ def _check_sources(config: Config) -> None:
     for where, source in named.items():
         if source:
             try:
-                sources.parse(source)
+                parsed = sources.parse(source)
+                if where.startswith("data.corpus."):
+                    sources.check_reader(parsed, data["corpus"]["reader"])
             except MasaError as error:
                 raise MasaError(f"{where}: {error}") from error
 

@@ -119,6 +119,10 @@ def decide(out: Path, asked: Asked, restart: Restart = None) -> dict[str, Any] |
     _end_moving(out)
     found, name = look(out, asked), asked.spec["run"]
     if not found.there:
+        if other := _foreign(out):
+            raise MasaError(
+                f"{name}: {other} is of no run of masa and would be overwritten. Choose another --out, or move it away."
+            )
         return "begin"
     state = "finished" if found.finished else resuming.reached(out / "checkpoints")
     other = found.differs or found.damage
@@ -144,6 +148,20 @@ def decide(out: Path, asked: Asked, restart: Restart = None) -> dict[str, Any] |
     if found.free:
         _say(f"{name}: goes on with {'; '.join(found.free)}, which changes none of its numbers")
     return "go on"
+
+
+def _foreign(out: Path) -> Path | None:
+    """What a run would overwrite or delete in a folder in which none has begun: another program's results."""
+    begun = {"identity", "spec"} <= set(_mapping(out / RECORD) or {}) or (out / "checkpoints" / "identity").is_file()
+    if begun or "training" in (_mapping(out / "spec.json") or {}):  # the last, of an earlier version of masa
+        return None
+    for name in _FILES:
+        path = out / name
+        if path.is_dir() and any(not inside.name.startswith(".") for inside in path.iterdir()):
+            return path
+        if path.is_file() and path.stat().st_size:
+            return path
+    return None
 
 
 def take(out: Path, asked: Asked, how: Literal["begin", "go on", "restart"]) -> None:

@@ -36,6 +36,20 @@ def layout(spec: Mapping[str, Any]) -> tuple[int, int]:
     return recipe.get("nodes", 1), recipe.get("processes_per_node", 1)
 
 
+def check_batch(spec: Mapping[str, Any]) -> None:
+    """See that a batch can be cut into equal parts, before any process is started.
+
+    Raises:
+        MasaError: it cannot.
+    """
+    recipe, (nodes, processes) = spec["training"], layout(spec)
+    if recipe["batch_size"] % (recipe["micro_batch_size"] * nodes * processes):
+        raise MasaError(
+            f"{spec['run']}: batch_size = {recipe['batch_size']} is not a multiple of micro_batch_size x processes = "
+            f"{recipe['micro_batch_size']} x {nodes * processes}."
+        )
+
+
 def is_wanted(spec: Mapping[str, Any]) -> bool:
     """Whether a run needs to be launched: it has several processes, and this is none of them."""
     nodes, processes = layout(spec)
@@ -47,8 +61,10 @@ def launch(spec: Mapping[str, Any], arguments: Sequence[str]) -> None:
 
     Raises:
         Interrupted: a signal stopped the run after a checkpoint.
-        MasaError: what one of the processes says, or one that was killed, or no way to reach the other nodes.
+        MasaError: a batch that does not divide by the processes, what one of them says, or one that was killed, or no
+            way to reach the other nodes.
     """
+    check_batch(spec)
     nodes, processes = layout(spec)
     if nodes > 1 and RENDEZVOUS not in os.environ:
         _on_nodes(spec, nodes, processes, arguments)

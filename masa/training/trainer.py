@@ -242,11 +242,7 @@ def _check(spec: Mapping[str, Any]) -> None:
             f"{spec['run']} asks for {nodes} x {processes} processes (training.nodes, training.processes_per_node), "
             f"but {world} were started."
         )
-    if recipe["batch_size"] % (recipe["micro_batch_size"] * world):
-        raise MasaError(
-            f"{spec['run']}: batch_size = {recipe['batch_size']} is not a multiple of micro_batch_size x processes = "
-            f"{recipe['micro_batch_size']} x {world}."
-        )
+    launch.check_batch(spec)
     compiles(recipe)
     parallel.check(spec)
 

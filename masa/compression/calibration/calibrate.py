@@ -73,16 +73,8 @@ def calibrate(
         MasaError: no tokens, ids outside the vocabulary, a NaN or infinity in weights or activations (the message
             names layer and projection), an unknown architecture, or a model that is shared already.
     """
-    if getattr(model, "sharing", None) is not None:
-        raise MasaError(f"This model shares weights already ({model.sharing.spec.method}); calibrate the dense one.")
-    projections, family = check_asked(model, projections, batch_size, gradient_samples)
+    family, projections, tokens = checked(model, tokens, projections, batch_size, gradient_samples)
     training = model.training
-    tokens = _check_tokens(tokens, model)
-    if gradient_samples and model.get_output_embeddings() is None:
-        raise MasaError(
-            f"{type(model).__name__} predicts no tokens, so that there is no loss whose gradients could be taken "
-            "(gradient_samples, the *-fisher methods). Choose another method, or calibrate the causal LM."
-        )
     if line := family.passed_over(projections):
         _log.warning("masa: %s", line)
     _say_if_few(tokens.numel(), max(inp for p in projections for _, inp in family.shapes(p)))
@@ -117,6 +109,26 @@ def calibrate(
     if directory is not None:
         result.save()
     return result
+
+
+def checked(
+    model: nn.Module, tokens: Tensor, projections: str, batch_size: int, gradient_samples: int
+) -> tuple[Family, str, Tensor]:
+    """The model's family, the letters and the tokens of a calibration that can begin; nothing is written.
+
+    Raises:
+        MasaError: what :func:`calibrate` raises before it runs anything.
+    """
+    if getattr(model, "sharing", None) is not None:
+        raise MasaError(f"This model shares weights already ({model.sharing.spec.method}); calibrate the dense one.")
+    projections, family = check_asked(model, projections, batch_size, gradient_samples)
+    tokens = _check_tokens(tokens, model)
+    if gradient_samples and model.get_output_embeddings() is None:
+        raise MasaError(
+            f"{type(model).__name__} predicts no tokens, so that there is no loss whose gradients could be taken "
+            "(gradient_samples, the *-fisher methods). Choose another method, or calibrate the causal LM."
+        )
+    return family, projections, tokens
 
 
 def _through_the_blocks(

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from masa.compression.calibration.calibrate import calibrate, check_asked, check_length
+from masa.compression.calibration.calibrate import calibrate, check_asked, check_length, checked
 from masa.compression.calibration.texts import draw_tokens, save_tokens
 from masa.compression.report import peak_rss, reset_peak_rss
 from masa.compression.terminal import terminal
@@ -94,6 +94,9 @@ def run_calibrate(
         length, start = check_length(loaded, length), tokenizers.start_of(tokenizer)
         documents = Documents(text, column, subset=subset, split=split, tokenizer=tokenizer)
         tokens = draw_tokens(tokenizer, documents, samples, length, seed)
+        checked(
+            loaded, tokens, projections, batch_size, gradient_samples
+        )  # what lies there stays until the new one can begin
         (folder / "calibration.json").unlink(missing_ok=True)  # written last: with it, everything is there
         with writing(folder / "tokens.safetensors", below=folder):
             save_tokens(tokens, folder)
