@@ -25,6 +25,8 @@ from masa.runs.run import digest
 from masa.sharing.spec import ATTENTION
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SAID = ("threads", "tokens_sha256", "text_sha256", "model_sha256", "tokens_per_second")
+"""Of the statistics, in the summary."""
 
 
 def run_calibrate(
@@ -94,9 +96,7 @@ def run_calibrate(
         length, start = check_length(loaded, length), tokenizers.start_of(tokenizer)
         documents = Documents(text, column, subset=subset, split=split, tokenizer=tokenizer)
         tokens = draw_tokens(tokenizer, documents, samples, length, seed)
-        checked(
-            loaded, tokens, projections, batch_size, gradient_samples
-        )  # what lies there stays until the new one can begin
+        checked(loaded, tokens, projections, batch_size, gradient_samples)  # what lies there stays till then
         (folder / "calibration.json").unlink(missing_ok=True)  # written last: with it, everything is there
         with writing(folder / "tokens.safetensors", below=folder):
             save_tokens(tokens, folder)
@@ -115,8 +115,7 @@ def run_calibrate(
             )
     summary = {"model": model, "directory": str(folder), "samples": samples, "length": length, "seed": seed}
     summary["start_token"] = None if start is None else tokenizer.convert_ids_to_tokens(start)
-    same = ("threads", "tokens_sha256", "text_sha256", "model_sha256", "tokens_per_second")
-    summary |= {name: getattr(found, name) for name in same}
+    summary |= {name: getattr(found, name) for name in SAID}
     return summary | {"seconds": round(time.perf_counter() - started, 2), "peak_rss_bytes": peak_rss()}
 
 
