@@ -77,6 +77,8 @@ def misfit(config: Config, name: str, scale: str) -> str:
     A number that is written relative to the model, as ``H/6``, is meant for many scales, and some have no such whole
     number. One that is written out is meant as it stands, and wrong where it does not fit (:func:`run_spec`).
     """
+    if scale not in sizes(config) or name not in config["experiments"]:
+        return ""  # which run_spec says
     if _is_grouped_vision(config, name, scale):
         return ""  # no number mends it: it is refused where it is asked for
     model = sizes(config)[scale]["model"]
