@@ -68,7 +68,7 @@ def _wanted_at(entry: Mapping[str, Any], scale: str) -> bool:
 def _is_grouped_vision(config: Config, name: str, scale: str) -> bool:
     """Whether an experiment groups heads at a scale of vision, whose models have no such thing with any number."""
     grouped = getattr(METHODS.get(config["experiments"][name]["method"]), "source", None) == "grouped_heads"
-    return grouped and kind_of(config, scale) is not kinds.LANGUAGE
+    return grouped and scale in sizes(config) and kind_of(config, scale) is not kinds.LANGUAGE
 
 
 def misfit(config: Config, name: str, scale: str) -> str:
