@@ -18,7 +18,7 @@ from masa.errors import MasaError
 
 FAST = {"post-share": {"steps": 1}}
 # a twelfth of the model at a time, an eighth of that for the last unit; half a matrix of 24
-COARSE = {"direct-share": 0.0125, "post-share": 0.0125, "sparse-2-4": 0.015}
+COARSE = {"direct-share": 0.0125, "post-share": 0.0125, "sparse-2-4": 0.015, "sparse-dictionary": 0.015}
 METHODS = sorted(COMPRESSORS)
 
 
