@@ -82,7 +82,10 @@ def read_folder(
 
 def _no_model(folder: Path, error: Exception, trusted: bool) -> MasaError:
     path = folder / "config.json"
-    config = read_json(path)
+    try:
+        config = read_json(path)
+    except MasaError:  # transformers says what is wrong with it
+        config = None
     if isinstance(config, dict) and config.get("auto_map") and not trusted:
         code = sorted({str(name).partition(".")[0] + ".py" for name in config["auto_map"].values()})
         return MasaError(
