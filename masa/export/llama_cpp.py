@@ -92,6 +92,8 @@ class LlamaCpp:
             raise MasaError(f"llama.cpp cannot read {file}: {error}") from error
         # to this machine itself, whatever proxy is set
         self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        # splitting needs no turn of its loop; a server that is let go before the loop has begun waits for it for ever
+        self._post("/completion", {"prompt": [0], "n_predict": 1, "cache_prompt": False})
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text, without special tokens at its ends."""
