@@ -159,7 +159,7 @@ def test_an_arrow_stream_in_a_wheel(tmp_path):
     for change, message in (
         ({"member": "data/y.arrow"}, "Did you mean 'data/x.arrow'"),
         ({"column": "passages"}, "Did you mean 'passage'"),
-        ({"member": "data/broken.arrow"}, "corrupt or no Arrow stream"),
+        ({"member": "data/broken.arrow"}, "corrupt or not Arrow"),
     ):
         with pytest.raises(MasaError, match=message):
             excerpts.prepare("t", spec | change, tmp_path, None, tmp_path / "u.json")

@@ -154,7 +154,7 @@ def test_code_in_a_model_folder_is_never_run(model_type, tmp_path, marker):
     tokenizer().save_pretrained(tmp_path / "m")
     poison(tmp_path / "m", marker, model_type)
     if model_type:
-        with pytest.raises(masa.MasaError, match=r"config\.json does not describe"):
+        with pytest.raises(masa.MasaError, match=r"the folder's own Python alone \(evil\.py\).*--trust-remote-code"):
             pretrained.load_pretrained(tmp_path / "m")
     else:  # a Llama, whatever code is beside it
         assert type(pretrained.load_pretrained(tmp_path / "m")[0]).__name__ == "LlamaForCausalLM"
@@ -221,13 +221,17 @@ def test_no_source_distribution_is_ever_built(tmp_path, marker, monkeypatch):
 PYTHON = sorted((ROOT / "masa").rglob("*.py"))
 
 
+SAID = ("trust_remote_code", "given.trust_remote_code")
+"""What the user has said, handed on."""
+
+
 def test_no_line_of_the_package_trusts_code_or_pickles():
     calls = [n for path in PYTHON for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
     loads = 0
     for call in calls:
         name = ast.unparse(call.func)
         options = {k.arg: ast.unparse(k.value) for k in call.keywords}
-        assert options.get("trust_remote_code", "False") == "False", name
+        assert options.get("trust_remote_code", "False") in ("False", *SAID), name
         assert options.get("shell", "False") == "False", name
         assert name not in ("eval", "exec", "os.system", "pickle.load", "pickle.loads", "yaml.load", "tarfile.open")
         assert "allow_pickle" not in options
@@ -235,8 +239,17 @@ def test_no_line_of_the_package_trusts_code_or_pickles():
             loads += 1
             assert options["weights_only"] == "True"
         if re.fullmatch(r"Auto\w+\.from_(pretrained|config)", name):
-            assert options.get("trust_remote_code") == "False" or "**where" in ast.unparse(call), ast.unparse(call)
+            asked = options.get("trust_remote_code") in ("False", *SAID) or "**where" in ast.unparse(call)
+            assert asked, ast.unparse(call)
     assert loads
+    for path in PYTHON:  # nobody says so without being told to
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                named = [*node.args.args, *node.args.kwonlyargs]
+                given = [*[None] * (len(node.args.args) - len(node.args.defaults)), *node.args.defaults]
+                for one, default in zip(named, [*given, *node.args.kw_defaults], strict=True):
+                    if one.arg == "trust_remote_code" and default is not None:
+                        assert ast.unparse(default) == "False", node.name
     assert not re.search(r"trust_remote_code['\"]?\s*[=:]\s*True", "".join(p.read_text() for p in PYTHON))
 
 

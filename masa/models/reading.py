@@ -87,7 +87,10 @@ def _no_model(folder: Path, error: Exception, trusted: bool) -> MasaError:
     except MasaError:  # transformers says what is wrong with it
         config = None
     if isinstance(config, dict) and config.get("auto_map") and not trusted:
-        code = sorted({str(name).partition(".")[0] + ".py" for name in config["auto_map"].values()})
+        named = [
+            name for value in config["auto_map"].values() for name in (value if isinstance(value, list) else [value])
+        ]
+        code = sorted({str(name).partition(".")[0] + ".py" for name in named if name})
         return MasaError(
             f"{folder} is of a kind that transformers reads with the folder's own Python alone ({', '.join(code)}). "
             "Look at it; if you trust it, say --trust-remote-code."
