@@ -67,7 +67,7 @@ def read_gguf(file: Path) -> tuple[Any, dict[str, torch.Tensor]]:
     try:
         config = configuration(file, values, shapes, factors)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     except MasaError:
         raise
     except Exception as error:  # a strange value may fail anywhere in the model's class
