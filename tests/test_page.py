@@ -123,7 +123,7 @@ def test_a_directory_that_is_not_there_is_named(tmp_path, capsys):
 
 def test_a_directory_is_no_page(tmp_path, capsys):
     assert cli.main(["report", "--results", str(tmp_path), "--out", str(tmp_path)]) == 2
-    assert "is a directory; --out names the page itself" in capsys.readouterr().err
+    assert "is a directory; name a file in it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
