@@ -212,6 +212,10 @@ def _of_manifest(manifest: Mapping[str, Any], numbers: Mapping[str, Any]) -> dic
     return {key: value for key, value in found.items() if key == "unit" or is_number(value)}
 
 
+RECIPE = ("seed", "model", "sharing", "training")
+"""What the configuration says of a run; a run's own spec also names its data."""
+
+
 def differs(expected: Mapping[str, Any], spec: Mapping[str, Any]) -> bool:
     """Whether a run was trained as the configuration does not say any more, in what changes bits.
 
@@ -225,7 +229,8 @@ def differs(expected: Mapping[str, Any], spec: Mapping[str, Any]) -> bool:
         return True
     if expected["training"].get("steps") is None:
         expected["training"]["steps"] = recipe.get("steps")
-    return bool(earlier.changed(spec, expected)[0])
+    ours, theirs = ({key: of.get(key) for key in RECIPE} for of in (spec, expected))
+    return bool(earlier.changed(ours, theirs)[0])
 
 
 def _steps(spec: Mapping[str, Any] | None) -> int | None:
