@@ -149,7 +149,7 @@ def test_a_defect_is_named_by_its_last_line(tokens, results, monkeypatch):
 
 def test_looking_never_takes_the_lock_from_a_trainer_that_starts(tmp_path):
     def take():
-        for _ in range(300):
+        for _ in range(1200):
             with run.exclusive(tmp_path / "run"):
                 pass
 
