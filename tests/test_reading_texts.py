@@ -18,6 +18,8 @@ import masa
 from masa import cli
 from masa.compression import perplexity, run_calibrate
 from masa.compression.calibration.texts import draw_tokens, load_tokens, read_documents, tokens_of
+from masa.data.formats import File
+from masa.data.texts import Documents
 from masa.runs import run
 
 
@@ -172,6 +174,25 @@ def test_perplexity_of_many_documents_is_the_sum_of_its_groups(model, monkeypatc
     assert grouped.tokens_by_document == once.tokens_by_document and grouped.words == once.words
     assert grouped.nll == pytest.approx(once.nll, rel=1e-9)
     assert grouped.nll_by_document == pytest.approx(once.nll_by_document, abs=2e-4)
+
+
+def test_a_check_leaves_the_template_as_it_is():
+    """Of what comes over a network, too, which a check does not read."""
+
+    class Words:
+        chat_template = "{{ messages }}"
+
+        def apply_chat_template(self, messages, tokenize):
+            return " ".join(message["content"] for message in messages)
+
+    chat = [{"role": "user", "content": "two"}, {"role": "assistant", "content": "words"}]
+    found = Documents([chat], tokenizer=Words())
+    assert list(found.check()) == ["two words"]
+    found.given, found.files = (
+        None,
+        [File("https://host/a", None, rows=lambda columns: iter([("row 1", {"messages": chat})]))],
+    )
+    assert list(found.check()) == ["two words"]
 
 
 def test_data_in_memory_follow_the_same_rules(model, capsys):

@@ -46,13 +46,13 @@ class File:
 
     Attributes:
         name: in messages.
-        open: opens it anew, from its beginning.
+        open: opens it anew, from its beginning; None of what is no file.
         mend: what to do about a damaged one.
         rows: gives the rows of what is no file, for columns.
     """
 
     name: str
-    open: Callable[[], BinaryIO]
+    open: Callable[[], BinaryIO] | None
     mend: str = "get it again"
     rows: Callable[[Sequence[str]], Iterator[Row]] | None = None
 

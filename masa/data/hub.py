@@ -53,7 +53,7 @@ def in_layout(place: str, revision: str | None, name: str, subset: str | None, s
         plain = not getattr(config, "field", None) and not getattr(config, "names", None)
         if found and kind in OURS and plain and not any(".zip" in f or ".tar" in f for f in found[chosen]):
             return [_file(path, name) for path in found[chosen]]
-    return [File(name, _no_bytes, rows=lambda columns: _loaded(place, revision, name, subset, chosen, columns))]
+    return [File(name, None, rows=lambda columns: _loaded(place, revision, name, subset, chosen, columns))]
 
 
 def _file(path: str, name: str) -> File:
@@ -67,10 +67,6 @@ def _file(path: str, name: str) -> File:
             return xopen(path, "rb")
 
     return File(path, opened)
-
-
-def _no_bytes() -> BinaryIO:
-    raise NotImplementedError
 
 
 def _loaded(

@@ -213,13 +213,16 @@ class Documents:
             self.given = list(source)
 
     def __iter__(self) -> Iterator[str]:
+        return self._texts(self.chat)
+
+    def _texts(self, chat: Chat) -> Iterator[str]:
         if self.given is not None:
-            yield from listed(self.given, self.chat)
+            yield from listed(self.given, chat)
         for file in self.files:
             if not file.rows and format_of(file) == "text":
                 yield "".join(line for _, line in lines(file))
             else:
-                yield from texts([file], self.columns, chat=self.chat)
+                yield from texts([file], self.columns, chat=chat)
 
     def check(self) -> Documents:
         """Read everything once, but chats not by the template and nothing from a network; itself.
@@ -227,12 +230,10 @@ class Documents:
         Raises:
             MasaError: what every later pass would raise, or no text at all.
         """
-        chat, self.chat = self.chat, lambda messages: "a chat"
         if any("://" in file.name or file.rows for file in self.files):
             return self
         with redirect_stderr(StringIO()):  # what is passed over is said by the pass that counts
-            some = sum(bool(text.strip()) for text in self)
-        self.chat = chat
+            some = sum(bool(text.strip()) for text in self._texts(lambda messages: "a chat"))
         if not some:
             names = ", ".join(file.name for file in self.files[:3])
             raise MasaError(f"{names or 'The list of documents'} holds no text at all. Give a file with some.")
