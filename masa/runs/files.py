@@ -49,11 +49,20 @@ def verify(directory: Path, sha256: Mapping[str, str | None], mend: str) -> None
             file=sys.stderr,
         )
         return
-    for path, expected in wanted.items():
-        if not path.is_file():
+    if found := damaged(wanted):
+        path, actual = found
+        if actual is None:
             raise MasaError(f"{path} is missing; {mend}.")
-        if (actual := sha256_of(path)) != expected:
-            raise MasaError(f"{path} is corrupt: sha256 {actual}, expected {expected}; {mend}.")
+        raise MasaError(f"{path} is corrupt: sha256 {actual}, expected {wanted[path]}; {mend}.")
+
+
+def damaged(sha256: Mapping[Path, str]) -> tuple[Path, str | None] | None:
+    """The first of some files that is not what its checksum says, and the one that it has: None of a missing file."""
+    for path, expected in sha256.items():
+        actual = sha256_of(path) if path.is_file() else None
+        if actual != expected:
+            return path, actual
+    return None
 
 
 @contextmanager

@@ -44,6 +44,15 @@ def read_json(path: str | Path, made_by: str | None = None) -> Any:
         raise MasaError(f"{path} is not valid JSON ({error}); delete it and {again}.") from error
 
 
+def read_mapping(path: Path) -> dict[str, Any] | None:
+    """The object of a JSON file; None where it is missing, being written or something else."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
 def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
     """Records of a metrics log; a line cut short by a kill or a full disk is passed over.
 

@@ -20,8 +20,9 @@ from typing import Any, Literal
 from masa.errors import MasaError
 from masa.models.recipes import LATER
 from masa.runs import run
-from masa.runs.files import sha256_of
+from masa.runs.files import damaged
 from masa.training import resuming
+from masa.training.resuming import OTHER_SUM
 
 RECORD = "identity.json"
 """What decides the run's bits, part by part, so that a later call can say what differs; the manifest, once there is."""
@@ -93,7 +94,7 @@ def look(out: Path, asked: Asked) -> Earlier:
     Raises:
         MasaError: ``manifest.json`` there is of something else than a training.
     """
-    record = _mapping(out / RECORD)
+    record = run.read_mapping(out / RECORD)
     found = Earlier(manifest=_manifest(out, record))
     steps = resuming.newest(out / "checkpoints") is not None or _lines(out / "metrics.jsonl")
     found.there = found.finished or steps
@@ -152,8 +153,10 @@ def decide(out: Path, asked: Asked, restart: Restart = None) -> dict[str, Any] |
 
 def _foreign(out: Path) -> Path | None:
     """What a run would overwrite or delete in a folder in which none has begun: another program's results."""
-    begun = {"identity", "spec"} <= set(_mapping(out / RECORD) or {}) or (out / "checkpoints" / "identity").is_file()
-    if begun or "training" in (_mapping(out / "spec.json") or {}):  # the last, of an earlier version of masa
+    begun = {"identity", "spec"} <= set(run.read_mapping(out / RECORD) or {}) or (
+        out / "checkpoints" / "identity"
+    ).is_file()
+    if begun or "training" in (run.read_mapping(out / "spec.json") or {}):  # the last, of an earlier version of masa
         return None
     for name in _FILES:
         path = out / name
@@ -195,9 +198,9 @@ def finish(out: Path, asked: Asked, manifest: Mapping[str, Any]) -> None:
 
 def again(out: Path, manifest: Mapping[str, Any], spec: Mapping[str, Any]) -> None:
     """Leave a finished run as its end left it, where its manifest was deleted or the end was interrupted."""
-    if _mapping(out / "manifest.json") != manifest:
+    if run.read_mapping(out / "manifest.json") != manifest:
         run.write_json(out / "manifest.json", manifest)
-    if _mapping(out / "spec.json") is None:
+    if run.read_mapping(out / "spec.json") is None:
         run.write_json(out / "spec.json", spec)
     tidy(out)
 
@@ -211,8 +214,8 @@ def tidy(out: Path) -> None:
 
 def set_aside(out: Path) -> Path:
     """Move the run in a directory into a folder of it: the lock stays where it is, and nothing is copied."""
-    manifest = _manifest(out, _mapping(out / RECORD))
-    if manifest and _mapping(out / "manifest.json") != manifest:
+    manifest = _manifest(out, run.read_mapping(out / RECORD))
+    if manifest and run.read_mapping(out / "manifest.json") != manifest:
         run.write_json(out / "manifest.json", manifest)
     names = (BEFORE, *(f"{BEFORE}-{i}" for i in range(2, 10_000)))
     folder = next(out / name for name in names if not os.path.lexists(out / name))
@@ -313,7 +316,7 @@ def _manifest(out: Path, record: Mapping[str, Any] | None) -> dict[str, Any] | N
     Raises:
         MasaError: it is the manifest of something else.
     """
-    found = _mapping(out / "manifest.json")
+    found = run.read_mapping(out / "manifest.json")
     if found is not None and {"identity", "sha256", "training"} <= set(found):
         return found
     if (out / "manifest.json").exists() and record is None and not (out / "spec.json").is_file():
@@ -331,10 +334,10 @@ def _before_records(out: Path, manifest: Mapping[str, Any] | None) -> dict[str, 
     why = "its code or data, of which an earlier version of masa kept a hash alone"
     if (out / RECORD).is_file():
         why = f"{out / RECORD} is corrupt, so that whose checkpoints lie there cannot be told"
-    provenance = _mapping(out / "provenance.json") if manifest else None
+    provenance = run.read_mapping(out / "provenance.json") if manifest else None
     return {
         "identity": manifest["identity"] if manifest else marker,
-        "spec": _mapping(out / "spec.json"),
+        "spec": run.read_mapping(out / "spec.json"),
         "inputs": (provenance or {}).get("inputs"),
         "code": None,
         "why": why,
@@ -342,25 +345,15 @@ def _before_records(out: Path, manifest: Mapping[str, Any] | None) -> dict[str, 
 
 
 def _damage(folder: Path, manifest: Mapping[str, Any]) -> str:
-    for name, expected in manifest["sha256"].items():
-        if not (folder / name).is_file():
-            return f"{folder / name} is missing"
-        if sha256_of(folder / name) != expected:
-            return f"{folder / name} is damaged (its sha256 is not the one that it was written with)"
-    return ""
+    found = damaged({folder / name: expected for name, expected in manifest["sha256"].items()})
+    if found is None:
+        return ""
+    path, actual = found
+    return f"{path} is {'missing' if actual is None else f'damaged ({OTHER_SUM})'}"
 
 
 def _lines(log: Path) -> bool:
     return log.is_file() and any("step" in record for record in run.read_jsonl(log))
-
-
-def _mapping(path: Path) -> dict[str, Any] | None:
-    """JSON of a file; None where it is missing or something else."""
-    try:
-        found = run.read_json(path)
-    except (MasaError, OSError):
-        return None
-    return found if isinstance(found, dict) else None
 
 
 def _say(line: str) -> None:

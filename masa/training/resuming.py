@@ -11,13 +11,15 @@ from pathlib import Path
 
 from masa.errors import MasaError
 from masa.runs import run
-from masa.runs.files import sha256_of
+from masa.runs.files import damaged, sha256_of
 
 COMPLETE = "complete.json"
 """File that a checkpoint gets last: the sha256 of all others."""
 
 KEPT = 2
 """Whole checkpoints that are kept."""
+
+OTHER_SUM = "its sha256 is not the one that it was written with"
 
 
 def drop_damaged(checkpoints: Path, name: str) -> None:
@@ -118,9 +120,8 @@ def _damage(folder: Path) -> str | None:
         return f"{folder / COMPLETE} is corrupt"
     if not files:
         return f"{folder / COMPLETE} names no files"
-    for name, expected in files:
-        if not (folder / name).is_file():
-            return f"{folder / name} is missing"
-        if sha256_of(folder / name) != expected:
-            return f"{folder / name} is corrupt (its sha256 is not the one that it was written with)"
-    return None
+    found = damaged({folder / name: expected for name, expected in files})
+    if found is None:
+        return None
+    path, actual = found
+    return f"{path} is {'missing' if actual is None else f'corrupt ({OTHER_SUM})'}"

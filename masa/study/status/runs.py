@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from masa.evaluation.metrics import is_of
+from masa.runs.run import read_mapping
 from masa.study.cost.report import duration
 from masa.study.status.holder import Holder, holder_of
 from masa.study.status.numbers import interval, is_number, newest, seconds_per_step
@@ -98,7 +99,7 @@ def look(place: Place, now: float) -> Status:
     """
     directory = place.directory
     holder = holder_of(directory)  # first: what is over by then has left its manifest
-    manifest, spec = _mapping(directory / "manifest.json"), _mapping(directory / "spec.json")
+    manifest, spec = read_mapping(directory / "manifest.json"), read_mapping(directory / "spec.json")
     records = _records(directory / "metrics.jsonl")
     numbers = newest(records) | {"steps": _steps(spec) or _steps(place.expected)}
     changed = _changed(directory / "metrics.jsonl")
@@ -180,7 +181,7 @@ def _interval(records: list[dict[str, Any]], place: Place) -> float:
     """Seconds between two lines of a run; before there are two, between its checkpoints."""
     if (seconds := interval(records)) is not None:
         return seconds
-    spec = _mapping(place.directory / "spec.json") or place.expected or {}
+    spec = read_mapping(place.directory / "spec.json") or place.expected or {}
     recipe = spec.get("training")
     minutes = recipe.get("checkpoint_minutes") if isinstance(recipe, Mapping) else None
     return 60 * minutes if is_number(minutes) else 0.0
@@ -194,7 +195,7 @@ def _records(path: Path) -> list[dict[str, Any]]:
 
 
 def _is_evaluated(place: Place, manifest: Mapping[str, Any]) -> bool:
-    return place.evaluation is not None and is_of(_mapping(place.evaluation), manifest.get("identity"))
+    return place.evaluation is not None and is_of(read_mapping(place.evaluation), manifest.get("identity"))
 
 
 def _of_manifest(manifest: Mapping[str, Any], numbers: Mapping[str, Any]) -> dict[str, Any]:
@@ -245,15 +246,6 @@ def _checkpoint(folder: Path) -> int | None:
     except OSError:
         return None
     return int(found.name.rpartition("-")[2]) if found else None
-
-
-def _mapping(path: Path) -> dict[str, Any] | None:
-    """JSON of a file; None where it is missing, being written or something else."""
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None
 
 
 def _changed(path: Path) -> float | None:
