@@ -33,7 +33,7 @@ from masa.study.cost import (
 )
 from masa.study.cost.jobs import PROCESS
 from masa.study.cost.sizes import of_pretrained, of_run
-from masa.study.cost.workflow import jobs
+from masa.study.cost.workflow import behind, jobs
 
 
 def merged(*overlays):
@@ -354,20 +354,21 @@ def test_an_artefact_costs_what_is_behind_it(tmp_path):
     found = artefacts.costs(plan, 2, tmp_path)
     assert set(found) == {job.name for job in jobs(plan) if job.rule in ("table", "figure")}
     # the jobs that `snakemake -n --forceall coefficients` lists (tests/test_workflow.py), without its short rule
-    behind = artefacts._behind(plan.job("table", "coefficients"), {(job.rule, job.name): job for job in jobs(plan)})
-    counts = {rule: len(of_rule) for rule, of_rule in report.by_rule(behind).items()}
+    names = behind(("table", "coefficients"), {(job.rule, job.name): job.needs for job in jobs(plan)})
+    own = [job for job in jobs(plan) if (job.rule, job.name) in names]
+    counts = {rule: len(of_rule) for rule, of_rule in report.by_rule(own).items()}
     assert counts == {"benchmarks": 1, "tokenizer": 1, "tokenize": 1, "pretrain": 2, "evaluate": 2, "table": 1}
     one = found["coefficients"]
     assert one["jobs"] == 8
-    assert one["job_seconds"] == pytest.approx(sum(job.seconds for job in behind))
+    assert one["job_seconds"] == pytest.approx(sum(job.seconds for job in own))
     assert one["job_seconds"] / 2 < one["seconds"] < one["job_seconds"] + 30
     assert one["measured_seconds"] is None
-    for seconds, job in enumerate(behind[:-1], 1):
+    for seconds, job in enumerate(own[:-1], 1):
         logs.log_of(job, tmp_path).parent.mkdir(parents=True, exist_ok=True)
         logs.log_of(job, tmp_path).write_text(f"done in {seconds}.0 s, peak memory 10 MiB\n")
     assert artefacts.costs(plan, 2, tmp_path)["coefficients"]["measured_seconds"] is None, "one log is missing"
-    logs.log_of(behind[-1], tmp_path).parent.mkdir(parents=True)
-    logs.log_of(behind[-1], tmp_path).write_text("done in 8.0 s, peak memory 10 MiB\n")
+    logs.log_of(own[-1], tmp_path).parent.mkdir(parents=True)
+    logs.log_of(own[-1], tmp_path).write_text("done in 8.0 s, peak memory 10 MiB\n")
     measured = artefacts.costs(plan, 1, tmp_path)["coefficients"]["measured_seconds"]
     assert measured == pytest.approx(sum(range(1, 9)) + 8 * schedule.OVERHEAD + schedule.START)
     said = masa_plan("--artefacts", "--configfile", "config/paper.yaml", "--device", "h100").stdout

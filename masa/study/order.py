@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from masa.study.cost.jobs import Name
-from masa.study.cost.workflow import needed
+from masa.study.cost.workflow import behind, needed
 from masa.study.experiments import Config
 
 RULES = {"calibrate": 20, "pretrain": 10, "compress": 5}
@@ -20,17 +20,6 @@ def priorities(config: Config) -> dict[Name, int]:
     first = [name for name in config.get("first", []) if config["tables"].get(name) or config["figures"].get(name)]
     for place, artefact in enumerate(reversed(first), 1):
         rule = "table" if config["tables"].get(artefact) else "figure"
-        for name in _behind((rule, artefact), waits):
+        for name in behind((rule, artefact), waits):
             found[name] = STEP * place + RULES.get(name[0], 0)
-    return found
-
-
-def _behind(name: Name, waits: dict[Name, tuple[Name, ...]]) -> set[Name]:
-    """A job and all that must be done before it; none if the configuration leaves it out."""
-    found, open_ = set(), [name] if name in waits else []
-    while open_:
-        one = open_.pop()
-        if one not in found:
-            found.add(one)
-            open_ += waits[one]
     return found

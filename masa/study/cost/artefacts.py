@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from masa.study.cost.jobs import Job, Name, Plan
+from masa.study.cost.jobs import Job, Plan
 from masa.study.cost.logs import log_of, read
 from masa.study.cost.report import aligned, duration
 from masa.study.cost.schedule import on_cores
+from masa.study.cost.workflow import behind
 from masa.study.cost.workflow import jobs as all_jobs
 from masa.study.order import priorities
 
@@ -31,33 +31,23 @@ def costs(plan: Plan, cores: int, logs: Path) -> dict[str, dict[str, Any]]:
         ``measured_seconds`` (on the clock, from the jobs' own durations scheduled on ``cores``) or None.
     """
     jobs = all_jobs(plan)
-    known = {(job.rule, job.name): job for job in jobs}
+    waits = {(job.rule, job.name): job.needs for job in jobs}
     order, found = priorities(plan.config), {}
     for job in (job for job in jobs if job.rule in RULES):
-        behind = _behind(job, known)
-        took = [_measured(one, logs) for one in behind]
+        names = behind((job.rule, job.name), waits)
+        own = [one for one in jobs if (one.rule, one.name) in names]
+        took = [_measured(one, logs) for one in own]
         found[job.name] = {
-            "jobs": len(behind),
-            "job_seconds": sum(one.seconds for one in behind),
+            "jobs": len(own),
+            "job_seconds": sum(one.seconds for one in own),
             **(
-                {"gpu_hours": sum(one.seconds * one.devices for one in behind) / 3600}
+                {"gpu_hours": sum(one.seconds * one.devices for one in own) / 3600}
                 if plan.device.gpu
-                else {"seconds": on_cores(behind, cores, order)}
+                else {"seconds": on_cores(own, cores, order)}
             ),
             "measured_seconds": on_cores([one for one in took if one], cores, order) if all(took) else None,
         }
     return found
-
-
-def _behind(job: Job, known: Mapping[Name, Job]) -> list[Job]:
-    """A job and all that it needs, in the workflow's order."""
-    wanted, queue = set(), [(job.rule, job.name)]
-    while queue:
-        name = queue.pop()
-        if name not in wanted and name in known:
-            wanted.add(name)
-            queue += known[name].needs
-    return [one for name, one in known.items() if name in wanted]
 
 
 def _measured(job: Job, logs: Path) -> Job | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from masa.study import compressions as compression
@@ -17,6 +17,21 @@ def jobs(plan: Plan) -> list[Job]:
     """Every job behind all tables and figures, each once, before those that need it."""
     needs = dict(needed(plan.config))
     return [dataclasses.replace(plan.job(*name), needs=waits) for name, waits in needs.items()]
+
+
+def behind(name: Name, waits: Mapping[Name, Sequence[Name]]) -> set[Name]:
+    """A job and all that must be done before it; none if there is no such job.
+
+    Args:
+        waits: each job -> what it waits for; others count as done.
+    """
+    found, open_ = set(), [name]
+    while open_:
+        one = open_.pop()
+        if one in waits and one not in found:
+            found.add(one)
+            open_ += waits[one]
+    return found
 
 
 def needed(config: Config) -> Iterator[tuple[Name, tuple[Name, ...]]]:
