@@ -11,7 +11,6 @@ Only standard modules are imported here: this is what a job waits for.
 
 from __future__ import annotations
 
-import array
 import atexit
 import fcntl
 import hashlib
@@ -141,8 +140,7 @@ def _send(connection: socket.socket, arguments: Sequence[str]) -> None:
         "niceness": os.getpriority(os.PRIO_PROCESS, 0),
     }
     text = json.dumps(request).encode()
-    streams = array.array("i", [0, 1, 2])
-    connection.sendmsg([len(text).to_bytes(HEADER, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)])
+    socket.send_fds(connection, [len(text).to_bytes(HEADER, "big")], [0, 1, 2])
     connection.sendall(text)
 
 

@@ -8,7 +8,6 @@ It ends when the OWNER process or the socket's file is gone and no job runs.
 
 from __future__ import annotations
 
-import array
 import atexit
 import ctypes
 import gc
@@ -139,11 +138,7 @@ class Server:
 
 def _receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
     connection.settimeout(5)
-    streams = array.array("i")
-    header, ancillary, _, _ = connection.recvmsg(HEADER, socket.CMSG_SPACE(3 * streams.itemsize))
-    for level, kind, data in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            streams.frombytes(data[: len(data) - len(data) % streams.itemsize])
+    header, streams, _, _ = socket.recv_fds(connection, HEADER, 3)
     length, text = int.from_bytes(header, "big"), b""
     while len(text) < length:
         part = connection.recv(length - len(text))
@@ -151,7 +146,7 @@ def _receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
             raise ValueError("a request that ends early")
         text += part
     connection.settimeout(None)
-    return json.loads(text), list(streams)
+    return json.loads(text), streams
 
 
 def _become(request: dict[str, Any], streams: list[int], learned: int) -> None:
