@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from functools import partialmethod
 
 import torch
 
@@ -13,10 +14,10 @@ from masa.compression.base import Problem, register
 from masa.compression.methods.algebra import cholesky
 from masa.compression.methods.dictionaries import Side
 from masa.compression.methods.equal_bytes import ByteCompressor, Family, Profile, members_of
-from masa.compression.methods.fits import Fit, dictionary_fit, part_bytes
+from masa.compression.methods.fits import Fit, dictionary_fit
 from masa.compression.methods.matrices import Matrix
 from masa.compression.methods.shared_dictionaries import Group
-from masa.compression.methods.sparse_dictionary import Dictionary
+from masa.compression.methods.sparse_dictionary import Dictionary, dictionary_sizes
 from masa.errors import MasaError
 
 SHARES = (0.9, 0.8, 0.65, 0.5, 0.35)
@@ -59,27 +60,9 @@ def matched(
     return [group for group in found if len(group) > 1]
 
 
-def share_sizes(
-    shapes: Sequence[tuple[int, int]], share: float, ratio: float, width: int
-) -> tuple[int, int, int] | None:
-    """k, the number of coefficients of all members, and the bytes of a common dictionary within a share of the bytes.
-
-    Returns:
-        None where no atom or coefficient fits.
-    """
-    m, n = shapes[0][1], sum(out for out, _ in shapes)
-    budget = share * m * n * width
-    atoms = min(int(budget / (m * width + n / 8 + n * width / ratio)), m)
-    if atoms < 1:
-        return None
-    config = {"kind": "sparse-dictionary", "atoms": atoms, "counts": [0] * len(shapes), "side": "in"}
-    bare = part_bytes(config, shapes, width)
-    count = min(int((budget - bare) // width), atoms * n)
-    return (atoms, count, bare + count * width) if count >= 1 else None
-
-
-class Pairs(ByteCompressor):
-    """Base of the methods whose matrices may share dictionaries.
+@register("dictionary-pairs")
+class DictionaryPairs(ByteCompressor):
+    """GeoPair: pairs share a dictionary at uniform reduction (arXiv 2609.25963); every bit counted.
 
     Args:
         cost, allocation: of :class:`~masa.compression.methods.equal_bytes.ByteCompressor`. "uniform": every group is
@@ -94,14 +77,14 @@ class Pairs(ByteCompressor):
 
     def __init__(
         self,
-        cost: str,
-        allocation: str,
-        outputs: str,
-        scope: str,
-        ratios: Sequence[float],
-        group_size: int,
-        shared: str | None,
-        rounds: int,
+        cost: str = "whitened",
+        allocation: str = "uniform",
+        outputs: str = "none",
+        scope: str = "columns",
+        ratios: Sequence[float] = RATIOS,
+        group_size: int = 2,
+        shared: str | None = None,
+        rounds: int = 4,
     ) -> None:
         super().__init__(cost, allocation)
         self.outputs, self.scope, self.ratios = outputs, scope, ratios
@@ -111,9 +94,8 @@ class Pairs(ByteCompressor):
         return self.cost.startswith("loss") or self.outputs != "none"
 
     def families(self, log: dict[str, float]) -> list[Family]:
-        side, power = ("short", 0.0) if self.allocation == "global" else ("in", 0.0)
-        ratios = sorted({1.5, *self.ratios}) if self.allocation == "global" else self.ratios
-        return [Dictionary(side, self.outputs, self.scope, power, ratios, self.rounds, log)]
+        side, ratios = ("short", sorted({1.5, *self.ratios})) if self.allocation == "global" else ("in", self.ratios)
+        return [Dictionary(side, self.outputs, self.scope, 0.0, ratios, self.rounds, log)]
 
     def prepare(self, problem: Problem) -> Profile:
         size = self.group_size
@@ -155,7 +137,7 @@ class Pairs(ByteCompressor):
         width, start, found = problem.weight(*members[0]).element_size(), group.start(), []
         for share in SHARES if shares is None else shares:
             for ratio in self.ratios:
-                sizes = share_sizes(shapes, share, ratio, width)
+                sizes = dictionary_sizes(shapes, "in", share, ratio, width, shapes[0][1])
                 if sizes is None:
                     continue
                 atoms, count, size = sizes
@@ -197,45 +179,14 @@ def _front(found: dict[int, float]) -> dict[int, float]:
     return kept
 
 
-@register("dictionary-pairs")
-class DictionaryPairs(Pairs):
-    """GeoPair: pairs share a dictionary at uniform reduction (arXiv 2609.25963); every bit counted.
-
-    Args:
-        cost, allocation, outputs, scope, ratios, group_size, shared, rounds: of :class:`Pairs`.
-    """
-
-    def __init__(
-        self,
-        cost: str = "whitened",
-        allocation: str = "uniform",
-        outputs: str = "none",
-        scope: str = "columns",
-        ratios: Sequence[float] = RATIOS,
-        group_size: int = 2,
-        shared: str | None = None,
-        rounds: int = 4,
-    ) -> None:
-        super().__init__(cost, allocation, outputs, scope, ratios, group_size, shared, rounds)
-
-
 @register("dictionary-pairs-fisher")
-class DictionaryPairsFisher(Pairs):
+class DictionaryPairsFisher(DictionaryPairs):
     """Pairs, singles and dense matrices under one budget, in the metric of the loss (ours). Needs gradients.
 
     Args:
-        cost, allocation, outputs, scope, ratios, group_size, shared, rounds: of :class:`Pairs`.
+        cost, allocation, outputs, scope, ratios, group_size, shared, rounds: of :class:`DictionaryPairs`.
     """
 
-    def __init__(
-        self,
-        cost: str = "loss-diagonal",
-        allocation: str = "global",
-        outputs: str = "diagonal",
-        scope: str = "matrix",
-        ratios: Sequence[float] = RATIOS,
-        group_size: int = 2,
-        shared: str | None = None,
-        rounds: int = 4,
-    ) -> None:
-        super().__init__(cost, allocation, outputs, scope, ratios, group_size, shared, rounds)
+    __init__ = partialmethod(
+        DictionaryPairs.__init__, cost="loss-diagonal", allocation="global", outputs="diagonal", scope="matrix"
+    )

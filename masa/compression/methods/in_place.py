@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from functools import partial, partialmethod
 
 import torch
 
@@ -133,15 +133,14 @@ class SparseMagnitude(SparseInPlace):
 
     needs_calibration = False
 
-    def __init__(
-        self,
-        cost: str = "weights",
-        allocation: str = "uniform",
-        score: str = "magnitude",
-        scope: str = "matrix",
-        compensation: str = "none",
-    ) -> None:
-        super().__init__(cost, allocation, score, scope, compensation)
+    __init__ = partialmethod(
+        SparseInPlace.__init__,
+        cost="weights",
+        allocation="uniform",
+        score="magnitude",
+        scope="matrix",
+        compensation="none",
+    )
 
 
 @register("sparse-wanda")
@@ -152,15 +151,14 @@ class SparseWanda(SparseInPlace):
         cost, allocation, score, scope, compensation: of :class:`SparseInPlace`.
     """
 
-    def __init__(
-        self,
-        cost: str = "whitened",
-        allocation: str = "uniform",
-        score: str = "wanda",
-        scope: str = "rows",
-        compensation: str = "none",
-    ) -> None:
-        super().__init__(cost, allocation, score, scope, compensation)
+    __init__ = partialmethod(
+        SparseInPlace.__init__,
+        cost="whitened",
+        allocation="uniform",
+        score="wanda",
+        scope="rows",
+        compensation="none",
+    )
 
 
 @register("sparse-gpt")
@@ -211,15 +209,14 @@ class SparseFisher(SparseInPlace):
         cost, allocation, score, scope, compensation: of :class:`SparseInPlace`.
     """
 
-    def __init__(
-        self,
-        cost: str = "loss",
-        allocation: str = "global",
-        score: str = "loss",
-        scope: str = "matrix",
-        compensation: str = "loss",
-    ) -> None:
-        super().__init__(cost, allocation, score, scope, compensation)
+    __init__ = partialmethod(
+        SparseInPlace.__init__,
+        cost="loss",
+        allocation="global",
+        score="loss",
+        scope="matrix",
+        compensation="loss",
+    )
 
 
 @register("sparse-fisher-update")
@@ -242,7 +239,7 @@ class SparseFisherUpdate(SparseFisher):
         compensation: str = "loss",
         samples: int | None = None,
     ) -> None:
-        super().__init__(cost, allocation, score, scope, compensation)
+        SparseInPlace.__init__(self, cost, allocation, score, scope, compensation)
         self.samples = samples
 
     def fits(self, problem: Problem, chosen: Sequence[Option]) -> list[Fit]:

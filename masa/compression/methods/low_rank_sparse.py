@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
+from functools import partial, partialmethod
 
 from torch import Tensor
 
@@ -152,12 +152,4 @@ class LowRankSparseFisher(LowRankSparseCompressor):
         score, compensation, rounds: of :class:`LowRankSparse`.
     """
 
-    def __init__(
-        self,
-        cost: str = "loss",
-        allocation: str = "global",
-        score: str = "loss",
-        compensation: str = "exact",
-        rounds: int = 3,
-    ) -> None:
-        super().__init__(cost, allocation, score, compensation, rounds)
+    __init__ = partialmethod(LowRankSparseCompressor.__init__, cost="loss", score="loss")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partialmethod
 
 from masa.compression.base import register
-from masa.compression.methods.dictionary_pairs import RATIOS, Pairs
+from masa.compression.methods.dictionary_pairs import RATIOS, DictionaryPairs
 from masa.compression.methods.equal_bytes import Family
 from masa.compression.methods.in_place import InPlace
 from masa.compression.methods.low_rank_sparse import LowRankFamily, LowRankSparse
@@ -47,26 +48,29 @@ def _between(n: int, anchors: Sequence[int], values: Sequence[float]) -> float:
     return values[-1]
 
 
-class Mixed(Pairs):
-    """Base: dense, low rank, sparse in place, low rank plus sparse, a dictionary of its own, or one with others.
+@register("mixed")
+class Mixed(DictionaryPairs):
+    """All kinds in the metric of the data: errors are relative to each matrix's own outputs.
+
+    A matrix is dense, low rank, sparse in place, low rank plus sparse, has a dictionary of its own, or one with others.
 
     Args:
         cost, allocation, outputs, scope, ratios, group_size, shared, rounds: of
-            :class:`~masa.compression.methods.dictionary_pairs.Pairs`.
+            :class:`~masa.compression.methods.dictionary_pairs.DictionaryPairs`.
         kinds: of storage to choose from, besides dense and shared dictionaries.
     """
 
     def __init__(
         self,
-        cost: str,
-        allocation: str,
-        outputs: str,
-        scope: str,
-        ratios: Sequence[float],
-        group_size: int,
-        shared: str | None,
-        rounds: int,
-        kinds: Sequence[str] | None,
+        cost: str = "whitened",
+        allocation: str = "global",
+        outputs: str = "none",
+        scope: str = "matrix",
+        ratios: Sequence[float] = RATIOS,
+        group_size: int = 2,
+        shared: str | None = None,
+        rounds: int = 4,
+        kinds: Sequence[str] | None = None,
     ) -> None:
         super().__init__(cost, allocation, outputs, scope, ratios, group_size, shared, rounds)
         self.kinds = kinds
@@ -94,29 +98,6 @@ def one_of(families: Sequence[Family], kind: str) -> Family:
     return names[kind]
 
 
-@register("mixed")
-class MixedWhitened(Mixed):
-    """All kinds in the metric of the data: errors are relative to each matrix's own outputs.
-
-    Args:
-        cost, allocation, outputs, scope, ratios, group_size, shared, rounds, kinds: of :class:`Mixed`.
-    """
-
-    def __init__(
-        self,
-        cost: str = "whitened",
-        allocation: str = "global",
-        outputs: str = "none",
-        scope: str = "matrix",
-        ratios: Sequence[float] = RATIOS,
-        group_size: int = 2,
-        shared: str | None = None,
-        rounds: int = 4,
-        kinds: Sequence[str] | None = None,
-    ) -> None:
-        super().__init__(cost, allocation, outputs, scope, ratios, group_size, shared, rounds, kinds)
-
-
 @register("mixed-fisher")
 class MixedFisher(Mixed):
     """All kinds in the metric of the loss (ours). Needs a calibration with gradients.
@@ -125,16 +106,4 @@ class MixedFisher(Mixed):
         cost, allocation, outputs, scope, ratios, group_size, shared, rounds, kinds: of :class:`Mixed`.
     """
 
-    def __init__(
-        self,
-        cost: str = "loss",
-        allocation: str = "global",
-        outputs: str = "diagonal",
-        scope: str = "matrix",
-        ratios: Sequence[float] = RATIOS,
-        group_size: int = 2,
-        shared: str | None = None,
-        rounds: int = 4,
-        kinds: Sequence[str] | None = None,
-    ) -> None:
-        super().__init__(cost, allocation, outputs, scope, ratios, group_size, shared, rounds, kinds)
+    __init__ = partialmethod(Mixed.__init__, cost="loss", outputs="diagonal")

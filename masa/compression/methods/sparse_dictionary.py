@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partialmethod
 
 from torch import Tensor
 
@@ -64,7 +65,8 @@ class Dictionary(Family):
             basis = side.basis()
             for share in SHARES if shares is None else shares:
                 for ratio in self.ratios:
-                    sizes = dictionary_sizes(matrix, name, share, ratio, width, basis.codes.shape[0])
+                    shape = (matrix.weight.shape[0], matrix.weight.shape[1])
+                    sizes = dictionary_sizes([shape], name, share, ratio, width, basis.codes.shape[0])
                     if sizes is None:
                         continue
                     atoms, count, size = sizes
@@ -100,24 +102,28 @@ def written(code: Code, side: str) -> Tensor:
 
 
 def dictionary_sizes(
-    matrix: Matrix, side: str, share: float, ratio: float, width: int, directions: int
+    shapes: Sequence[tuple[int, int]], side: str, share: float, ratio: float, width: int, directions: int
 ) -> tuple[int, int, int] | None:
-    """k, the number of coefficients and the bytes of a dictionary with k / s = ``ratio`` within a share of the bytes.
+    """k, the coefficients of all members and the bytes of a dictionary with k / s = ``ratio`` within a share of theirs.
 
     Args:
-        directions: that the matrix has; there are no more atoms.
+        shapes: (out, in) of the members; one, unless the dictionary is shared.
+        directions: that the members have; there are no more atoms.
 
     Returns:
-        None where no atom or coefficient fits, or where the shorter side would need more atoms than it is long.
+        None where no atom or coefficient fits, or where a matrix by itself would need more atoms than its shorter side
+        is long.
     """
-    out, inp = matrix.weight.shape
+    one = len(shapes) == 1
+    out, inp = sum(out for out, _ in shapes), shapes[0][1]
     m, n = (inp, out) if side == "in" else (out, inp)
     budget = share * m * n * width
     atoms = int(budget / (m * width + n / 8 + n * width / ratio))
-    if not 1 <= atoms <= min(m, n):
+    if atoms < 1 or (one and atoms > min(m, n)):
         return None
     atoms = min(atoms, directions)
-    bare = part_bytes({"kind": "sparse-dictionary", "atoms": atoms, "counts": [0], "side": side}, [(out, inp)], width)
+    config = {"kind": "sparse-dictionary", "atoms": atoms, "counts": [0] * len(shapes), "side": side}
+    bare = part_bytes(config, shapes, width)
     count = min(int((budget - bare) // width), atoms * n)
     return (atoms, count, bare + count * width) if count >= 1 else None
 
@@ -167,15 +173,12 @@ class SparseDictionaryFisher(SparseDictionaryCompressor):
         side, outputs, scope, weight_space, ratios, rounds: of :class:`Dictionary`.
     """
 
-    def __init__(
-        self,
-        cost: str = "loss-diagonal",
-        allocation: str = "global",
-        side: str = "short",
-        outputs: str = "diagonal",
-        scope: str = "matrix",
-        weight_space: float = 0.0,
-        ratios: Sequence[float] = RATIOS,
-        rounds: int = 4,
-    ) -> None:
-        super().__init__(cost, allocation, side, outputs, scope, weight_space, ratios, rounds)
+    __init__ = partialmethod(
+        SparseDictionaryCompressor.__init__,
+        cost="loss-diagonal",
+        side="short",
+        outputs="diagonal",
+        scope="matrix",
+        weight_space=0.0,
+        rounds=4,
+    )
