@@ -75,6 +75,9 @@ class Run:
 
 def against(revision: str, cores: int, configfile: str | None, results: Path) -> list[Row]:
     """Both builds' runs, the other one's first, and their ratios."""
+    known = subprocess.run(["git", "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}"], capture_output=True)
+    if known.returncode:
+        raise SystemExit(f"--against {revision}: this clone has no such revision; name a commit, branch or tag of it")
     runs = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, commit in (("before", revision), ("this build", "HEAD")):

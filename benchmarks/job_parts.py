@@ -135,9 +135,11 @@ def commands(configfile: str | None) -> dict[str, list[str]]:
     """Verb -> the arguments of ``masa`` of its first job."""
     command = ["snakemake", "--dry-run", "--forceall", "--printshellcmds", "--cores", "1"]
     command += ["--configfile", configfile] if configfile else []
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    dry = subprocess.run(command, capture_output=True, text=True, check=False)
+    if dry.returncode:
+        raise SystemExit(f"the workflow cannot be planned: {(dry.stderr + dry.stdout).strip().splitlines()[-1]}")
     found: dict[str, list[str]] = {}
-    for line in re.findall(r"^Shell command: masa (.*)$", said, re.M):
+    for line in re.findall(r"^Shell command: masa (.*)$", dry.stdout, re.M):
         arguments = shlex.split(line)
         found.setdefault(arguments[0], arguments)
     return {verb: arguments for verb, arguments in found.items() if verb in KINDS}

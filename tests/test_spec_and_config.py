@@ -104,6 +104,7 @@ BREAK = {
         lambda c: c["vision_scales"].update(nano=c["vision_scales"]["digits-compact"]),
         "same name",
     ),
+    "unknown first": (lambda c: c["first"].append("tabel1"), "Did you mean 'table1'"),
     "gqa of vision": (lambda c: c["tables"]["vision"]["experiments"].append("gqa"), "does not exist in timm"),
     "unknown only": (lambda c: c["experiments"]["masa-qkvo-s4"].update(only=["cifar10-depe"]), "mean 'cifar10-deep'"),
     "unknown judge": (lambda c: c["tables"]["vision"].update(judged="top1"), "Did you mean 'top1_pct'"),

@@ -191,7 +191,7 @@ class Found:
 def find(block: nn.Module) -> Found:
     """Look a block through for the parts of :data:`ATTENTION`, :data:`FFN` and the fused ones."""
     attention, places = _attention(block)
-    return Found(attention, places | _ffn(block)) if attention is not None else Found(None, _ffn(block))
+    return Found(attention, places | _ffn(block))
 
 
 def has_attention(block: nn.Module) -> bool:

@@ -128,6 +128,9 @@ def _check_names(config: Config) -> None:
         for name in names:
             if name not in config["experiments"]:
                 raise unknown(f"{where}: experiment", name, config["experiments"])
+    for name in config.get("first", []):
+        if name not in (artefacts := {*config["tables"], *config["figures"]}):  # also those that were removed
+            raise unknown("first: table or figure", name, artefacts)
     if config["throughput"]["methods"][:1] != ["vanilla"]:
         raise MasaError("throughput.methods must begin with vanilla, which all ratios refer to.")
     sizes = experiments.sizes(config)
