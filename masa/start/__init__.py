@@ -1,4 +1,4 @@
-"""How the program begins: in this process, or in one that a workflow keeps ready (:mod:`masa.start.client`)."""
+"""How the program begins: in a process of its own, or forked from one that a workflow keeps ready."""
 
 from __future__ import annotations
 
