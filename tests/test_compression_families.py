@@ -22,6 +22,7 @@ from masa.sharing.projections import family_of
 OTHERS = {
     "no tokens alone": ("T5", "BART", "Whisper"),
     "no loss": ("T5's encoder",),
+    "keys and values of other blocks": ("Gemma 3n",),
     "no language model": [title for title, case in CASES.items() if "input_ids" not in case.inputs],
 }
 
