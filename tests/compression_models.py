@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from masa.compression import Calibration, calibrate
 
 LAYERS, WIDTH, VOCABULARY = 6, 48, 96
+WHOLE_BLOCKS = ("drop-blocks", "replace-me")
 
 
 def tiny_llama(seed: int = 0, **changes) -> LlamaForCausalLM:
@@ -39,7 +40,12 @@ def statistics(**changes) -> Calibration:
 
 def fitting(method: str) -> dict[str, bool]:
     """Changes of :func:`tiny_llama` that a method needs."""
-    return {"attention_bias": False} if method == "matrix-pca-aligned" else {}
+    return {"attention_bias": False} if method in ("matrix-pca-aligned", *WHOLE_BLOCKS) else {}
+
+
+def letters(method: str) -> str:
+    """Projections that a method is tried on."""
+    return "all" if method in WHOLE_BLOCKS else "qkvo"
 
 
 def projection_inputs(model: LlamaForCausalLM, ids: torch.Tensor) -> dict[tuple[str, int], torch.Tensor]:

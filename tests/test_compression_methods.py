@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from compression_models import LAYERS, fitting, projection_inputs, statistics, tiny_llama, tokens, weight
+from compression_models import LAYERS, fitting, letters, projection_inputs, statistics, tiny_llama, tokens, weight
 
 import masa
 from masa.compression import COMPRESSORS, CompressionSpec, compress
@@ -17,15 +17,17 @@ from masa.compression.base import make_compressor
 from masa.errors import MasaError
 
 FAST = {"post-share": {"steps": 1}}
-# a twelfth of the model at a time, an eighth of that for the last unit; half a matrix of 24
+# a twelfth of the model at a time, an eighth of that for the last unit; half a matrix of 24; a block of 6
 COARSE = {"direct-share": 0.0125, "post-share": 0.0125, "sparse-2-4": 0.015, "sparse-dictionary": 0.015}
+COARSE |= {"drop-blocks": 1 / 6, "replace-me": 1 / 6}
 METHODS = sorted(COMPRESSORS)
 
 
 def compressed(method: str, reduction: float = 0.25, **options):
     changes = fitting(method)
     model, found = tiny_llama(**changes), statistics(**changes)
-    return compress(model, method, found, reduction, tokens=tokens(), **FAST.get(method, {}) | options)
+    options = {"projections": letters(method)} | FAST.get(method, {}) | options
+    return compress(model, method, found, reduction, tokens=tokens(), **options)
 
 
 def logits(model) -> torch.Tensor:
@@ -83,7 +85,8 @@ def test_a_compressed_model_can_be_trained_on(method):
     model.train()
     model(tokens()[:2], labels=tokens()[:2]).loss.backward()
     for name, parameter in model.model.shared.named_parameters():
-        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+        if parameter.numel():  # what stands for nothing has none
+            assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -99,7 +102,8 @@ def test_what_is_not_compressed_stays(method):
     model, _ = compressed(method)
     before, after = tiny_llama(**fitting(method)).state_dict(), masa.fold(model).state_dict()
     assert before.keys() == after.keys()
-    others = [name for name in before if not name.endswith("_proj.weight") or ".mlp." in name]
+    attention_only = letters(method) == "qkvo"
+    others = [n for n in before if not n.endswith("_proj.weight") or (attention_only and ".mlp." in n)]
     same = {torch.equal(before[name], after[name]) for name in others}
     assert same == ({False} if COMPRESSORS[method].changes_model else {True})
 
@@ -202,6 +206,7 @@ def test_rank_deficient_calibration_is_compressed_without_silence():
     for method in METHODS:
         found = calibrate(tiny_llama(**fitting(method)), few, gradient_samples=1)
         options = {"refit": True} if method == "basis-sharing" else FAST.get(method, {})
+        options = {"projections": letters(method)} | options
         model, report = compress(tiny_llama(**fitting(method)), method, found, 0.2, tokens=few, **options)
         assert torch.isfinite(logits(model)).all(), method
         if method in ("svd-llm-update", "basis-sharing"):

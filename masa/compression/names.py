@@ -38,6 +38,8 @@ METHODS = {
     "mixed": "mixed",
     "mixed-fisher": "mixed",
     "dictionary-pairs-fisher": "dictionary_pairs",
+    "drop-blocks": "block_dropping",
+    "replace-me": "block_dropping",
 }
 """Method -> its module below :mod:`masa.compression.methods`."""
 
