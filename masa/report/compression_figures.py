@@ -17,6 +17,7 @@ from masa.evaluation import metrics as m
 from masa.report.canvas import Canvas
 from masa.report.labels import End, width_of
 from masa.report.style import BLACK, ORANGE, PROJECTION, SKY, SMALLEST, TEXT, look
+from masa.sharing.spec import ATTENTION
 
 NAMES = {"held_out": "Held-out text", "wikitext": "WikiText-2"}
 HIGHEST = 6
@@ -32,13 +33,15 @@ def perplexity_reduction(spec: Mapping[str, Any], results: Path) -> Figure:
     model = spec["rows"][0]["scale"]
     rows = [row for row in spec["rows"] if row["scale"] == model]
     lines: dict[str, list[tuple[float, Mapping[str, Any]]]] = {}
-    dense = []
+    dense, reduced = [], "Attention reduction (%)"
     for row in rows:
         record = m.load(results, row["records"][0])
         achieved = record["compression"]["reduction_achieved"] if record["compression"] else 0.0
         lines.setdefault(row["experiment"], []).append((100 * achieved, record["texts"]))
         if record["compression"] is None:
             dense.append(row["experiment"])
+        elif set(record["compression"]["projections"]) > set(ATTENTION):
+            reduced = "Reduction of all linear layers (%)"
     labels = {row["experiment"]: row["label"] for row in rows}
     texts = list(next(iter(lines.values()))[0][1])
     canvas = Canvas(TEXT, max(2.2, 0.3 + 0.19 * len(lines)), 1, len(texts))
@@ -63,7 +66,7 @@ def perplexity_reduction(spec: Mapping[str, Any], results: Path) -> Figure:
         ticks = _ticks(0.97 * lowest, highest)
         axis.set_yticks(ticks, [f"{t:g}" for t in ticks])
         axis.yaxis.set_minor_locator(plt.NullLocator())
-        axis.set_xlabel("Attention reduction (%)")
+        axis.set_xlabel(reduced)
         axis.set_title(NAMES.get(text, text))
     canvas.label_ends(axis, ends)
     canvas.axes[0][0].set_ylabel("Perplexity per token (log scale)")

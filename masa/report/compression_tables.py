@@ -17,6 +17,8 @@ BASELINE = "svd-llm"
 def add_comparisons(frame: pd.DataFrame, spec: Mapping[str, Any], results: Path) -> None:
     """Add ``loss_increase`` with its standard error, and shares of SVD-LLM's increase, to a table, in place.
 
+    Perplexities as multiples of the original's (``held_out_times``, ``wikitext_times``) where the table asks for them.
+
     Args:
         frame: one row for each of ``spec["rows"]``.
         spec: from :func:`masa.study.artefacts.artefact_spec`.
@@ -36,6 +38,10 @@ def add_comparisons(frame: pd.DataFrame, spec: Mapping[str, Any], results: Path)
         baseline = baselines.get(_key(row, record))
         mean, error = paired(record["corpus"], original["corpus"])
         frame.loc[index, ["loss_increase", "loss_increase_se"]] = mean, error
+        for text in ("held_out", "wikitext"):
+            if f"{text}_times" in spec.get("columns", ()) and text in record["texts"]:
+                dense, ours = (x["texts"][text]["token_perplexity"] for x in (original, record))
+                frame.loc[index, f"{text}_times"] = ours / dense
         for text, column in (("held_out", "share_of_svd_llm_pct"), ("wikitext", "wikitext_share_of_svd_llm_pct")):
             if baseline and text in record["texts"]:
                 dense, ours, theirs = (x["texts"][text]["token_perplexity"] for x in (original, record, baseline))

@@ -87,6 +87,17 @@ _LOOKS = {
     "matrix-pca-data": (GREEN, _DASHED, "o"),
     "matrix-pca-fisher": (VERMILLION, _DASHED, "^"),
     "svd-fisher": (VERMILLION, _SOLID, "o"),
+    # of all linear layers: published ones dashed, ours beside them solid
+    "whole-svd-llm": (SKY, _DASHED, "D"),
+    "whole-svd-fisher": (VERMILLION, _SOLID, "o"),
+    "whole-rocket": (GREEN, _DASHED, "^"),
+    "whole-dictionaries": (GREEN, _SOLID, "^"),
+    "whole-geopair": (PINK, _DASHED, "v"),
+    "whole-pairs": (PINK, _SOLID, "v"),
+    "whole-wanda": (ORANGE, _DASHED, "P"),
+    "whole-sparse": (ORANGE, _SOLID, "P"),
+    "whole-mixed": (BLUE, _SOLID, "X"),
+    "whole-replace-me": (BLACK, _DASHED, "s"),
 }
 
 

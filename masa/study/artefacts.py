@@ -43,6 +43,17 @@ def table_spec(c: Config, name: str) -> Any:
     return artefact_spec(c, "tables", name)
 
 
+def without_runs(config: Config, kind: str) -> dict[str, str]:
+    """Tables or figures that this configuration leaves out -> why, and what to do."""
+    active = experiments.active(config, kind)
+    return {
+        name: f"{name} has no runs in this configuration: grids.{artefact['grid']} is empty. Fill it, or add an overlay "
+        "that does (--configfile; config/README.md says what each is for)."
+        for name, artefact in config[kind].items()
+        if artefact and name not in active
+    }
+
+
 def artefact_spec(config: Config, kind: str, name: str) -> dict[str, Any]:
     """A table or figure as pure data: its caption and rows with their runs and labels.
 
@@ -51,8 +62,8 @@ def artefact_spec(config: Config, kind: str, name: str) -> dict[str, Any]:
     """
     if name not in config[kind] or config[kind][name] is None:
         raise unknown(kind.removesuffix("s").capitalize(), name, [n for n, a in config[kind].items() if a])
-    if name not in experiments.active(config, kind):
-        raise MasaError(f"{name} has no runs in this configuration: grids.{config[kind][name]['grid']} is empty.")
+    if name in (lacking := without_runs(config, kind)):
+        raise MasaError(lacking[name])
     artefact = config[kind][name]
     rows = (
         compressions.rows(config, artefact)

@@ -59,6 +59,21 @@ OVERLAYS = [
 TABLES = artefacts.table_names(config)
 FIGURES = list(experiments.active(config, "figures"))
 
+LACKING = {
+    name: said
+    for kind in ("tables", "figures")
+    for name, said in artefacts.without_runs(config, kind).items()
+}
+
+
+def refusing(said):
+    """An input function that says why there is nothing to be made."""
+
+    def refuse(wildcards):
+        raise WorkflowError(said)
+
+    return refuse
+
 
 # runs of vision are evaluated by a rule of their own
 VISION = "|".join(re.escape(n) for n, size in config["vision_scales"].items() if size)

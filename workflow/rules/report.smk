@@ -146,3 +146,12 @@ for artefact in FIGURES:
             artefact
         input:
             f"{PARTS}/figures/{artefact}.png",
+
+
+for artefact, said in LACKING.items():
+
+    rule:
+        name:
+            artefact
+        input:
+            refusing(said),
