@@ -102,11 +102,12 @@ def test_nothing_is_stored_of_the_blocks_that_are_gone(tmp_path):
 def test_what_cannot_be_left_out_is_said():
     with pytest.raises(MasaError, match=r"last linear of the MLP \(d\).*'all'"):
         compress(tiny_llama(**PLAIN), "drop-blocks", statistics(**PLAIN), 0.2, tokens=tokens())
+    found = calibrate(tiny_llama(), tokens())
     with pytest.raises(MasaError, match="o of layer 0 has a bias"):
-        compress(tiny_llama(), "drop-blocks", calibrate(tiny_llama(), tokens()), 0.2, tokens=tokens(), projections="all")
+        compress(tiny_llama(), "drop-blocks", found, 0.2, tokens=tokens(), projections="all")
     with pytest.raises(MasaError, match="samples is a number"):
         shortened("replace-me", 0.2, samples=0)
-    with pytest.raises(MasaError, match="reachable are 0 to 83.33%"):
+    with pytest.raises(MasaError, match=r"reachable are 0 to 83\.33%"):
         shortened("replace-me", 0.9)
 
 

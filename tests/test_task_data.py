@@ -277,3 +277,23 @@ def test_the_workflow_sees_the_files_of_the_mirror(tmp_path):
         for folder in ("lm_eval/piqa", "aps/super_glue")
         for name in ("rows.jsonl", ".huggingface.yaml")
     }
+
+
+def test_a_configuration_with_a_card_of_its_own_is_read_from_there(tmp_path):
+    """So that of 57 subjects each is read without parsing what is said of all."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "a" / task_data.CARD).write_text("configs: []")
+    (tmp_path / task_data.CARD).write_text("configs: []")
+    record = {"path": str(tmp_path), "sha256": "0" * 64, "cache": str(tmp_path / "cache")}
+    placed = {
+        name: task_data.place({"dataset_path": "x", "dataset_name": name}, record)["dataset_path"] for name in "ab"
+    }
+    assert placed == {"a": str(tmp_path / "a"), "b": str(tmp_path)}
+    assert language_configs({name: {"dataset_path": path} for name, path in placed.items()}, record) == {"x"}
+
+
+def language_configs(configs, record):
+    """What results say of where data came from."""
+    language._without_paths(configs, {"task": record | {"source": "x"}})
+    return {config["dataset_path"] for config in configs.values()}

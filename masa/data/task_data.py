@@ -19,8 +19,8 @@ from masa.data import task_names
 from masa.errors import MasaError
 from masa.runs import files
 
-CARDS = (".huggingface.yaml",)
-"""Hidden files that are read; what else is hidden (downloads' own notes, a checkout's history) is no data."""
+CARD = ".huggingface.yaml"
+"""The hidden file that is read; what else is hidden (downloads' own notes, a checkout's history) is no data."""
 
 PRIVATE = ("path", "cache")
 """Keys of a record that say where this machine keeps the data, not what it is."""
@@ -51,7 +51,7 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def _is_data(path: Path) -> bool:
-    return not any(part.startswith(".") and part not in CARDS for part in path.parts)
+    return not any(part.startswith(".") and part != CARD for part in path.parts)
 
 
 def parts(record: Record) -> dict[str | None, dict[str, Any]]:
@@ -101,6 +101,15 @@ def places(records: Mapping[str, Record]) -> dict[str, str]:
     }
 
 
+def _place_of(path: str, name: str | None) -> str:
+    """The folder of a configuration with a card of its own, as :mod:`masa.data.benchmarks` writes them, else of all.
+
+    Where a card describes 57 configurations, ``datasets`` parses it anew for each.
+    """
+    own = Path(path, name or "default")
+    return str(own) if (own / CARD).is_file() else path
+
+
 def place(config: Any, record: Record) -> Any:
     """A task's or group's configuration in which every data set is read from where ``record`` has it."""
     if not isinstance(config, dict):
@@ -113,7 +122,7 @@ def place(config: Any, record: Record) -> Any:
     part = known.get(named, known.get(None, {}))
     options = dict(config.get("dataset_kwargs") or {})
     if path := part.get("path"):
-        config["dataset_path"] = str(path)
+        config["dataset_path"] = _place_of(str(path), config.get("dataset_name"))
         options = {k: v for k, v in options.items() if k not in ("data_files", "data_dir", "revision")}
         options["cache_dir"] = str(_cache(record) / (part.get("sha256") or content_hash(Path(path)))[:32])
     elif revision := part.get("revision"):

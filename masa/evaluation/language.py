@@ -221,8 +221,10 @@ def _without_paths(configs: Mapping[str, Any], tasks: Mapping[str, Any]) -> None
     """Where the data came from instead of where this machine keeps it: results are shown to others."""
     known = task_data.places(tasks)
     for config in configs.values():
-        if isinstance(config, dict) and config.get("dataset_path") in known:
-            config["dataset_path"] = known[config["dataset_path"]]
+        if not isinstance(config, dict) or not (path := config.get("dataset_path")):
+            continue
+        if found := known.get(path) or known.get(str(Path(path).parent)):
+            config["dataset_path"] = found
             options = {k: v for k, v in (config.pop("dataset_kwargs", None) or {}).items() if k != "cache_dir"}
             config |= {"dataset_kwargs": options} if options else {}
 

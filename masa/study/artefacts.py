@@ -47,8 +47,8 @@ def without_runs(config: Config, kind: str) -> dict[str, str]:
     """Tables or figures that this configuration leaves out -> why, and what to do."""
     active = experiments.active(config, kind)
     return {
-        name: f"{name} has no runs in this configuration: grids.{artefact['grid']} is empty. Fill it, or add an overlay "
-        "that does (--configfile; config/README.md says what each is for)."
+        name: f"{name} has no runs in this configuration: grids.{artefact['grid']} is empty. Fill it, or add an "
+        "overlay that does (--configfile; config/README.md says what each is for)."
         for name, artefact in config[kind].items()
         if artefact and name not in active
     }
