@@ -8,6 +8,7 @@ import logging
 import pytest
 import torch
 import transformers
+from compression_models import WHOLE_BLOCKS, letters
 from family_compression import near, of_the_whole_model, refusal, same, statistics, tokens
 from family_models import CASES, GROUPED, VOCABULARY, calibrate, close, compress, letters_of, outputs
 
@@ -169,6 +170,11 @@ REFUSED = {"GPT-2": "bias", "GPT-NeoX": "bias", "LFM2": "turned", "Qwen3-Next": 
 REFUSED |= {"Falcon, new decoder": "turned"}
 """What keeps heads from being aligned; elsewhere they are."""
 
+KEPT = {"GPT-2": "has a bias", "GPT-NeoX": "has a bias", "Mixtral": "MixtralForCausalLM has none that masa knows there"}
+KEPT |= dict.fromkeys(("Qwen3-Next", "LFM2"), "has none that masa knows there")
+NORMED = {"Gemma 2": "a norm comes after it"}
+"""What keeps blocks from being left out, and from being replaced by a map."""
+
 
 @pytest.mark.parametrize("title", SPECIAL)
 @pytest.mark.parametrize("method", sorted(COMPRESSORS))
@@ -177,10 +183,10 @@ def test_every_method(method, title):
     model, found = case.build(), statistics(title)
     options = {"steps": 2} if method == "post-share" else {}
     try:
-        model, report = compressed(model, method, found, 0.3, tokens=tokens(), projections="qkvo", **options)
+        model, report = compressed(model, method, found, 0.3, tokens=tokens(), projections=letters(method), **options)
     except MasaError as error:  # what the method needs, said before anything is changed
-        assert method == "matrix-pca-aligned"
-        assert REFUSED[title] in str(error)
+        known = REFUSED if method == "matrix-pca-aligned" else KEPT | (NORMED if method == "replace-me" else {})
+        assert method in ("matrix-pca-aligned", *WHOLE_BLOCKS) and known[title] in str(error)
         return
     expected = outputs(model, case)
     assert torch.isfinite(expected).all() and report.reduction_achieved >= 0.3

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from masa.compression.calibration.gradients import LOGITS
 from masa.data import tokenizers
 from masa.errors import BEYOND, MasaError
 from masa.models.positions import positions_of
@@ -149,7 +150,9 @@ def _score(
         inputs = nn.utils.rnn.pad_sequence([w[0] for w in batch], batch_first=True).to(device)
         targets = nn.utils.rnn.pad_sequence([w[1] for w in batch], batch_first=True, padding_value=-100).to(device)
         logits = model(input_ids=inputs, use_cache=False).logits  # padding comes last: causal attention ignores it
-        losses = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+        rows = max(1, LOGITS // logits.shape[-1])
+        parts = zip(logits.flatten(0, 1).split(rows), targets.flatten().split(rows), strict=True)
+        losses = torch.cat([nn.functional.cross_entropy(x.float(), y, reduction="none") for x, y in parts])
         losses = losses.view(targets.shape).double().sum(1)
         for i, loss, scored in zip(order[start:], losses.tolist(), (targets != -100).sum(1).tolist(), strict=False):
             nll[owner[i]] += loss

@@ -147,7 +147,9 @@ def passes(
             block = stream.block(layer)
             if watched is not None and layer == watched[0]:
                 module, made = problem.family.layer(block, layer, "d"), watched[1]
-                handle = module.register_forward_hook(lambda m, args, output, made=made: made.append(output.detach()))
+                handle = module.register_forward_hook(
+                    lambda m, args, output, made=made: made.append(output.clone())
+                )  # blocks add to it in place
                 stream.run(layer, block)
                 handle.remove()
             else:
@@ -166,10 +168,11 @@ def check_last(problem: Problem) -> None:
     for layer in problem.layers:
         for letter, whose in LAST.items():
             if letter not in problem.letters_of(layer):
+                there = letter in problem.family.paths and layer in problem.family.layers(letter)
+                mend = "give projections 'all'" if there else f"{problem.family.name} has none that masa knows there"
                 raise MasaError(
                     f"Leaving out blocks needs the last linear of {whose} ({letter}) of every block among the "
-                    f"projections, and layer {layer} has {problem.letters_of(layer) or 'none'}; give projections "
-                    "'all', or take another method."
+                    f"projections, and of layer {layer} it is not: {mend}, or take another method."
                 )
             if getattr(problem.family.layer(problem.family.blocks[layer], layer, letter), "bias", None) is not None:
                 raise MasaError(
