@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 CORES ?= all
 
-.PHONY: env results report smoke docs test benchmarks findings lint clean
+.PHONY: env results report smoke docs test test-fast benchmarks findings lint clean
 
 env: .venv/.done
 
@@ -30,6 +30,9 @@ docs: env # the documentation: build/docs/index.html
 
 test: env
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -n 2
+
+test-fast: env # a few minutes, no workflow and no long training: for the inner loop
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -n 2 -m "not slow"
 
 # one after the other, to themselves; a missed target is no error here, and stands in the table
 BENCHMARKS = training_step training_loop inference tokenization calibration_speed calibration_memory mixing serving growth compression_growth workflow

@@ -21,6 +21,11 @@ RUNS = {
         ["config/evidence.yaml"],
         "MASA_MIRROR=/path/to/mirror snakemake --cores all {name} --configfile config/evidence.yaml",
     ),
+    "whole": (
+        "all linear layers (`config/whole.yaml`)",
+        ["config/mirror.yaml", "config/whole.yaml"],
+        "MASA_MIRROR=/path/to/mirror snakemake --cores all {name} --configfile config/mirror.yaml config/whole.yaml",
+    ),
 }
 """Directory below results/reference -> what it is of, its overlays, the command that makes one figure of it."""
 

@@ -41,9 +41,22 @@ def pytest_configure():
     memory.keep_freed = lambda: False
 
 
+SLOW = {
+    *("slurm", "workflow", "readme", "notebooks", "page", "cost", "status", "start", "shares", "devices"),  # workflows
+    *("training", "image_training", "training_speed", "optimizers", "run_folder", "checkpoint"),  # killed and resumed
+    *("faults", "faults_processes", "corrupt_data", "security", "benchmarks", "lm_eval_command", "ecosystem", "export"),
+    "docs",
+}
+"""Files of half a minute and more, beside those tests that need a finished run of Snakemake: `make test-fast` has none."""
+
+
 def pytest_collection_modifyitems(items):
-    """The longest file first, so that the others go on beside it."""
+    """The longest file first, so that the others go on beside it; which tests are slow."""
     items.sort(key=lambda item: item.get_closest_marker("slurm") is None)
+    for item in items:
+        needs_run = {"smoke_project", "smoke_results"} & set(getattr(item, "fixturenames", ()))
+        if needs_run or item.path.stem.removeprefix("test_") in SLOW:
+            item.add_marker("slow")
 
 
 def language_model(layers=6, width=24, heads=4, **more):

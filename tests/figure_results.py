@@ -124,6 +124,7 @@ def _compression(row, index, texts):
         "regularisation": {},
         "seconds": 3.0,
         "peak_rss_bytes": 2**30,
+        "projections": "qkvo",
         "shapes": {p: [192, 576] for p in "qkvo"},
         "learned": {"ranks": ranks, "groups": groups},
     }

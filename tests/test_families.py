@@ -95,7 +95,7 @@ class Probe:
     def __init__(self, case, length):
         self.model = case.build()
         self.family = case.family(self.model)
-        self.layer = max(self.family.layers("q"))
+        self.layer = max(set.intersection(*(set(self.family.layers(p)) for p in "qkv")))
         self.family.split(self.layer, "qkv")
         self.block = self.family.blocks[self.layer]
         self.inputs = {name: x[:1, :length] if name.endswith("ids") else x[:1] for name, x in case.inputs.items()}
@@ -121,7 +121,7 @@ class Probe:
         for handle in handles:
             handle.remove()
         weights = torch.randn(seen["out"].shape[-1], generator=torch.Generator().manual_seed(3))
-        (gradient,) = torch.autograd.grad((seen["out"][0, position] * weights).sum(), seen["by"])
+        (gradient,) = torch.autograd.grad((seen["out"][..., position, :] * weights).sum(), seen["by"])
         return float(gradient.abs().max())
 
     def rows(self, letter):

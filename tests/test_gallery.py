@@ -31,7 +31,9 @@ def test_the_gallery_is_up_to_date_and_its_links_lead_somewhere():
     assert len(links) > 30 and all((ROOT / "docs" / link).is_file() for link in links)
     for name, figure in config.load()["figures"].items():
         assert text.count(f"### {figure['title']}\n") == 1 and figure["caption"] in text
-        assert re.search(rf"`[^`]*snakemake --cores all {name}( --configfile config/mirror.yaml)?`", text)
+        assert re.search(
+            rf"`[^`]*snakemake --cores all {name}( --configfile config/mirror.yaml( config/whole.yaml)?)?`", text
+        )
 
 
 def test_the_gallery_says_what_is_missing_or_old(tmp_path):

@@ -73,8 +73,24 @@ def test_a_job_is_where_its_client_is_and_has_its_limits(place, tmp_path):
     assert (tmp_path / "here.json").stat().st_mode & 0o777 == 0o640
     done = masa(place, *arguments, "large.json", cwd=tmp_path, preexec_fn=limit)
     assert done.returncode == 2 and "File too large" in done.stderr
+    assert "Traceback" not in done.stderr
     assert masa(place, *arguments, "large.json", cwd=tmp_path).returncode == 0
     assert (tmp_path / "large.json").stat().st_size > 100
+
+
+def test_a_server_that_a_limited_client_started_limits_nobody_else(tmp_path):
+    """Hard limits are inherited, and only the privileged may raise them."""
+    place = os.environ | {"MASA_WARM": str(tmp_path / "warm")}
+    (tmp_path / "warm").mkdir()
+    (tmp_path / "warm" / "owner").write_text(str(os.getpid()))
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+
+    arguments = ["parameters", "--configfile", ROOT / "config" / "smoke.yaml", "--out", "large.json"]
+    assert masa(place, *arguments, cwd=tmp_path, preexec_fn=limit).returncode == 2
+    assert masa(place, *arguments, cwd=tmp_path).returncode == 0
+    assert len(servers(place)) == 2
 
 
 def test_another_environment_is_another_server(place):

@@ -89,15 +89,15 @@ _LOOKS = {
     "svd-fisher": (VERMILLION, _SOLID, "o"),
     # of all linear layers: published ones dashed, ours beside them solid
     "whole-svd-llm": (SKY, _DASHED, "D"),
-    "whole-svd-fisher": (VERMILLION, _SOLID, "o"),
-    "whole-rocket": (GREEN, _DASHED, "^"),
-    "whole-dictionaries": (GREEN, _SOLID, "^"),
+    "whole-svd-fisher": (VERMILLION, _SOLID, "D"),
+    "whole-rocket": (GREEN, _DASHED, "D"),
+    "whole-dictionaries": (GREEN, _SOLID, "D"),
     "whole-geopair": (PINK, _DASHED, "v"),
     "whole-pairs": (PINK, _SOLID, "v"),
     "whole-wanda": (ORANGE, _DASHED, "P"),
-    "whole-sparse": (ORANGE, _SOLID, "P"),
-    "whole-mixed": (BLUE, _SOLID, "X"),
-    "whole-replace-me": (BLACK, _DASHED, "s"),
+    "whole-sparse": (ORANGE, _SOLID, "D"),
+    "whole-mixed": (BLUE, _SOLID, "D"),
+    "whole-replace-me": (BLACK, _DASHED, "D"),
 }
 
 

@@ -93,9 +93,14 @@ def ask(arguments: Sequence[str]) -> int | None:
 
 
 def key() -> str:
-    """Equal for processes that one server may be forked into: one interpreter, one masa, one environment."""
+    """Equal for processes that one server may be forked into: one interpreter, one masa, one environment.
+
+    And one set of hard limits: a server has those of the process that started it, and nobody may raise them.
+    """
     environment = sorted((name, value) for name, value in os.environ.items() if name not in VOLATILE)
-    return hashlib.sha256(repr([sys.executable, __file__, environment]).encode("utf-8", "replace")).hexdigest()[:16]
+    hard = [(name, resource.getrlimit(limit)[1]) for name, limit in LIMITS.items()]
+    said = repr([sys.executable, __file__, environment, hard])
+    return hashlib.sha256(said.encode("utf-8", "replace")).hexdigest()[:16]
 
 
 def _connect(folder: Path, name: str) -> socket.socket:
