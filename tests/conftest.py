@@ -47,7 +47,7 @@ SLOW = {
     *("faults", "faults_processes", "corrupt_data", "security", "benchmarks", "lm_eval_command", "ecosystem", "export"),
     "docs",
 }
-"""Files of half a minute and more, beside those tests that need a finished run of Snakemake: `make test-fast` has none."""
+"""Files of half a minute and more; `make test-fast` has none of them, and no test that needs a finished workflow."""
 
 
 def pytest_collection_modifyitems(items):
