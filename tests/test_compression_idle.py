@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compression_models import LAYERS, tiny_llama, tokens
+from compression_models import LAYERS, WHOLE_BLOCKS, tiny_llama, tokens
 
 import masa
 from masa.compression import COMPRESSORS, calibrate, compress
 from masa.compression.methods.algebra import nothing, refit
 from masa.errors import MasaError
+
+METHODS = sorted(set(COMPRESSORS) - set(WHOLE_BLOCKS))
+"""Those that choose matrix by matrix; what leaves out blocks that do nothing is in test_block_dropping.py."""
 
 IDLE = range(LAYERS // 2, LAYERS)
 """Layers that do nothing, in the models that have some: half of them."""
@@ -79,7 +82,7 @@ def logits(model):
 
 
 @pytest.mark.parametrize("make", KINDS, ids=lambda make: make.__name__)
-@pytest.mark.parametrize("method", sorted(COMPRESSORS))
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_stays_finite_and_is_saved_loaded_folded_and_counted(method, make, tmp_path):
     model, report = smaller(make, method, 0.2)
     assert report.reduction_achieved >= 0.2
@@ -98,7 +101,7 @@ def test_every_method_stays_finite_and_is_saved_loaded_folded_and_counted(method
     assert all(torch.equal(a, b) for a, b in zip(folded.parameters(), plain.parameters(), strict=True))
 
 
-ALLOCATING = [m for m in sorted(COMPRESSORS) if "share" not in m or m == "basis-sharing"]
+ALLOCATING = [m for m in METHODS if "share" not in m or m == "basis-sharing"]
 
 
 @pytest.mark.parametrize("method", ALLOCATING)
@@ -145,7 +148,7 @@ def test_what_a_matrix_of_zeros_leaves_goes_to_the_others(method):
     assert numbers(without)[1] > 1.2 * numbers(among)[1]
 
 
-@pytest.mark.parametrize("method", sorted(set(COMPRESSORS) - {"direct-share", "post-share"}))
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"direct-share", "post-share"}))
 def test_models_of_one_layer(method):
     """There is no other layer to share with, but a matrix of its own can be made smaller."""
 

@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from compression_models import fitting, statistics, tiny_llama, tokens
+from compression_models import fitting, letters, statistics, tiny_llama, tokens
 
 import masa
 from masa.compression import COMPRESSORS, calibrate, compress, make_compressor
@@ -22,7 +22,8 @@ def state(compressor, reduction: float, model=None, calibration=None, ids=None):
     ids = tokens() if ids is None else ids
     changes = fitting(compressor.name)
     found = statistics(**changes) if calibration is None else calibration
-    model, report = compress(model or tiny_llama(**changes), compressor, found, reduction, tokens=ids)
+    given = {"tokens": ids, "projections": letters(compressor.name)}
+    model, report = compress(model or tiny_llama(**changes), compressor, found, reduction, **given)
     return masa.fold(model).state_dict(), report
 
 
