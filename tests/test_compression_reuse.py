@@ -105,9 +105,9 @@ def test_what_is_kept_is_not_used_for_another_model_data_or_option():
         check()
     compressor.damping = 0.5
     check()
-    for letters in ("qk", "qkvo"):
-        _, report = compress(tiny_llama(), compressor, statistics(), 0.3, projections=letters)
-        assert list(report.learned["ranks"]) == list(letters)
+    for some in ("qk", "qkvo"):
+        _, report = compress(tiny_llama(), compressor, statistics(), 0.3, projections=some)
+        assert list(report.learned["ranks"]) == list(some)
     blind = make_compressor("svd")  # without statistics the weights themselves are the key
     for seed, _ in itertools.product((0, 1), range(2)):
         model, _ = compress(tiny_llama(seed=seed), blind, None, 0.3)
