@@ -6,7 +6,8 @@ out nothing at all is stored.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -109,15 +110,15 @@ class ReplaceMe(DropBlocks):
         Raises:
             MasaError: what the MLP makes is not what it adds.
         """
-        layer, made = start - 1, list[Tensor]()
+        layer = start - 1
         gram: Tensor | None = None
         cross = torch.zeros(())
-        for stream, states in passes(problem, self.samples, "fitting the map", watched=(layer, made)):
-            added = made.pop().flatten(0, 1).double()
-            if gram is None:
-                _check_adds(problem, stream, layer, states, added)
-                gram, cross = torch.zeros(2, *[added.shape[1]] * 2, dtype=torch.float64, device=added.device)
+        for stream, states in passes(problem, self.samples, "fitting the map", end):
+            added = _added(problem, stream, layer, states[layer])
             before, after = (states[i].flatten(0, 1).double() for i in (start, end))
+            if gram is None:
+                _check_adds(problem, stream, layer, states[layer], before, added)
+                gram, cross = torch.zeros(2, *[added.shape[1]] * 2, dtype=torch.float64, device=added.device)
             gram += added.T @ added
             cross += added.T @ (after - before + added)
         assert gram is not None
@@ -126,15 +127,15 @@ class ReplaceMe(DropBlocks):
 
 
 def passes(
-    problem: Problem, samples: int | None, what: str, watched: tuple[int, list[Tensor]] | None = None
+    problem: Problem, samples: int | None, what: str, last: int | None = None
 ) -> Iterator[tuple[BlockStream, list[Tensor]]]:
-    """Batch by batch the hidden states (n, T, d), L + 1 of them: before every block, and after the last.
+    """Batch by batch the hidden states (n, T, d): before every block, and after the last.
 
     Args:
         problem: with tokens.
         samples: sequences, from the first on; None for all.
         what: is said of the progress.
-        watched: layer, and a list that receives what its d makes.
+        last: blocks that run; None for all.
     """
     assert problem.tokens is not None
     batches = problem.tokens[:samples].split(problem.batch_size)
@@ -143,17 +144,8 @@ def passes(
         problem.progress(what, done, len(batches))
         stream = BlockStream(problem.model, batch, problem.batch_size, dtype)
         states = [stream.hidden[0]]
-        for layer in problem.layers:
-            block = stream.block(layer)
-            if watched is not None and layer == watched[0]:
-                module, made = problem.family.layer(block, layer, "d"), watched[1]
-                handle = module.register_forward_hook(
-                    lambda m, args, output, made=made: made.append(output.clone())
-                )  # blocks add to it in place
-                stream.run(layer, block)
-                handle.remove()
-            else:
-                stream.run(layer, block)
+        for layer in problem.layers[:last]:
+            stream.run(layer, stream.block(layer))
             states.append(stream.hidden[0])
         yield stream, states
     problem.progress(what, len(batches), len(batches))
@@ -187,14 +179,29 @@ def _kept(problem: Problem, member: Member, start: int, end: int) -> Fit:
     return dense_fit(member, problem.weight(*member))
 
 
-@torch.no_grad()
-def _check_adds(problem: Problem, stream: BlockStream, layer: int, states: list[Tensor], added: Tensor) -> None:
-    """Raise unless a block's output grows by what its d makes when that is doubled: no norm comes after it."""
+def _run_hooked(problem: Problem, stream: BlockStream, layer: int, hidden: Tensor, hook: Callable[..., Any]) -> Tensor:
+    """What a block makes of hidden states (n, T, d) with a forward hook on its d; (tokens, d) in float64."""
     block = stream.block(layer)
-    handle = problem.family.layer(block, layer, "d").register_forward_hook(lambda m, args, output: 2 * output)
-    doubled = stream.through(layer, block, 0, states[layer])
-    handle.remove()
-    grown = (doubled.double() - states[layer + 1].double()).flatten(0, 1)
+    handle = problem.family.layer(block, layer, "d").register_forward_hook(hook)
+    try:
+        return stream.through(layer, block, 0, hidden).flatten(0, 1).double()
+    finally:
+        handle.remove()
+
+
+def _added(problem: Problem, stream: BlockStream, layer: int, hidden: Tensor) -> Tensor:
+    """What the d of a block makes (tokens, d), in float64."""
+    made: list[Tensor] = []
+    # a copy: blocks add to it in place
+    _run_hooked(problem, stream, layer, hidden, lambda m, args, output: made.append(output.clone()))
+    return made[0].flatten(0, 1).double()
+
+
+def _check_adds(
+    problem: Problem, stream: BlockStream, layer: int, hidden: Tensor, after: Tensor, added: Tensor
+) -> None:
+    """Raise unless a block's output grows by what its d makes when that is doubled: no norm comes after it."""
+    grown = _run_hooked(problem, stream, layer, hidden, lambda m, args, output: 2 * output) - after
     if float((grown - added).norm()) > 0.05 * float(added.norm()):
         raise MasaError(
             f"replace-me: layer {layer} of {problem.family.name} does not add what its d makes as it is (a norm comes "
