@@ -38,15 +38,14 @@ def add_comparisons(frame: pd.DataFrame, spec: Mapping[str, Any], results: Path)
         baseline = baselines.get(_key(row, record))
         mean, error = paired(record["corpus"], original["corpus"])
         frame.loc[index, ["loss_increase", "loss_increase_se"]] = mean, error
-        for text in ("held_out", "wikitext"):
-            if f"{text}_times" in spec.get("columns", ()) and text in record["texts"]:
-                dense, ours = (x["texts"][text]["token_perplexity"] for x in (original, record))
-                frame.loc[index, f"{text}_times"] = ours / dense
         for text, column in (("held_out", "share_of_svd_llm_pct"), ("wikitext", "wikitext_share_of_svd_llm_pct")):
-            if baseline and text in record["texts"]:
-                dense, ours, theirs = (x["texts"][text]["token_perplexity"] for x in (original, record, baseline))
-                if theirs > dense:
-                    frame.loc[index, column] = 100 * (ours - dense) / (theirs - dense)
+            if text not in record["texts"]:
+                continue
+            dense, ours = (x["texts"][text]["token_perplexity"] for x in (original, record))
+            if f"{text}_times" in spec.get("columns", ()):
+                frame.loc[index, f"{text}_times"] = ours / dense
+            if baseline and (theirs := baseline["texts"][text]["token_perplexity"]) > dense:
+                frame.loc[index, column] = 100 * (ours - dense) / (theirs - dense)
 
 
 def _key(row: Mapping[str, Any], record: Mapping[str, Any]) -> tuple[str, float, str]:
