@@ -2,19 +2,20 @@
 
     python benchmarks/calibration_memory.py [--whole] [--model FOLDER]    # default: random Llamas
 
-On a CPU: a Llama of SmolLM2-135M's shape in float32, 4 x 2,048 tokens, all of them with gradients; the peak is that of
-a process of its own, libraries and weights included. With --whole the graph of the whole model beside it, as
-calibration once held it (18 GB): what both take, in turn, each time in a new process.
+On a CPU: a Llama of SmolLM2-135M's shape in float32, every linear layer, 4 x 2,048 tokens, all of them with gradients;
+the peak is that of a process of its own, libraries and weights included. With --whole the graph of the whole model
+beside it, as calibration once held it (18 GB): what both take, in turn, each time in a new process.
 
-Where there is a GPU, besides: a random Llama of Llama-3.2-1B's shape in bfloat16, 8 x 1,024 tokens, all of them with
-gradients, in one call that is the first of its process, and then 20 % of attention by three methods, each on the model
-made anew. The peak is torch.cuda.max_memory_allocated, weights included.
+Where there is a GPU, besides: a random Llama of Llama-3.2-1B's shape in bfloat16, attention, 8 x 1,024 tokens, all of
+them with gradients, in one call that is the first of its process, and then 20 % of attention by three methods, each on
+the model made anew. The peak is torch.cuda.max_memory_allocated, weights included.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,9 +29,18 @@ from harness import Row, Timed, apart, parser, save, status_bytes
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from masa.compression import Calibration, calibrate, compress
+from masa.compression import calibrate, compress
 
-GIB, LETTERS = 2**30, "qkvo"
+GIB, ATTENTION = 2**30, "qkvo"
+LAYERS = {
+    "q": "q_proj",
+    "k": "k_proj",
+    "v": "v_proj",
+    "o": "o_proj",
+    "g": "gate_proj",
+    "u": "up_proj",
+    "d": "down_proj",
+}
 METHODS = ("svd-llm", "svd-fisher", "matrix-pca")
 
 
@@ -96,7 +106,7 @@ def main() -> int:
         rows += with_compression(QUICK)
     elif torch.cuda.is_available():
         rows += with_compression(LARGE)
-    settings = {"threads": given.threads, "model": given.model, "rounds": given.rounds, "projections": LETTERS}
+    settings = {"threads": given.threads, "model": given.model, "rounds": given.rounds, "projections": "all"}
     if torch.cuda.is_available():
         settings["gpu"] = torch.cuda.get_device_name()
     return save("calibration_memory", rows, settings, given.out)
@@ -144,14 +154,16 @@ def given_model(name: str) -> nn.Module:
     return load_pretrained(name)[0]
 
 
-def block_by_block(model: nn.Module, tokens: Tensor) -> Calibration:
-    """As it is."""
-    return calibrate(model, tokens, projections=LETTERS, gradient_samples=len(tokens))
+def block_by_block(model: nn.Module, tokens: Tensor) -> None:
+    """As ``masa calibrate`` does it: what enters the blocks, and the statistics, are written as they are known."""
+    with tempfile.TemporaryDirectory() as folder:
+        calibrate(model, tokens, directory=folder, projections="all", gradient_samples=len(tokens))
 
 
 def whole_graph(model: nn.Module, tokens: Tensor) -> dict[str, Tensor]:
     """The same statistics, those of gradients out of one graph of all blocks and all tokens."""
-    calibrate(model, tokens, projections=LETTERS)
+    with tempfile.TemporaryDirectory() as folder:
+        calibrate(model, tokens, directory=folder, projections="all")
     found: dict[str, Tensor] = {}
 
     def watch(name: str) -> Callable[..., None]:
@@ -164,7 +176,7 @@ def whole_graph(model: nn.Module, tokens: Tensor) -> dict[str, Tensor]:
     model.requires_grad_(False)
     model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_(True))
     for name, module in model.named_modules():
-        if name.endswith(tuple(f".{letter}_proj" for letter in LETTERS)):
+        if name.endswith(tuple(LAYERS.values())):
             module.register_forward_hook(watch(name))
     logits = model(input_ids=tokens, use_cache=False).logits.flatten(0, 1)
     labels = torch.multinomial(logits.detach().softmax(-1), 1).flatten()
@@ -196,7 +208,7 @@ def with_compression(setting: Setting) -> list[Row]:
         began.setdefault((what, done == of), time.perf_counter())
 
     tokens, model, started = setting.tokens(), setting.model(), time.perf_counter()
-    work = partial(calibrate, model, tokens, projections=LETTERS, gradient_samples=len(tokens), progress=progress)
+    work = partial(calibrate, model, tokens, projections=ATTENTION, gradient_samples=len(tokens), progress=progress)
     statistics = measured(f"calibration with gradients on {setting.device}", work, *targets)
     parts = "hash of the weights", "forward", "labels and loss", "backward"
     for name, (first, then) in zip(parts, pairwise([started, *began.values()]), strict=True):

@@ -12,7 +12,9 @@ Cost is a line in L, a + b L by least squares, and a power of d. Both are extrap
 Llama-3.1-8B and 70B, and the arithmetic is printed. It is done twice: as fitted, where small matrices lower the power
 of d, and by what the cost model says of d: FLOPs for time, d^2 for memory, which calibration needs for one block at a
 time, whatever L. These are no measurements: with --shape and two counts of --layers, blocks of the real shape are
-measured, and L alone is extrapolated.
+measured, and L alone is extrapolated. With --projections all every linear layer is compressed, as the methods whose
+budget is in bytes are made for (saved under another name); where one of --methods needs gradients, calibration runs
+all of its sequences backward, too.
 
 L starts at 8, where Matrix PCA has several groups of layers, as in whole models. It runs without the option to leave
 layers dense: a group whose layers all stay dense is factorised a second time, which can about double the time, and in
@@ -46,6 +48,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from masa.compression import calibrate, compress
+from masa.compression.names import needs_gradients
 from masa.models.pretrained import load_pretrained
 from masa.study.cost import compression as cost
 from masa.study.cost.sizes import Sizes, of_pretrained
@@ -64,6 +67,7 @@ class Kind:
 KINDS = {"seconds": Kind("time", "s", "FLOPs"), "gib": Kind("memory", "GiB", "d^2")}
 OPTIONS = {"matrix-pca": {"ranks": "global"}}
 METHODS = ("svd-llm", "svd-global", "matrix-pca")
+LETTERS = {"attention": "qkvo", "all": "qkvogud"}
 SAMPLES, LENGTH, VOCABULARY, REDUCTION = 2, 256, 1024, 0.2
 GIB = 2**30
 TIMES, ENOUGH_SECONDS = (2, 4), 1.0
@@ -89,14 +93,14 @@ class Shape:
         assert found is not None
         return found
 
-    def work(self, stage: str) -> float:
+    def work(self, stage: str, letters: str) -> float:
         """FLOPs by the cost model; only ratios of them are used."""
         if stage == "calibration":
             tokens = SAMPLES * LENGTH
             return (
-                forward(self.sizes, SAMPLES, LENGTH, logits=False).flops + cost.grams(self.sizes, "qkvo", tokens).flops
+                forward(self.sizes, SAMPLES, LENGTH, logits=False).flops + cost.grams(self.sizes, letters, tokens).flops
             )
-        return cost.decompositions(self.sizes, "qkvo")
+        return cost.decompositions(self.sizes, letters)
 
 
 WHOLE = {
@@ -135,6 +139,7 @@ def main() -> int:
     made.add_argument("--layers", type=int, nargs=2, default=[2, 4], help="counts that --shape is measured at")
     made.add_argument("--of", type=int, default=32, help="layers of the whole model of --shape")
     made.add_argument("--methods", nargs="+", default=list(METHODS), help="of masa compress")
+    made.add_argument("--projections", choices=LETTERS, default="attention", help="what is compressed")
     made.add_argument("--threads", type=int, default=1)
     given = made.parse_args()
     return one_shape(given) if given.shape else growth(given)
@@ -151,7 +156,7 @@ def growth(given: argparse.Namespace) -> int:
         print(f"L = {shape.layers}, d = {shape.width}: {told}", flush=True)
     rows, fits, names = [], {}, ["calibration", *given.methods]
     for stage, kind in itertools.product(names, KINDS):
-        fit = fits[stage, kind] = Fit.of(over, measured, stage, kind)
+        fit = fits[stage, kind] = Fit.of(over, measured, stage, kind, LETTERS[given.projections])
         rows += [replace(row, target="") for row in fit.rows()] if given.quick else fit.rows()
         for model, shape in WHOLE.items():
             print(fit.arithmetic(model, shape))
@@ -159,10 +164,11 @@ def growth(given: argparse.Namespace) -> int:
             name = f"{stage}, {KINDS[kind].name} of {model}, extrapolated"
             rows.append(Row(f"{name} by {KINDS[kind].power}", expected, KINDS[kind].unit))
             rows.append(Row(f"{name} as fitted", fitted, KINDS[kind].unit))
-    rows += largest(measured, names)
+    rows += largest(measured, names, given.projections)
+    name = "compression_growth" if given.projections == "attention" else "compression_growth_all"
     given.out.mkdir(parents=True, exist_ok=True)
-    draw(over, measured, fits, given.out / "compression_growth.png")
-    return save("compression_growth", rows, about(given, measured), given.out)
+    draw(over, measured, fits, given.out / f"{name}.png")
+    return save(name, rows, about(given, measured), given.out)
 
 
 def one_shape(given: argparse.Namespace) -> int:
@@ -183,17 +189,20 @@ def one_shape(given: argparse.Namespace) -> int:
             name = f"{stage}, {KINDS[kind].name}"
             rows.append(Row(f"{name} a layer", each, unit))
             rows.append(Row(f"{name}, extrapolated to {given.of} layers", whole, unit))
-    return save(
-        "compression_shape", [*rows, *largest(measured, list(measured[shapes[0]]))], about(given, measured), given.out
-    )
+    rows += largest(measured, list(measured[shapes[0]]), given.projections)
+    return save("compression_shape", rows, about(given, measured), given.out)
 
 
-def largest(measured: Mapping[Shape, Mapping[str, Found]], stages: Sequence[str]) -> list[Row]:
+def largest(measured: Mapping[Shape, Mapping[str, Found]], stages: Sequence[str], projections: str) -> list[Row]:
     """The largest tensors beside what must be held at once, and beside what must not be."""
     rows = []
     for stage in stages:
         if stage == "calibration":
             what, needs = "a block's FFN matrix or activations", {s: s.ffn * max(s.width, LENGTH) for s in measured}
+            if projections == "all":
+                what, needs = "one input's moments, f x f", {s: s.ffn * max(s.ffn, LENGTH) for s in measured}
+        elif projections == "all":
+            what, needs = "one input's moments, f x f", {s: s.ffn**2 for s in measured}
         else:
             needs = {s: found[stage].group * s.width**2 for s, found in measured.items()}
             what = "one group's weights, n x d x d" if "pca" in stage else "one weight, d x d"
@@ -209,6 +218,7 @@ def about(given: argparse.Namespace, measured: Mapping[Shape, Mapping[str, Found
     """What the numbers were made with, and all of them."""
     settings = {
         "threads": given.threads,
+        "projections": given.projections,
         "samples": SAMPLES,
         "length": LENGTH,
         "reduction": REDUCTION,
@@ -230,6 +240,7 @@ class Fit:
         r2: of the line.
         of_layers, of_width: slopes on log-log axes.
         expected: slope against d by arithmetic, over the same widths.
+        letters: projections that are compressed.
         widest: the widest shape that was measured, and its cost.
     """
 
@@ -240,11 +251,17 @@ class Fit:
     of_layers: float
     of_width: float
     expected: float
+    letters: str
     widest: tuple[Shape, float]
 
     @classmethod
     def of(
-        cls, over: Mapping[str, list[Shape]], measured: Mapping[Shape, Mapping[str, Found]], stage: str, kind: str
+        cls,
+        over: Mapping[str, list[Shape]],
+        measured: Mapping[Shape, Mapping[str, Found]],
+        stage: str,
+        kind: str,
+        letters: str,
     ) -> Fit:
         """Fit the measured points."""
         layers, widths = [s.layers for s in over["L"]], [s.width for s in over["d"]]
@@ -258,7 +275,8 @@ class Fit:
             r2=float(1 - left_over / max(((ys["L"] - ys["L"].mean()) ** 2).sum(), 1e-300)),
             of_layers=slope(layers, ys["L"]),
             of_width=slope(widths, ys["d"]),
-            expected=slope(widths, [s.work(stage) for s in over["d"]]) if kind == "seconds" else 2.0,
+            expected=slope(widths, [s.work(stage, letters) for s in over["d"]]) if kind == "seconds" else 2.0,
+            letters=letters,
             widest=(over["d"][-1], float(ys["d"][-1])),
         )
 
@@ -283,7 +301,8 @@ class Fit:
         """What a model costs more than the widest measured: by L and by d as fitted; by L and by d by arithmetic."""
         (a, b), here = self.line, self.widest[0]
         ratio = shape.width / here.width
-        work = replace(shape, layers=1).work(self.stage) / replace(here, layers=1).work(self.stage)
+        work = replace(shape, layers=1).work(self.stage, self.letters)
+        work /= replace(here, layers=1).work(self.stage, self.letters)
         by_line = max(1.0, (a + b * shape.layers) / (a + b * here.layers))
         by_work = work if self.kind == "seconds" else ratio**2
         return by_line, ratio**self.of_width, 1.0 if self.flat else by_line, by_work
@@ -323,16 +342,18 @@ def measure(shape: Shape, given: argparse.Namespace) -> dict[str, Found]:
     torch.set_num_threads(given.threads)
     # small matrices are mapped and given back like large ones, so that memory is that of what is alive (glibc)
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)
-    stages(small(64, 2), given.methods, (1, 1))
-    return stages(shape, given.methods, (1, 1) if given.quick or given.shape else TIMES)
+    letters = LETTERS[given.projections]
+    stages(small(64, 2), given.methods, letters, (1, 1))
+    return stages(shape, given.methods, letters, (1, 1) if given.quick or given.shape else TIMES)
 
 
-def stages(shape: Shape, methods: Sequence[str], times: tuple[int, int]) -> dict[str, Found]:
+def stages(shape: Shape, methods: Sequence[str], letters: str, times: tuple[int, int]) -> dict[str, Found]:
     """Every stage, for the least time and the median memory of ``times``: at least, and at most where it is short."""
     with tempfile.TemporaryDirectory() as folder:
         write(shape, folder)
         tokens = torch.randint(0, VOCABULARY, (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(0))
         calibration, result = None, {}
+        backward = SAMPLES if any(map(needs_gradients, methods)) else 0
         for stage in ("calibration", *methods):
             found, spent, largest = [], 0.0, None
             while len(found) < times[0] or (len(found) < times[1] and spent < ENOUGH_SECONDS):
@@ -340,11 +361,11 @@ def stages(shape: Shape, methods: Sequence[str], times: tuple[int, int]) -> dict
                 group = 1
                 with Largest() if not found else contextlib.nullcontext(largest) as largest, Peak() as peak:
                     if stage == "calibration":
-                        calibration = calibrate(
-                            model, tokens, dtype=torch.float32, directory=Path(folder) / "c", batch_size=1
-                        )
+                        known = {"projections": letters, "dtype": torch.float32, "gradient_samples": backward}
+                        calibration = calibrate(model, tokens, directory=Path(folder) / "c", batch_size=1, **known)
                     else:
-                        _, report = compress(model, stage, calibration, REDUCTION, **OPTIONS.get(stage, {}))
+                        options = OPTIONS.get(stage, {})
+                        _, report = compress(model, stage, calibration, REDUCTION, projections=letters, **options)
                         group = max(map(len, report.learned.get("groups", [[0]])))
                 found.append(Found(peak.seconds, peak.gib, largest.numbers, group))
                 spent += peak.seconds

@@ -121,6 +121,37 @@ def test_one_block_has_a_graph_at_a_time():
     assert most(6, lambda model: model(tokens()).logits.sum().backward()) > 2 * most(6, ours)
 
 
+@pytest.mark.parametrize("batch_size", [3, 8])
+def test_what_enters_the_blocks_lies_in_files_and_changes_no_bit(batch_size, tmp_path, monkeypatch):
+    """Memory holds none of it, and nothing is left, whatever a killed calibration had left there."""
+    left_over = tmp_path / "statistics" / gradients.FOLDER / "0-0"
+    left_over.parent.mkdir(parents=True)
+    left_over.write_text("cut sh")
+    kept, keep = [], gradients.BlockInputs.keep
+
+    def watched(inputs):
+        keep(inputs)
+        kept.append(sum(file.stat().st_size for file in inputs.folder.iterdir()))
+        assert not any(isinstance(batch, torch.Tensor) for batches in inputs._kept for batch in batches)
+
+    known = {"batch_size": batch_size, "gradient_samples": SAMPLES}
+    in_memory = calibrate(tiny_llama(), tokens(), **known)
+    monkeypatch.setattr(gradients.BlockInputs, "keep", watched)
+    found = calibrate(tiny_llama(), tokens(), directory=left_over.parents[1], **known)
+    inputs = SAMPLES * tokens().shape[1] * tiny_llama().config.hidden_size * 4
+    assert len(kept) == LAYERS and all(inputs < now / n < 2 * inputs + 10_000 for n, now in enumerate(kept, 1))
+    assert not left_over.parent.exists()
+    for layer in range(LAYERS):
+        assert torch.equal(found.gradient_gram("v", layer), in_memory.gradient_gram("v", layer))
+
+
+def test_nothing_is_left_where_gradients_stop_half_way(tmp_path, monkeypatch):
+    monkeypatch.setattr(gradients, "not_finite", lambda moments: ["q"])
+    with pytest.raises(MasaError, match="NaN or infinity in the gradients"):
+        calibrate(tiny_llama(), tokens(), directory=tmp_path, gradient_samples=2)
+    assert not (tmp_path / gradients.FOLDER).exists()
+
+
 def test_more_sequences_than_there_are_means_all_of_them():
     all_of_them = calibrate(tiny_llama(), tokens(), gradient_samples=8)
     found = calibrate(tiny_llama(), tokens(), gradient_samples=100)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 64
-"""Rows whose spectra are held at once."""
+"""Rows of which all matrices' numbers, or spectra, are held beside each other."""
 
 
 def distances(matrices: Sequence[Tensor]) -> Tensor:
@@ -37,7 +37,10 @@ def _windows(narrow: Sequence[Tensor], wide: Sequence[Tensor]) -> Tensor:
     ahead = torch.stack([torch.nn.functional.pad(m.square().sum(0).cumsum(0), (1, 0)) for m in wide])
     energy = ahead[:, n:] - ahead[:, : length - n + 1]  # (M, windows)
     if n == length:
-        products = torch.stack([m.flatten() for m in narrow]) @ torch.stack([m.flatten() for m in wide]).T
+        products = torch.zeros_like(energy[:, 0] + norms[:, None])
+        for start in range(0, height, CHUNK):
+            first, second = (torch.stack([m[start : start + CHUNK].flatten() for m in of]) for of in (narrow, wide))
+            products += first @ second.T
         squares = (norms[:, None] + energy[:, 0] - 2 * products).clamp_min(0)
         return (squares / torch.minimum(norms[:, None], energy[:, 0])).sqrt()
     spectrum: Tensor | None = None

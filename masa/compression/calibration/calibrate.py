@@ -93,12 +93,13 @@ def calibrate(
         directory=Path(directory) if directory is not None else None,
     )
     model.eval()
+    inputs: BlockInputs | None = None
     try:
         started = time.perf_counter()
         stream = BlockStream(model, tokens, batch_size, dtype)
         stream.calls.check(gradients=bool(gradient_samples))
         check_inputs(stream.calls, family, projections)
-        inputs = BlockInputs(stream, gradient_samples)
+        inputs = BlockInputs(stream, gradient_samples, result.directory)
         means = _through_the_blocks(stream, family, projections, result, inputs, progress)
         result.tokens_per_second = round(tokens.numel() / (time.perf_counter() - started), 1)
         result.drift = kl_drift(model, stream.calls, torch.stack(means)).tolist()
@@ -106,6 +107,8 @@ def calibrate(
             add_gradients(result, model, stream, inputs, projections, progress)
     finally:
         model.train(training)
+        if inputs is not None:
+            inputs.close()
     if directory is not None:
         result.save()
     return result

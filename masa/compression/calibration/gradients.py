@@ -5,15 +5,18 @@ With ``G = E[g g^T]`` and ``H = E[x x^T]`` a small change dW of a weight raises 
 arXiv 1503.05671). Labels are drawn from the model's own predictions, so this measures the divergence from the model
 itself and needs no labels.
 
-No graph of the whole model is ever held. Of the pass forward each block's input is kept; on the way back a block is
-computed again from it, with gradients, and passes the gradient of its input on to the block before.
+No graph of the whole model is ever held. Of the pass forward each block's input is kept, in a file where there is a
+directory; on the way back a block is computed again from it, with gradients, and passes the gradient of its input on to
+the block before.
 """
 
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +29,9 @@ from masa.errors import MasaError
 from masa.runs import memory
 from masa.sharing.projections import Family, family_of
 
+FOLDER = "block-inputs"
+"""What enters the blocks lies there, beside the statistics, while calibration runs."""
+
 LOGITS = 2**25
 """Logits that exist at once, 128 MiB in float32: those of all tokens could be larger than the model."""
 
@@ -33,29 +39,55 @@ LOGITS = 2**25
 class BlockInputs:
     """What enters each block, of the first sequences of a stream: (L n T d) numbers.
 
-    They stay where the stream is; those of a GPU with less than twice their size left are kept by the host.
+    They stay on a GPU that has twice their size left. The host keeps others in files where it may, else in memory.
 
     Args:
         samples: n, or all if there are fewer.
+        directory: where files may be, in a folder that :meth:`close` takes away; None for nowhere.
     """
 
-    def __init__(self, stream: BlockStream, samples: int) -> None:
+    def __init__(self, stream: BlockStream, samples: int, directory: Path | None = None) -> None:
         self.stream, self.samples = stream, min(samples, sum(map(len, stream.hidden)))
         hidden = stream.hidden[0]
         size = len(stream.blocks) * self.samples * hidden[0].numel() * hidden.element_size()
-        full = hidden.is_cuda and 2 * size > torch.cuda.mem_get_info(hidden.device)[0]
-        self.device = torch.device("cpu") if full else hidden.device
-        self._kept: list[list[Tensor]] = []
+        stays = hidden.is_cuda and 2 * size <= torch.cuda.mem_get_info(hidden.device)[0]
+        self.device = hidden.device if stays else torch.device("cpu")
+        self.folder = directory / FOLDER if directory is not None and not stays and self.samples else None
+        self._kept: list[list[Tensor | Path]] = []
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)  # of one that was killed
+            self.folder.mkdir(parents=True)
 
     def keep(self) -> None:
         """Keep what enters the block that runs next."""
-        self._kept.append([hidden.to(self.device) for hidden in self.stream.first(self.samples)])
+        batches = self.stream.first(self.samples)
+        self._kept.append([self._put(f"{len(self._kept)}-{i}", hidden) for i, hidden in enumerate(batches)])
 
     def pop(self) -> Iterator[Tensor]:
         """What entered the last block that was not asked for yet, batch by batch; it is kept no longer."""
         batches = self._kept.pop()
         while batches:
-            yield batches.pop(0).to(self.stream.hidden[0].device)
+            yield self._take(batches.pop(0)).to(self.stream.hidden[0].device)
+
+    def close(self) -> None:
+        """Nothing is kept any more."""
+        self._kept = []
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _put(self, name: str, hidden: Tensor) -> Tensor | Path:
+        kept = hidden.to(self.device)
+        if self.folder is None:
+            return kept
+        torch.save(kept.clone() if kept.nbytes < kept.untyped_storage().nbytes() else kept, self.folder / name)
+        return self.folder / name
+
+    def _take(self, kept: Tensor | Path) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        hidden: Tensor = torch.load(kept)
+        kept.unlink()
+        return hidden
 
 
 @torch.enable_grad()
@@ -70,7 +102,7 @@ def add_gradients(
 ) -> None:
     """Add ``gradient.q`` and so on, G (out, out) in float64, to every layer's statistics, the last layer first.
 
-    Memory holds the inputs that were kept, a chunk of logits, and one block's graph for one batch.
+    Memory holds the inputs that were kept in it, a chunk of logits, and one block's graph for one batch.
 
     Args:
         calibration: receives the statistics.

@@ -104,8 +104,12 @@ def calibrate(
     hidden = 2.0 * N * T * sizes.width * width
     batch = entry["batch_size"] * T
     peak = file + hidden + written / sizes.layers * 4
-    if gradient.flops:  # every block's input, and one block's graph or a chunk of logits with what is made of them
-        peak += entry["gradient_samples"] * T * sizes.layers * sizes.width * width
+    if gradient.flops:  # one block's graph, or a chunk of logits with what is made of them
+        inputs = entry["gradient_samples"] * T * sizes.layers * sizes.width * width  # of every block
+        if device.gpu:
+            peak += inputs
+        else:
+            seconds += 2 * inputs / READ  # files
         graph = batch * (20 * sizes.width + 8 * sizes.ffn) * width
         peak += max(graph, 4 * 4 * min(LOGITS, batch * sizes.vocabulary))
     else:
