@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from masa.sharing.grouped import held, put, stored
 from masa.sharing.products import autocast_dtype
 
 
@@ -30,29 +31,35 @@ class Packed(nn.Module):
     Args:
         rows, columns: of the matrix.
         count: values that stay; where others would be, the matrix is zero.
+        bits, group: of the values (:class:`~masa.sharing.grouped.Grouped`); None for numbers of the model's dtype.
     """
 
     positions: Tensor
 
-    def __init__(self, rows: int, columns: int, count: int) -> None:
+    def __init__(self, rows: int, columns: int, count: int, bits: int | None = None, group: int | None = None) -> None:
         super().__init__()
-        self.rows, self.columns = rows, columns
-        self.values = nn.Parameter(torch.empty(count))
+        self.rows, self.columns, self.count = rows, columns, count
+        self.values = stored((count,), bits, group)
         self.positions = nn.Buffer(torch.zeros(-(-rows * columns // 8), dtype=torch.uint8))
 
     @torch.no_grad()
-    def fill(self, matrix: Tensor, mask: Tensor) -> None:
-        """Keep ``matrix`` (rows, columns) where ``mask`` is true, at ``count`` places."""
-        self.values.copy_(matrix[mask])
+    def fill(self, matrix: Tensor, mask: Tensor, grid: tuple[Tensor, Tensor] | None = None) -> None:
+        """Keep ``matrix`` (rows, columns) where ``mask`` is true, at ``count`` places.
+
+        Args:
+            grid: of its values, see :func:`~masa.sharing.grouped.put`.
+        """
+        put(self.values, matrix[mask], grid)
         self.positions.copy_(pack_bits(mask))
 
     def consistent(self) -> bool:
         """Whether there are as many positions as values."""
         found = unpack_bits(self.positions, 8 * len(self.positions))
         inside = self.rows * self.columns
-        return int(found[:inside].sum()) == len(self.values) and not bool(found[inside:].any())
+        return int(found[:inside].sum()) == self.count and not bool(found[inside:].any())
 
     def forward(self) -> Tensor:
         mask = unpack_bits(self.positions, self.rows * self.columns).view(self.rows, self.columns)
-        values = self.values.to(autocast_dtype(self.values))
+        values = held(self.values)
+        values = values.to(autocast_dtype(values))
         return values.new_zeros(self.rows, self.columns).masked_scatter(mask, values)

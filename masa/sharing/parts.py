@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from masa.errors import MasaError, unknown
+from masa.sharing.grouped import held, stored
 from masa.sharing.packed import Packed
 from masa.sharing.products import at_most, autocast_dtype, on_device_of
 from masa.sharing.weight_sources import call
@@ -39,17 +40,20 @@ class Part(nn.Module):
 
     Args:
         shapes: (out, in) of every member, in the order of the members.
+        bits, group: of its numbers (:class:`~masa.sharing.grouped.Grouped`); None for numbers of the model's dtype.
     """
 
     kind: ClassVar[str]
 
-    def __init__(self, shapes: Sequence[Shape]) -> None:
+    def __init__(self, shapes: Sequence[Shape], bits: int | None = None, group: int | None = None) -> None:
         super().__init__()
         self.shapes = [(int(out), int(inp)) for out, inp in shapes]
+        self.bits, self.group = bits, group
 
     def config(self) -> dict[str, Any]:
         """JSON-able arguments beside the shapes that build this part again, empty."""
-        return {}
+        few = {"bits": self.bits, "group": self.group}
+        return {name: value for name, value in few.items() if value is not None}
 
     def written(self, row: int) -> Tensor:
         """The matrix (out, in) of one member."""
@@ -93,15 +97,17 @@ def make_part(config: Mapping[str, Any], shapes: Sequence[Shape]) -> Part:
 class Dense(Part):
     """The matrix itself."""
 
-    def __init__(self, shapes: Sequence[Shape]) -> None:
-        super().__init__(shapes)
-        self.weight = nn.Parameter(torch.empty(*self.shapes[0]))
+    def __init__(self, shapes: Sequence[Shape], bits: int | None = None, group: int | None = None) -> None:
+        super().__init__(shapes, bits, group)
+        self.weight = stored(self.shapes[0], bits, group)
 
     def written(self, row: int) -> Tensor:
-        return self.weight.to(autocast_dtype(self.weight))
+        weight = held(self.weight)
+        return weight.to(autocast_dtype(weight))
 
     def multiplied(self, row: int, x: Tensor, bias: Tensor | None) -> Tensor:
-        return nn.functional.linear(on_device_of(self.weight, x), self.weight, bias)
+        weight = held(self.weight)
+        return nn.functional.linear(on_device_of(weight, x), weight, bias)
 
 
 @part("nothing")
@@ -127,13 +133,13 @@ class Nothing(Part):
 class Sparse(Part):
     """The matrix with ``count`` values left where they were, packed; unpacked for each product."""
 
-    def __init__(self, shapes: Sequence[Shape], count: int) -> None:
-        super().__init__(shapes)
+    def __init__(self, shapes: Sequence[Shape], count: int, bits: int | None = None, group: int | None = None) -> None:
+        super().__init__(shapes, bits, group)
         self.count = int(count)
-        self.packed = Packed(*self.shapes[0], self.count)
+        self.packed = Packed(*self.shapes[0], self.count, bits, group)
 
     def config(self) -> dict[str, Any]:
-        return {"count": self.count}
+        return {"count": self.count} | super().config()
 
     def written(self, row: int) -> Tensor:
         return call(self.packed)
@@ -171,24 +177,25 @@ class Product(Part):
 class LowRankPart(Product):
     """``W = B A`` with A^T (in, r) and B^T (r, out) in memory, as one token is multiplied by them."""
 
-    def __init__(self, shapes: Sequence[Shape], rank: int) -> None:
-        super().__init__(shapes)
+    def __init__(self, shapes: Sequence[Shape], rank: int, bits: int | None = None, group: int | None = None) -> None:
+        super().__init__(shapes, bits, group)
         self.inner = int(rank)
         out, inp = self.shapes[0]
-        self.right = nn.Parameter(torch.empty(inp, self.inner))
-        self.left = nn.Parameter(torch.empty(self.inner, out))
+        self.right = stored((inp, self.inner), bits, group)
+        self.left = stored((self.inner, out), bits, group)
 
     def config(self) -> dict[str, Any]:
-        return {"rank": self.inner}
+        return {"rank": self.inner} | super().config()
 
     def written(self, row: int) -> Tensor:
-        return (self.right @ self.left).t()
+        return (held(self.right) @ held(self.left)).t()
 
     def into(self, row: int, x: Tensor) -> Tensor:
-        return torch.matmul(on_device_of(self.right, x), self.right)
+        right = held(self.right)
+        return torch.matmul(on_device_of(right, x), right)
 
     def out_of(self, row: int, y: Tensor, bias: Tensor | None) -> Tensor:
-        return nn.functional.linear(y, self.left.t(), bias)
+        return nn.functional.linear(y, held(self.left).t(), bias)
 
 
 @part("sparse-dictionary")
@@ -202,21 +209,29 @@ class SparseDictionary(Product):
             ``W = D C`` with D (out, k).
     """
 
-    def __init__(self, shapes: Sequence[Shape], atoms: int, counts: Sequence[int], side: str = "in") -> None:
-        super().__init__(shapes)
+    def __init__(
+        self,
+        shapes: Sequence[Shape],
+        atoms: int,
+        counts: Sequence[int],
+        side: str = "in",
+        bits: int | None = None,
+        group: int | None = None,
+    ) -> None:
+        super().__init__(shapes, bits, group)
         if side not in ("in", "out"):
             raise unknown("The side of a dictionary", side, ("in", "out"))
         self.inner, self.side, self.counts = int(atoms), side, [int(n) for n in counts]
         if len(self.counts) != len(self.shapes) or len({shape[side == "in"] for shape in self.shapes}) != 1:
             raise MasaError(f"A dictionary of the {side} side needs members of one width, got {self.shapes}.")
-        self.atoms = nn.Parameter(torch.empty(self.shapes[0][side == "in"], self.inner))
+        self.atoms = stored((self.shapes[0][side == "in"], self.inner), bits, group)
         self.codes = nn.ModuleList(
-            Packed(*((out, self.inner) if side == "in" else (self.inner, inp)), count)
+            Packed(*((out, self.inner) if side == "in" else (self.inner, inp)), count, bits, group)
             for (out, inp), count in zip(self.shapes, self.counts, strict=True)
         )
 
     def config(self) -> dict[str, Any]:
-        return {"atoms": self.inner, "counts": self.counts, "side": self.side}
+        return {"atoms": self.inner, "counts": self.counts, "side": self.side} | super().config()
 
     def own(self, row: int) -> list[Tensor]:
         return list(self.codes[row].state_dict().values())
@@ -226,14 +241,14 @@ class SparseDictionary(Product):
         return call(self.codes._modules[str(row)])
 
     def written(self, row: int) -> Tensor:
-        return self.code(row) @ self.atoms.t() if self.side == "in" else self.atoms @ self.code(row)
+        return self.code(row) @ held(self.atoms).t() if self.side == "in" else held(self.atoms) @ self.code(row)
 
     def into(self, row: int, x: Tensor) -> Tensor:
-        factor = self.atoms if self.side == "in" else self.code(row).t()
+        factor = held(self.atoms) if self.side == "in" else self.code(row).t()
         return torch.matmul(on_device_of(factor, x), factor)
 
     def out_of(self, row: int, y: Tensor, bias: Tensor | None) -> Tensor:
-        return nn.functional.linear(y, self.code(row) if self.side == "in" else self.atoms, bias)
+        return nn.functional.linear(y, self.code(row) if self.side == "in" else held(self.atoms), bias)
 
     def reads(self, row: int) -> int:
         return self.counts[row] + super().reads(row)

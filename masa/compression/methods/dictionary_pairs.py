@@ -11,11 +11,13 @@ import torch
 from masa.compression.allocation.bytes import Member, Option, Unit
 from masa.compression.allocation.matching import distances, groups
 from masa.compression.base import Problem, register
+from masa.compression.methods import few_bits
 from masa.compression.methods.algebra import cholesky
 from masa.compression.methods.dictionaries import Side
 from masa.compression.methods.equal_bytes import ByteCompressor, Family, Profile, members_of
 from masa.compression.methods.fits import Fit, dictionary_fit
 from masa.compression.methods.matrices import Matrix
+from masa.compression.methods.rounding import Rounding
 from masa.compression.methods.shared_dictionaries import Group
 from masa.compression.methods.sparse_dictionary import Dictionary, dictionary_sizes
 from masa.errors import MasaError
@@ -65,8 +67,8 @@ class DictionaryPairs(ByteCompressor):
     """GeoPair: pairs share a dictionary at uniform reduction (arXiv 2609.25963); every bit counted.
 
     Args:
-        cost, allocation: of :class:`~masa.compression.methods.equal_bytes.ByteCompressor`. "uniform": every group is
-            stored together. "global": only a group that costs less together than apart at the same bytes may be.
+        cost, allocation, bits: of :class:`~masa.compression.methods.equal_bytes.ByteCompressor`. "uniform": every group
+            is stored together. "global": only a group that costs less together than apart at the same bytes may be.
         outputs: how the loss enters the fit: "none" or "diagonal".
         scope: "columns" or "matrix", see :meth:`~masa.compression.methods.shared_dictionaries.Group.thresholded`.
         ratios: k / s to choose from.
@@ -85,8 +87,9 @@ class DictionaryPairs(ByteCompressor):
         group_size: int = 2,
         shared: str | None = None,
         rounds: int = 4,
+        bits: Sequence[int] | None = None,
     ) -> None:
-        super().__init__(cost, allocation)
+        super().__init__(cost, allocation, bits)
         self.outputs, self.scope, self.ratios = outputs, scope, ratios
         self.group_size, self.shared, self.rounds = group_size, shared, rounds
 
@@ -115,7 +118,9 @@ class DictionaryPairs(ByteCompressor):
         for group, joint in prepared.groups:
             apart = [left.pop(member) for member in group]
             if joint is None:
-                found.append(Unit(apart, self.joint(problem, group, [share])))
+                room = share * sum(max(o.size for o in options) for options in apart)
+                tried = few_bits.wider([share], self.bits, problem.dtype.itemsize)
+                found.append(Unit(apart, [o for o in self.joint(problem, group, tried) if o.size <= room]))
             else:
                 found.append(Unit(apart, [o for o in joint if better_together(o, apart)]))
         self.offered_ = sum(bool(unit.joint) for unit in found)
@@ -144,15 +149,32 @@ class DictionaryPairs(ByteCompressor):
                 code = group.dictionary(group.thresholded(start[:, :atoms], count, self.scope))
                 cost = sum(m.cost(self.cost, (code.atoms @ c).T) for m, c in zip(matrices, code.codes, strict=True))
                 found.append(Option(tuple(members), "pair", size, cost, {"atoms": atoms, "count": count}))
+        return found if not self.bits else self._few(problem, matrices, found)
+
+    def _few(self, problem: Problem, matrices: Sequence[Matrix], options: Sequence[Option]) -> list[Option]:
+        """The same with few bits, and in the dtype of the model if that may be."""
+        found, log = list(options) if few_bits.AS_IT_IS in (self.bits or ()) else [], problem.regularisation
+        for bits in few_bits.fewer(self.bits):
+            lost = [few_bits.noise(m, self.cost, bits, log) for m in matrices]
+            for option in options:
+                shapes = [(m.weight.shape[0], m.weight.shape[1]) for m in matrices]
+                # how the coefficients divide among the members is not known yet: each may end in a group of its own
+                counts = [option.settings["count"] - len(shapes) + 1, *[1] * (len(shapes) - 1)]
+                config = {"kind": "sparse-dictionary", "atoms": option.settings["atoms"], "counts": counts}
+                found.append(
+                    few_bits.option(option, [config], shapes, 2, lost, bits, self.cost, problem.dtype.itemsize)
+                )
         return found
 
     def fit_group(self, problem: Problem, option: Option) -> list[Fit]:
-        _, group = self.group(problem, option.members)
+        matrices, group = self.group(problem, option.members)
         code = group.thresholded(
             group.start()[:, : int(option.settings["atoms"])], int(option.settings["count"]), self.scope
         )
         code = group.improve(group.dictionary(code), self.rounds)
-        return [dictionary_fit(option.members, code.atoms, code.codes, code.masks, "in")]
+        found = [dictionary_fit(option.members, code.atoms, code.codes, code.masks, "in")]
+        bits = option.settings.get("bits")
+        return Rounding(matrices, bits, problem.regularisation).fits(found) if bits else found
 
 
 def better_together(joint: Option, apart: Sequence[Sequence[Option]]) -> bool:
@@ -184,7 +206,7 @@ class DictionaryPairsFisher(DictionaryPairs):
     """Pairs, singles and dense matrices under one budget, in the metric of the loss (ours). Needs gradients.
 
     Args:
-        cost, allocation, outputs, scope, ratios, group_size, shared, rounds: of :class:`DictionaryPairs`.
+        cost, allocation, outputs, scope, ratios, group_size, shared, rounds, bits: of :class:`DictionaryPairs`.
     """
 
     __init__ = partialmethod(

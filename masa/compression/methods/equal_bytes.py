@@ -9,14 +9,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from masa.compression.allocation.bytes import Member, Option, Unit, allocate, uniform
 from masa.compression.base import Compressor, Problem
-from masa.compression.methods.fits import Fit, dense_fit, part_bytes, part_sources
+from masa.compression.methods import few_bits
+from masa.compression.methods.fits import Fit, dense_fit, part_sources
 from masa.compression.methods.matrices import Matrix, check_cost
 from masa.compression.methods.metrics import check_some_gradient
+from masa.compression.methods.rounding import Rounding
 from masa.errors import unknown
 from masa.sharing.part_sources import guard_bytes
 from masa.sharing.weight_sources import WeightSource
@@ -28,6 +31,8 @@ class Family:
     """Options of one kind for a matrix by itself."""
 
     name: str
+    factors = 1
+    """How many of its factors are rounded, one after the other, where numbers have few bits."""
 
     def options(self, matrix: Matrix, rule: str, shares: Sequence[float] | None, width: int) -> list[Option]:
         """What can be had.
@@ -43,6 +48,25 @@ class Family:
     def fit(self, matrix: Matrix, option: Option) -> list[Fit]:
         """Solve for one of them; the parts sum to the approximation."""
         raise NotImplementedError
+
+    def configs(self, option: Option) -> list[dict[str, Any]]:
+        """The parts that it stores, as :func:`masa.sharing.parts.make_part` takes them."""
+        raise NotImplementedError
+
+
+class AsItIs(Family):
+    """The matrix itself."""
+
+    name = "dense"
+
+    def options(self, matrix: Matrix, rule: str, shares: Sequence[float] | None, width: int) -> list[Option]:
+        return [Option((matrix.member,), self.name, matrix.weight.numel() * width, 0.0)]
+
+    def fit(self, matrix: Matrix, option: Option) -> list[Fit]:
+        return [dense_fit(matrix.member, matrix.weight)]
+
+    def configs(self, option: Option) -> list[dict[str, Any]]:
+        return [{"kind": "dense"}]
 
 
 def members_of(problem: Problem, letters: str) -> list[Member]:
@@ -72,10 +96,12 @@ class ByteCompressor(Compressor):
         cost: of :data:`~masa.compression.methods.matrices.COSTS`.
         allocation: "global": matrices compete for one budget, and any may stay dense. "uniform": each gets the same
             share of its bytes.
+        bits: that numbers may be stored with (:mod:`masa.sharing.grouped`), 16 for the dtype of the model: [8], or
+            [16, 8, 4] to choose for each matrix. None for the dtype of the model.
     """
 
-    def __init__(self, cost: str = "loss", allocation: str = "global") -> None:
-        self.cost, self.allocation = cost, allocation
+    def __init__(self, cost: str = "loss", allocation: str = "global", bits: Sequence[int] | None = None) -> None:
+        self.cost, self.allocation, self.bits = cost, allocation, bits
 
     def families(self, log: dict[str, float]) -> list[Family]:
         """What matrices may choose from, besides staying dense.
@@ -100,6 +126,7 @@ class ByteCompressor(Compressor):
         check_cost(self.cost)
         if self.allocation not in ALLOCATIONS:
             raise unknown("allocation", self.allocation, ALLOCATIONS)
+        few_bits.check(self.bits)
         everything = members_of(problem, problem.projections)
         idle = frozenset(member for member in everything if self.matrix(problem, *member).idle)
         if self.needs_loss():
@@ -118,6 +145,8 @@ class ByteCompressor(Compressor):
             "+".join(f"{letter}{layer}" for letter, layer in option.members): [option.kind, option.size]
             for option in chosen
         }
+        if self.bits:
+            self.bits_ = dict(Counter(str(option.settings.get("bits", "as it was")) for option in chosen))
         return part_sources(problem, self.fits(problem, chosen))
 
     def units(self, problem: Problem, prepared: Profile, share: float) -> list[Unit]:
@@ -151,12 +180,32 @@ class ByteCompressor(Compressor):
                 found[letter, layer] = [Option(((letter, layer),), "nothing", 0, 0.0)]
                 continue
             matrix = self.matrix(problem, letter, layer)
-            whole = part_bytes({"kind": "dense"}, [problem.shape.shapes[letter]], width)
-            offered = [o for family in families for o in family.options(matrix, self.cost, shares, width)]
-            dense = Option((matrix.member,), "dense", whole, 0.0)
-            found[matrix.member] = [dense, *(o for o in offered if o.size < whole)]
+            (dense,) = AsItIs().options(matrix, self.cost, None, width)
+            tried = None if shares is None else few_bits.wider(shares, self.bits, width)
+            offered = [o for family in families for o in family.options(matrix, self.cost, tried, width)]
+            whole = [dense, *(o for o in offered if o.size < dense.size)]
+            found[matrix.member] = self.stored_with_bits(problem, matrix, whole)
         problem.progress("profiling", len(everything), len(everything))
         return found
+
+    def stored_with_bits(self, problem: Problem, matrix: Matrix, options: list[Option]) -> list[Option]:
+        """Options of a matrix, dense first, in the dtype of the model and with few bits, as far as either may be."""
+        if not self.bits:
+            return options
+        log, width = problem.regularisation, problem.dtype.itemsize
+        found = list(options) if few_bits.AS_IT_IS in self.bits else options[:1]
+        shape = (matrix.weight.shape[0], matrix.weight.shape[1])
+        for bits in few_bits.fewer(self.bits):
+            lost = [few_bits.noise(matrix, self.cost, bits, log)]
+            for option in options:
+                family = self.family(option.kind, log)
+                configs = family.configs(option)
+                found.append(few_bits.option(option, configs, [shape], family.factors, lost, bits, self.cost, width))
+        return found
+
+    def family(self, kind: str, log: dict[str, float]) -> Family:
+        """The family of an option."""
+        return next(f for f in (AsItIs(), *self.families(log)) if f.name == kind)
 
     def fits(self, problem: Problem, chosen: Sequence[Option]) -> list[Fit]:
         """Solve for all that was chosen."""
@@ -174,9 +223,10 @@ class ByteCompressor(Compressor):
             inputs: E[x x^T] to be solved for in the place of the calibration's.
         """
         (letter, layer), *others = option.members
+        bits, log = option.settings.get("bits"), problem.regularisation
         if option.kind == "nothing":
             found = [Fit({"kind": "nothing"}, option.members)]
-        elif option.kind == "dense":
+        elif option.kind == "dense" and not bits:
             found = [dense_fit(option.members[0], problem.weight(letter, layer))]
         elif others:
             found = self.fit_group(problem, option)
@@ -184,6 +234,7 @@ class ByteCompressor(Compressor):
             matrix = self.matrix(problem, letter, layer)
             if inputs is not None and bool(inputs.any()):
                 matrix.inputs = inputs
-            family = next(f for f in self.families(problem.regularisation) if f.name == option.kind)
-            found = family.fit(matrix, option)
+            found = self.family(option.kind, log).fit(matrix, option)
+            if bits:
+                found = Rounding([matrix], bits, log).fits(found)
         return [fit.rounded(problem.dtype) for fit in found]

@@ -12,6 +12,7 @@ from torch import Tensor
 from masa.compression.allocation.bytes import Member
 from masa.compression.base import Problem
 from masa.compression.methods.coding import normalised
+from masa.sharing.grouped import put
 from masa.sharing.part_sources import Parts
 from masa.sharing.parts import Part, make_part
 from masa.sharing.weight_sources import WeightSource
@@ -26,15 +27,19 @@ class Fit:
         members: the matrices that read it.
         tensors: parameter's name -> value.
         packed: name of a packed matrix -> (matrix, mask of what stays).
+        grids: name of either -> scales and least values of its groups, where numbers have few bits.
     """
 
     config: dict[str, Any]
     members: tuple[Member, ...]
     tensors: dict[str, Tensor] = field(default_factory=dict)
     packed: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    grids: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def rounded(self, dtype: torch.dtype) -> Fit:
-        """The same in the dtype of the weights, as all are held at once."""
+        """The same in the dtype of the weights, as all are held at once; exact where they have few bits."""
+        if self.grids:
+            dtype = torch.float32
         self.tensors = {name: t.to(dtype) for name, t in self.tensors.items()}
         self.packed = {name: (t.to(dtype), mask) for name, (t, mask) in self.packed.items()}
         return self
@@ -84,9 +89,9 @@ def filled(problem: Problem, fit: Fit) -> Part:
     shapes = [problem.shape.shapes[letter] for letter, _ in fit.members]
     part = make_part(fit.config, shapes).to(problem.weight(*fit.members[0]))
     for name, tensor in fit.tensors.items():
-        part.get_parameter(name).copy_(tensor)
+        put(getattr(part, name), tensor, fit.grids.get(name))
     for name, (matrix, mask) in fit.packed.items():
-        part.get_submodule(name).fill(matrix, mask)
+        part.get_submodule(name).fill(matrix, mask, fit.grids.get(name))
     return part
 
 

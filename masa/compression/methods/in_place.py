@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial, partialmethod
+from typing import Any
 
 import torch
 
@@ -79,6 +80,9 @@ class InPlace(Family):
             weight = compensated(matrix, mask, self.compensation, self.log)
         return [sparse_fit(matrix.member, weight, mask)]
 
+    def configs(self, option: Option) -> list[dict[str, Any]]:
+        return [{"kind": "sparse", "count": option.settings["count"]}]
+
 
 class TwoOfFour(Family):
     """Two of every four neighbours stay, the pattern that sparse tensor cores multiply by; one size only."""
@@ -93,7 +97,8 @@ class TwoOfFour(Family):
         shape = (matrix.weight.shape[0], matrix.weight.shape[1])
         size = part_bytes({"kind": "sparse", "count": int(mask.sum())}, [shape], width)
         cost = float((matrix.entries(rule) * ~mask).sum())
-        return [Option((matrix.member,), self.name, size, cost**0.5 if rule == "weights" else cost)]
+        cost = cost**0.5 if rule == "weights" else cost
+        return [Option((matrix.member,), self.name, size, cost, {"count": int(mask.sum())})]
 
     def fit(self, matrix: Matrix, option: Option) -> list[Fit]:
         if self.compensation == "columns":
@@ -103,17 +108,22 @@ class TwoOfFour(Family):
             weight = compensated(matrix, mask, self.compensation, self.log)
         return [sparse_fit(matrix.member, weight, mask)]
 
+    def configs(self, option: Option) -> list[dict[str, Any]]:
+        return [{"kind": "sparse", "count": option.settings["count"]}]
+
 
 class SparseInPlace(ByteCompressor):
     """Base: every matrix keeps some of its entries where they are.
 
     Args:
-        cost, allocation: of :class:`~masa.compression.methods.equal_bytes.ByteCompressor`.
+        cost, allocation, bits: of :class:`~masa.compression.methods.equal_bytes.ByteCompressor`.
         score, scope, compensation: of :class:`InPlace`.
     """
 
-    def __init__(self, cost: str, allocation: str, score: str, scope: str, compensation: str) -> None:
-        super().__init__(cost, allocation)
+    def __init__(
+        self, cost: str, allocation: str, score: str, scope: str, compensation: str, bits: Sequence[int] | None = None
+    ) -> None:
+        super().__init__(cost, allocation, bits)
         self.score, self.scope, self.compensation = score, scope, compensation
 
     def needs_loss(self) -> bool:
@@ -128,7 +138,7 @@ class SparseMagnitude(SparseInPlace):
     """The largest entries of every matrix stay, blind to the data: the floor.
 
     Args:
-        cost, allocation, score, scope, compensation: of :class:`SparseInPlace`.
+        cost, allocation, score, scope, compensation, bits: of :class:`SparseInPlace`.
     """
 
     needs_calibration = False
@@ -148,7 +158,7 @@ class SparseWanda(SparseInPlace):
     """Entries by ``|w| ||x||`` in each row, the same share of every matrix (Sun et al. 2023, arXiv 2306.11695).
 
     Args:
-        cost, allocation, score, scope, compensation: of :class:`SparseInPlace`.
+        cost, allocation, score, scope, compensation, bits: of :class:`SparseInPlace`.
     """
 
     __init__ = partialmethod(
@@ -166,11 +176,11 @@ class SparseGpt(ByteCompressor):
     """Column by column, the columns after each make up for it (Frantar and Alistarh 2023, arXiv 2301.00774).
 
     Args:
-        cost, allocation: of :class:`~masa.compression.methods.equal_bytes.ByteCompressor`.
+        cost, allocation, bits: of :class:`~masa.compression.methods.equal_bytes.ByteCompressor`.
     """
 
-    def __init__(self, cost: str = "whitened", allocation: str = "uniform") -> None:
-        super().__init__(cost, allocation)
+    def __init__(self, cost: str = "whitened", allocation: str = "uniform", bits: Sequence[int] | None = None) -> None:
+        super().__init__(cost, allocation, bits)
 
     def families(self, log: dict[str, float]) -> list[Family]:
         return [InPlace("wanda", "matrix", "columns", True, log)]
@@ -181,7 +191,7 @@ class SparseTwoOfFour(ByteCompressor):
     """Two of every four neighbours stay, or the matrix does; SparseGPT's compensation.
 
     Args:
-        cost, allocation: of :class:`~masa.compression.methods.equal_bytes.ByteCompressor`.
+        cost, allocation, bits: of :class:`~masa.compression.methods.equal_bytes.ByteCompressor`.
         score, compensation: of :class:`TwoOfFour`.
     """
 
@@ -191,8 +201,9 @@ class SparseTwoOfFour(ByteCompressor):
         allocation: str = "global",
         score: str = "wanda",
         compensation: str = "columns",
+        bits: Sequence[int] | None = None,
     ) -> None:
-        super().__init__(cost, allocation)
+        super().__init__(cost, allocation, bits)
         self.score, self.compensation = score, compensation
 
     def families(self, log: dict[str, float]) -> list[Family]:
@@ -206,7 +217,7 @@ class SparseFisher(SparseInPlace):
     The entries that stay make up for those that go, in the metric of the loss. Needs a calibration with gradients.
 
     Args:
-        cost, allocation, score, scope, compensation: of :class:`SparseInPlace`.
+        cost, allocation, score, scope, compensation, bits: of :class:`SparseInPlace`.
     """
 
     __init__ = partialmethod(
@@ -224,7 +235,7 @@ class SparseFisherUpdate(SparseFisher):
     """:class:`SparseFisher`, layer by layer on the inputs that the pruned layers before produce.
 
     Args:
-        cost, allocation, score, scope, compensation: of :class:`SparseInPlace`.
+        cost, allocation, score, scope, compensation, bits: of :class:`SparseInPlace`.
         samples: sequences of the calibration's tokens that this runs over; None for all.
     """
 
@@ -238,8 +249,9 @@ class SparseFisherUpdate(SparseFisher):
         scope: str = "matrix",
         compensation: str = "loss",
         samples: int | None = None,
+        bits: Sequence[int] | None = None,
     ) -> None:
-        SparseInPlace.__init__(self, cost, allocation, score, scope, compensation)
+        SparseInPlace.__init__(self, cost, allocation, score, scope, compensation, bits)
         self.samples = samples
 
     def fits(self, problem: Problem, chosen: Sequence[Option]) -> list[Fit]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial, partialmethod
+from typing import Any
 
 from torch import Tensor
 
@@ -35,7 +36,7 @@ class LowRankFamily(Family):
         log: of jitters.
     """
 
-    name = "low-rank"
+    name, factors = "low-rank", 2
 
     def __init__(self, log: dict[str, float]) -> None:
         self.log = log
@@ -56,6 +57,9 @@ class LowRankFamily(Family):
         cut = truncated(matrix, matrix.weight, self.log)
         return [low_rank_fit(matrix.member, *cut.factors(int(option.settings["rank"]), matrix.weight))]
 
+    def configs(self, option: Option) -> list[dict[str, Any]]:
+        return [{"kind": "low-rank", "rank": option.settings["rank"]}]
+
 
 class LowRankSparse(Family):
     """``B A + S``: in turn the best S for what B A leaves over, and the best B A for what S leaves over.
@@ -66,7 +70,7 @@ class LowRankSparse(Family):
         log: of jitters.
     """
 
-    name = "low-rank+sparse"
+    name, factors = "low-rank+sparse", 2
 
     def __init__(self, score: str, compensation: str, rounds: int, log: dict[str, float]) -> None:
         self.score, self.compensation, self.rounds, self.log = score, compensation, rounds, log
@@ -110,6 +114,10 @@ class LowRankSparse(Family):
         _, left, right, sparse, mask = best
         return [low_rank_fit(matrix.member, left, right), sparse_fit(matrix.member, sparse, mask)]
 
+    def configs(self, option: Option) -> list[dict[str, Any]]:
+        low, count = {"kind": "low-rank", "rank": option.settings["rank"]}, option.settings["count"]
+        return [low, {"kind": "sparse", "count": count}]
+
 
 def rank_within(shape: tuple[int, int], budget: float, width: int) -> int:
     """The largest rank whose factors take at most ``budget`` bytes."""
@@ -121,7 +129,7 @@ class LowRankSparseCompressor(ByteCompressor):
     """A low-rank part and a sparse one for every matrix, fitted in the metric of the data.
 
     Args:
-        cost, allocation: of :class:`~masa.compression.methods.equal_bytes.ByteCompressor`.
+        cost, allocation, bits: of :class:`~masa.compression.methods.equal_bytes.ByteCompressor`.
         score, compensation, rounds: of :class:`LowRankSparse`.
     """
 
@@ -132,8 +140,9 @@ class LowRankSparseCompressor(ByteCompressor):
         score: str = "wanda",
         compensation: str = "exact",
         rounds: int = 3,
+        bits: Sequence[int] | None = None,
     ) -> None:
-        super().__init__(cost, allocation)
+        super().__init__(cost, allocation, bits)
         self.score, self.compensation, self.rounds = score, compensation, rounds
 
     def needs_loss(self) -> bool:
@@ -148,7 +157,7 @@ class LowRankSparseFisher(LowRankSparseCompressor):
     """The same in the metric of the loss (ours). Needs a calibration with gradients.
 
     Args:
-        cost, allocation: of :class:`~masa.compression.methods.equal_bytes.ByteCompressor`.
+        cost, allocation, bits: of :class:`~masa.compression.methods.equal_bytes.ByteCompressor`.
         score, compensation, rounds: of :class:`LowRankSparse`.
     """
 

@@ -55,7 +55,7 @@ class Mixed(DictionaryPairs):
     A matrix is dense, low rank, sparse in place, low rank plus sparse, has a dictionary of its own, or one with others.
 
     Args:
-        cost, allocation, outputs, scope, ratios, group_size, shared, rounds: of
+        cost, allocation, outputs, scope, ratios, group_size, shared, rounds, bits: of
             :class:`~masa.compression.methods.dictionary_pairs.DictionaryPairs`.
         kinds: of storage to choose from, besides dense and shared dictionaries.
     """
@@ -71,8 +71,9 @@ class Mixed(DictionaryPairs):
         shared: str | None = None,
         rounds: int = 4,
         kinds: Sequence[str] | None = None,
+        bits: Sequence[int] | None = None,
     ) -> None:
-        super().__init__(cost, allocation, outputs, scope, ratios, group_size, shared, rounds)
+        super().__init__(cost, allocation, outputs, scope, ratios, group_size, shared, rounds, bits)
         self.kinds = kinds
 
     def families(self, log: dict[str, float]) -> list[Family]:
@@ -103,7 +104,7 @@ class MixedFisher(Mixed):
     """All kinds in the metric of the loss (ours). Needs a calibration with gradients.
 
     Args:
-        cost, allocation, outputs, scope, ratios, group_size, shared, rounds, kinds: of :class:`Mixed`.
+        cost, allocation, outputs, scope, ratios, group_size, shared, rounds, kinds, bits: of :class:`Mixed`.
     """
 
     __init__ = partialmethod(Mixed.__init__, cost="loss", outputs="diagonal")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partialmethod
+from typing import Any
 
 from torch import Tensor
 
@@ -32,7 +33,7 @@ class Dictionary(Family):
         log: of jitters.
     """
 
-    name = "sparse-dictionary"
+    name, factors = "sparse-dictionary", 2
 
     def __init__(
         self,
@@ -94,6 +95,10 @@ class Dictionary(Family):
         code = side.improve(side.basis().code(atoms, count, self.scope, self.weight_space), self.rounds)
         return [dictionary_fit([matrix.member], code.atoms, [code.codes], [code.mask], name)]
 
+    def configs(self, option: Option) -> list[dict[str, Any]]:
+        atoms, count, side = (option.settings[name] for name in ("atoms", "count", "side"))
+        return [{"kind": "sparse-dictionary", "atoms": atoms, "counts": [count], "side": side}]
+
 
 def written(code: Code, side: str) -> Tensor:
     """The matrix (out, in) of a code."""
@@ -136,7 +141,7 @@ class SparseDictionaryCompressor(ByteCompressor):
     counted.
 
     Args:
-        cost, allocation: of :class:`~masa.compression.methods.equal_bytes.ByteCompressor`.
+        cost, allocation, bits: of :class:`~masa.compression.methods.equal_bytes.ByteCompressor`.
         side, outputs, scope, weight_space, ratios, rounds: of :class:`Dictionary`.
     """
 
@@ -150,8 +155,9 @@ class SparseDictionaryCompressor(ByteCompressor):
         weight_space: float = 0.5,
         ratios: Sequence[float] = RATIOS,
         rounds: int = 0,
+        bits: Sequence[int] | None = None,
     ) -> None:
-        super().__init__(cost, allocation)
+        super().__init__(cost, allocation, bits)
         self.side, self.outputs, self.scope, self.weight_space = side, outputs, scope, weight_space
         self.ratios, self.rounds = ratios, rounds
 
@@ -169,7 +175,7 @@ class SparseDictionaryFisher(SparseDictionaryCompressor):
     """Sparse dictionaries fitted and allocated in the metric of the loss (ours). Needs a calibration with gradients.
 
     Args:
-        cost, allocation: of :class:`~masa.compression.methods.equal_bytes.ByteCompressor`.
+        cost, allocation, bits: of :class:`~masa.compression.methods.equal_bytes.ByteCompressor`.
         side, outputs, scope, weight_space, ratios, rounds: of :class:`Dictionary`.
     """
 

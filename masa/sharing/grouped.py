@@ -1,0 +1,154 @@
+"""Numbers as they are stored with few bits: whole numbers of 8 or 4 bits, in groups that have a scale in common.
+
+Groups run over all numbers of a tensor, one row after the other. Scales are float16 whatever the model computes in;
+they are kept as their bits, so that casting a model changes no number of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from masa.errors import MasaError, unknown
+from masa.sharing.products import autocast_dtype
+from masa.sharing.weight_sources import call
+
+BITS = (8, 4)
+GROUPS = {8: 64, 4: 32}
+"""Bits -> numbers that have a scale in common: 8.25 and 5 bits a number are stored."""
+
+SMALLEST = 2.0**-24
+"""The smallest positive float16."""
+
+
+class Grouped(nn.Module):
+    """A tensor of whole numbers u of ``bits`` bits; called, it is written out for this call, and nothing of it is kept.
+
+    8 bits: ``(u - 128) scale``. 4 bits: ``u scale + least``, as groups of so few values are seldom centred.
+
+    Args:
+        shape: of the tensor.
+        bits: of a number.
+        group: numbers that have a scale in common; the last may be shorter. None for that of :data:`GROUPS`.
+
+    Raises:
+        MasaError: other bits, or groups of no number.
+    """
+
+    numbers: Tensor
+    scales: Tensor
+    least: Tensor
+
+    def __init__(self, shape: Sequence[int], bits: int, group: int | None = None) -> None:
+        super().__init__()
+        if bits not in BITS:
+            raise unknown("Bits of a number:", bits, BITS)
+        self.shape, self.bits, self.group = tuple(shape), int(bits), int(group or GROUPS[bits])
+        if self.group < 1 or self.group % 2:
+            raise MasaError(f"A group has an even number of numbers, got {group!r}.")
+        self.count = math.prod(self.shape)
+        groups = -(-self.count // self.group)
+        self.numbers = nn.Buffer(torch.zeros(-(-self.count * self.bits // 8), dtype=torch.uint8))
+        self.scales = nn.Buffer(torch.zeros(groups, dtype=torch.int16))
+        self.least = nn.Buffer(torch.zeros(groups if self.bits == 4 else 0, dtype=torch.int16))
+        self.like = nn.Parameter(torch.empty(0))  # of no element: it says in which dtype the model computes
+
+    @torch.no_grad()
+    def fill(self, values: Tensor, scales: Tensor | None = None, least: Tensor | None = None) -> None:
+        """Round to the nearest numbers.
+
+        Args:
+            values: of the tensor's shape.
+            scales, least: of every group, to be rounded to float16; None for those that reach its extremes.
+        """
+        exact = torch.promote_types(values.dtype, torch.float32)
+        rows = in_groups(values.to(exact).flatten(), self.group)
+        if scales is None:
+            scales, least = reach(rows, self.bits)
+        scales = half(scales).clamp_min(SMALLEST)
+        self.scales.copy_(scales.view(torch.int16))
+        rows = rows.nan_to_num(0.0)
+        if self.bits == 8:
+            found = (rows / scales.to(exact)[:, None]).round().clamp(-127, 127) + 128
+        else:
+            assert least is not None
+            least = half(least)
+            self.least.copy_(least.view(torch.int16))
+            found = ((rows - least.to(exact)[:, None]) / scales.to(exact)[:, None]).round().clamp(0, 15)
+        flat = found.flatten()[: self.count].to(torch.uint8)
+        if self.bits == 4:
+            low, high = nn.functional.pad(flat, (0, self.count % 2)).view(-1, 2).unbind(1)
+            flat = low | (high << 4)
+        self.numbers.copy_(flat)
+
+    def forward(self) -> Tensor:
+        flat = self.numbers
+        if self.bits == 4:
+            flat = torch.stack((flat & 15, flat >> 4), 1).flatten()[: self.count]
+        lacking = -self.count % self.group
+        if lacking:
+            flat = nn.functional.pad(flat, (0, lacking))
+        rows, scales = flat.view(-1, self.group), self.scales.view(torch.float16).float().unsqueeze(1)
+        if self.bits == 8:
+            found = (rows.float() - 128) * scales
+        else:
+            found = torch.addcmul(self.least.view(torch.float16).float().unsqueeze(1), rows.float(), scales)
+        return found.flatten()[: self.count].view(self.shape).to(autocast_dtype(self.like))
+
+    def extra_repr(self) -> str:
+        return f"{self.shape}, bits={self.bits}, group={self.group}"
+
+
+def in_groups(flat: Tensor, group: int) -> Tensor:
+    """(n,) -> (groups, group); what the last group lacks is NaN, which no scale depends on."""
+    lacking = -len(flat) % group
+    padded = flat if not lacking else nn.functional.pad(flat, (0, lacking), value=torch.nan)
+    return padded.view(-1, group)
+
+
+def half(values: Tensor) -> Tensor:
+    """Rounded to float16, within its range."""
+    return values.clamp(-65504, 65504).to(torch.float16)
+
+
+def reach(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """The scales (n,) and least values (n,) with which whole numbers reach the extremes of groups (n, g), NaN left out.
+
+    Without an offset the least value is 0.
+    """
+    if bits == 8:
+        largest = rows.abs().nan_to_num(0.0).amax(1)
+        return largest / 127, torch.zeros_like(largest)
+    least = half(rows.nan_to_num(torch.inf).amin(1)).to(rows.dtype)
+    most = rows.nan_to_num(-torch.inf).amax(1)
+    return (most - least) / 15, least
+
+
+Stored = nn.Parameter | Grouped
+"""Numbers of a part: as they are, or with few bits."""
+
+
+def stored(shape: Sequence[int], bits: int | None, group: int | None = None) -> Stored:
+    """Empty numbers of a shape, as they are where ``bits`` is None."""
+    return nn.Parameter(torch.empty(*shape)) if bits is None else Grouped(shape, bits, group)
+
+
+def held(numbers: Stored) -> Tensor:
+    """The tensor itself, or written out of its few bits."""
+    return call(numbers) if isinstance(numbers, Grouped) else numbers
+
+
+@torch.no_grad()
+def put(numbers: Stored, values: Tensor, grid: tuple[Tensor, Tensor] | None = None) -> None:
+    """Store values, rounded to what can be.
+
+    Args:
+        grid: scales and least values of their groups, where there are any; None for what :meth:`Grouped.fill` chooses.
+    """
+    if isinstance(numbers, Grouped):
+        numbers.fill(values, *(grid or (None, None)))
+    else:
+        numbers.copy_(values)

@@ -1,0 +1,226 @@
+"""Numbers of 8 and 4 bits: what is stored, what rounding does, and every method that may use them."""
+
+import copy
+
+import pytest
+import torch
+from compression_models import tiny_llama, tokens
+from safetensors.torch import load_file
+from test_equal_bytes import BYTES, compressed, matrix
+
+import masa
+from masa.compression import calibrate, compress
+from masa.compression.methods.few_bits import noise
+from masa.compression.methods.fits import Fit, dense_fit, dictionary_fit, low_rank_fit, sparse_fit
+from masa.compression.methods.rounding import Rounding, grid, nearest, of_every
+from masa.errors import MasaError
+from masa.sharing.grouped import GROUPS, Grouped
+from masa.sharing.parts import PARTS, make_part
+
+F64 = torch.float64
+SHAPES = [(16, 24), (7, 37), (5, 1), (1, 1), (64, 64)]
+
+
+def values(shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+# what is stored
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_number_is_at_most_half_a_step_away_and_takes_its_bits(bits, shape):
+    exact, stored = values(shape), Grouped(shape, bits)
+    stored.fill(exact)
+    count, groups = exact.numel(), -(-exact.numel() // GROUPS[bits])
+    steps = stored.scales.view(torch.float16).float().repeat_interleave(stored.group)[:count].view(shape)
+    rounded = exact.abs() * 2**-11  # the least value of a group is a float16
+    assert bool(((stored() - exact).abs() <= 0.501 * steps + rounded).all())
+    found = sum(t.nbytes for t in stored.state_dict().values())
+    assert found == -(-count * bits // 8) + groups * (2 if bits == 8 else 4)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_numbers_on_a_grid_come_back_to_the_bit(bits):
+    scales, least = torch.tensor([0.5, 2.0]), torch.tensor([-3.0, 1.0] if bits == 4 else [0.0, 0.0])
+    whole = torch.randint(0, 16, (2, 32), generator=torch.Generator().manual_seed(0)).float()
+    exact = (whole * scales[:, None] + least[:, None]).view(4, 16)
+    stored = Grouped(exact.shape, bits, group=32)
+    stored.fill(exact, scales, least)
+    assert torch.equal(stored(), exact)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_casting_a_model_changes_no_stored_number(bits):
+    stored = Grouped((24, 32), bits)
+    stored.fill(values((24, 32)))
+    cast = copy.deepcopy(stored).to(torch.bfloat16)
+    assert all(torch.equal(a, b) for a, b in zip(stored.buffers(), cast.buffers(), strict=True))
+    assert cast().dtype == torch.bfloat16
+    assert torch.equal(cast(), stored().to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("exact", [torch.zeros(3, 40), torch.full((3, 40), 7.25), torch.full((2, 2), -1e-9)])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_groups_without_a_spread(exact, bits):
+    stored = Grouped(exact.shape, bits)
+    stored.fill(exact)
+    torch.testing.assert_close(stored(), exact, rtol=5e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize(("bits", "group"), [(3, None), (16, None), (8, 7), (4, -2)])
+def test_what_cannot_be_is_said(bits, group):
+    with pytest.raises(MasaError, match="Bits of a number" if group is None else "even number"):
+        Grouped((4, 4), bits, group)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("kind", sorted(set(PARTS) - {"nothing"}))
+def test_every_kind_multiplies_by_what_it_writes(kind, bits):
+    """In the model's dtype and with few bits, one token and many."""
+    shape, x = (20, 12), values((30, 12), seed=1)
+    arguments = {"dense": {}, "sparse": {"count": 100}, "low-rank": {"rank": 5}}
+    arguments["sparse-dictionary"] = {"atoms": 6, "counts": [60], "side": "in"}
+    part = make_part({"kind": kind, "bits": bits, **arguments[kind]}, [shape])
+    assert part.config() == {"bits": bits} | arguments[kind]
+    for module in part.modules():
+        if isinstance(module, Grouped):
+            module.fill(values(module.shape))
+        elif hasattr(module, "positions"):
+            mask = torch.zeros(module.rows * module.columns, dtype=torch.bool)
+            mask[torch.randperm(len(mask))[: module.count]] = True
+            module.fill(values((module.rows, module.columns)), mask.view(module.rows, module.columns))
+    written = part(0)
+    assert written.shape == shape
+    for rows in (x[:1], x):
+        torch.testing.assert_close(part(0, rows), rows @ written.T, rtol=1e-4, atol=1e-4)
+
+
+# rounding
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_narrower_grid_is_taken_only_where_it_errs_less(bits):
+    exact = values((40, 64)).double() ** 3  # heavy tails
+    stored = Grouped(exact.shape, bits)
+    stored.fill(exact)
+    found = nearest(exact, *of_every(exact, grid(exact, bits), bits), bits)
+    assert float((found - exact).square().sum()) <= float((stored().double() - exact).square().sum())
+    if bits == 4:
+        assert float((found - exact).norm()) < 0.97 * float((stored().double() - exact).norm())
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_columns_make_up_for_the_errors_of_those_before(bits):
+    one = matrix(24, 64)
+    x = torch.randn(400, 8, dtype=F64, generator=torch.Generator().manual_seed(2)) @ values((8, 64)).double()
+    one.inputs = x.T @ x / len(x) + 0.1 * torch.eye(64)  # most of what enters has eight directions
+    (fit,) = Rounding([one], bits, {}).fits([dense_fit(one.member, one.weight)])
+    plain = nearest(one.weight, *of_every(one.weight, grid(one.weight, bits), bits), bits)
+    assert one.cost("whitened", fit.tensors["weight"]) < 0.5 * one.cost("whitened", plain)
+    assert noise(one, "whitened", bits, {}) == pytest.approx(one.cost("whitened", fit.tensors["weight"]))
+
+
+def test_without_data_every_number_is_rounded_by_itself():
+    one = matrix(8, 64)
+    one.inputs = None
+    (fit,) = Rounding([one], 4, {}).fits([dense_fit(one.member, one.weight)])
+    found = fit.tensors["weight"]
+    scales, least = of_every(one.weight, fit.grids["weight"], 4)
+    assert torch.equal(found, nearest(one.weight, scales, least, 4))
+
+
+def fits_of(kind, one):
+    """A fit of a matrix, or the two of a sum."""
+    left, singular, right = torch.linalg.svd(one.weight, full_matrices=False)
+    low = low_rank_fit(one.member, left[:, :6] * singular[:6], right[:6])
+    mask = one.weight.abs() > one.weight.abs().median()
+    if kind == "low-rank+sparse":
+        return [low, sparse_fit(one.member, one.weight - (left[:, :6] * singular[:6]) @ right[:6], mask)]
+    if kind == "sparse-dictionary":
+        codes = right @ one.weight.T
+        return [dictionary_fit([one.member], right.T, [codes], [codes.abs() > codes.abs().median()], "in")]
+    return {"dense": [dense_fit(one.member, one.weight)], "low-rank": [low]}.get(
+        kind, [sparse_fit(one.member, one.weight, mask)]
+    )
+
+
+def product(fits, one):
+    """In float64, from what is stored."""
+    total = torch.zeros_like(one.weight)
+    for fit in fits:
+        part = make_part(fit.config, [one.weight.shape])
+        for name, tensor in fit.tensors.items():
+            stored = getattr(part, name)
+            if isinstance(stored, Grouped):
+                stored.fill(tensor, *fit.grids[name])
+            else:
+                stored.data = tensor.clone()
+        for name, (of, mask) in fit.packed.items():
+            packed = part.double().get_submodule(name)
+            packed.fill(of, mask, fit.grids.get(name))
+        total += part.double()(0).detach()
+    return total
+
+
+@pytest.mark.parametrize(("bits", "worse"), [(8, 1.02), (4, 2.0)])
+@pytest.mark.parametrize("kind", ["sparse", "low-rank", "sparse-dictionary", "low-rank+sparse"])
+def test_a_rounded_part_costs_little_more_than_the_part(kind, bits, worse):
+    one = matrix(40, 64)
+    before = fits_of(kind, one)
+    after = Rounding([one], bits, {}).fits(before)
+    assert all(fit.config["bits"] == bits for fit in after)
+    cost, rounded = (one.cost("whitened", product(fits, one)) for fits in (before, after))
+    by_itself = [Fit({**f.config, "bits": bits}, f.members, f.tensors, f.packed) for f in before]
+    for fit in by_itself:  # each number to its nearest
+        fit.grids = {name: grid(t, bits) for name, t in fit.tensors.items()}
+        fit.grids |= {name: grid(of[mask], bits) for name, (of, mask) in fit.packed.items()}
+    assert rounded < worse * cost
+    assert rounded <= one.cost("whitened", product(by_itself, one)) * (1.001 if bits == 8 else 1.0)
+
+
+# whole models
+
+
+@pytest.mark.parametrize("bits", [[8], [4], [16, 8, 4]])
+@pytest.mark.parametrize("method", BYTES)
+def test_bytes_promised_are_bytes_of_the_file_and_load_to_the_bit(method, bits, tmp_path):
+    whole = sum(p.nbytes for p in tiny_llama().parameters())
+    model, report = compressed(method, 0.8, bits=bits)
+    masa.save(model, tmp_path)
+    file = sum(t.nbytes for t in load_file(tmp_path / "model.safetensors").values())
+    assert file == whole - report.dense_bytes + report.stored_bytes
+    assert 1 - report.stored_bytes / report.dense_bytes >= 0.8
+    with torch.no_grad():
+        expected = model(tokens()[:2]).logits
+        assert torch.equal(masa.load(tmp_path)(tokens()[:2]).logits, expected)
+        torch.testing.assert_close(masa.fold(model)(tokens()[:2]).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_more_bits_are_taken_where_the_loss_minds_and_the_budget_allows():
+    found = [
+        compressed("mixed-fisher", reduction, bits=[16, 8, 4])[1].learned["bits"] for reduction in (0.55, 0.8, 0.86)
+    ]
+    few = [of.get("4", 0) for of in found]
+    assert few[0] < few[1] < few[2]
+    assert found[0].get("as it was", 0) > found[2].get("as it was", 0)
+
+
+def test_eight_bits_lose_little_and_take_half():
+    """Beside the same kind in float16, at the same share of its own numbers."""
+    ids, plain = tokens(), tiny_llama().to(torch.float16)
+    found = calibrate(plain, ids, projections="all", dtype=torch.float32)
+    model, report = compress(plain, "sparse-wanda", found, 0.2, projections="all")
+    few, less = compress(tiny_llama().to(torch.float16), "sparse-wanda", found, 0.55, projections="all", bits=[8])
+    with torch.no_grad():
+        exact = tiny_llama()(ids).logits
+        error, rounded = ((m.float()(ids).logits - exact).norm() / exact.norm() for m in (model, few))
+    assert less.stored_bytes < 0.57 * report.stored_bytes
+    assert float(rounded) < 1.05 * float(error)
+
+
+@pytest.mark.parametrize("bits", [3, [3], [], "8", [8, 16.5], [True]])
+def test_other_bits_are_refused_by_name(bits):
+    with pytest.raises(MasaError, match="bits"):
+        compressed("sparse-wanda", 0.5, bits=bits)
