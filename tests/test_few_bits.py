@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from compression_models import tiny_llama, tokens
+from compression_models import fitting, letters, tiny_llama, tokens
 from safetensors.torch import load_file
 from test_equal_bytes import BYTES, compressed, matrix
 
@@ -13,6 +13,8 @@ from masa.compression import calibrate, compress
 from masa.compression.methods.few_bits import noise
 from masa.compression.methods.fits import Fit, dense_fit, dictionary_fit, low_rank_fit, sparse_fit
 from masa.compression.methods.rounding import Rounding, grid, nearest, of_every
+from masa.compression.names import METHODS
+from masa.compression.quantize import quantize
 from masa.errors import MasaError
 from masa.sharing.grouped import GROUPS, Grouped
 from masa.sharing.parts import PARTS, make_part
@@ -76,7 +78,7 @@ def test_what_cannot_be_is_said(bits, group):
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("kind", sorted(set(PARTS) - {"nothing"}))
+@pytest.mark.parametrize("kind", sorted(set(PARTS) - {"nothing", "mixture"}))
 def test_every_kind_multiplies_by_what_it_writes(kind, bits):
     """In the model's dtype and with few bits, one token and many."""
     shape, x = (20, 12), values((30, 12), seed=1)
@@ -224,3 +226,81 @@ def test_eight_bits_lose_little_and_take_half():
 def test_other_bits_are_refused_by_name(bits):
     with pytest.raises(MasaError, match="bits"):
         compressed("sparse-wanda", 0.5, bits=bits)
+
+
+# what is shared or compressed already
+
+
+def trained(spec):
+    return masa.share(tiny_llama(), spec)
+
+
+def smaller(method):
+    changes = fitting(method)
+    found = calibrate(tiny_llama(**changes), tokens(), projections="all", gradient_samples=8)
+    chosen = {"projections": letters(method), "tokens": tokens()}
+    return compress(tiny_llama(**changes), method, found, 0.3, **chosen)[0], found
+
+
+def stored_bytes(model):
+    return sum(source.stored_bytes() for source in model.model.shared.values())
+
+
+SPECS = [
+    {"method": "masa", "projections": "qkvo"},
+    {"method": "masa", "projections": "qo", "dictionaries": ["qo"], "atoms": 2},
+    {"method": "masa", "coefficients": "mlp"},
+    {"method": "low-rank", "projections": "qkvo"},
+    {"method": "sequential", "projections": "qkvo"},
+    {"method": "repeat-all-over", "projections": "qkvo"},
+]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: "-".join(map(str, spec.values())))
+def test_what_was_trained_keeps_its_outputs_in_fewer_bytes(spec, bits, tmp_path):
+    model = trained(spec)
+    before, exact = stored_bytes(model), model(tokens()).logits.detach()
+    few = quantize(model, bits)
+    assert few is model and stored_bytes(few) < (0.28 if bits == 8 else 0.18) * before
+    with torch.no_grad():
+        found = few(tokens()).logits
+        assert float((found - exact).norm() / exact.norm()) < (0.05 if bits == 8 else 0.6)
+        masa.save(few, tmp_path)
+        assert torch.equal(masa.load(tmp_path)(tokens()).logits, found)
+        torch.testing.assert_close(masa.fold(few)(tokens()).logits, found, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"direct-share", "post-share", "mixed", "mixed-fisher"}))
+def test_what_was_compressed_keeps_its_outputs_and_data_help(method):
+    model, found = smaller(method)
+    errors = []
+    with torch.no_grad():
+        exact = model(tokens()).logits
+        for data in (None, found):
+            few = quantize(copy.deepcopy(model), 4, data)
+            assert stored_bytes(few) < 0.23 * stored_bytes(model)
+            errors.append(float((few(tokens()).logits - exact).norm() / exact.norm()))
+    assert errors[1] < errors[0] < 0.55
+
+
+def test_quantised_weights_are_not_trained_and_adapters_on_them_are():
+    few = quantize(trained(SPECS[0]))
+    assert not any(p.requires_grad for p in few.model.shared.parameters())
+    few.train()(tokens(), labels=tokens()).loss.backward()
+    assert few.model.embed_tokens.weight.grad is not None
+    peft = pytest.importorskip("peft")
+    worn = peft.get_peft_model(few, peft.LoraConfig(target_modules=["q_proj"], r=2))
+    worn(tokens(), labels=tokens()).loss.backward()
+    assert all(p.grad is not None for name, p in worn.named_parameters() if "lora_" in name)
+
+
+def test_what_has_no_form_with_few_bits_says_so():
+    with pytest.raises(MasaError, match="shares nothing"):
+        quantize(tiny_llama())
+    with pytest.raises(MasaError, match="bits is one of"):
+        quantize(trained(SPECS[0]), 5)
+    with pytest.raises(MasaError, match="Fold the model first"):
+        quantize(smaller("direct-share")[0])
+    with pytest.raises(MasaError, match="few bits already"):
+        quantize(quantize(trained(SPECS[3])))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from masa.errors import MasaError, unknown
-from masa.sharing.grouped import held, stored
+from masa.sharing.grouped import Grouped, held, stored
 from masa.sharing.packed import Packed
 from masa.sharing.products import at_most, autocast_dtype, on_device_of
 from masa.sharing.weight_sources import call
@@ -175,27 +175,80 @@ class Product(Part):
 
 @part("low-rank")
 class LowRankPart(Product):
-    """``W = B A`` with A^T (in, r) and B^T (r, out) in memory, as one token is multiplied by them."""
+    """``W = B A`` with A^T (in, r) and B^T (r, out) in memory, as one token is multiplied by them.
+
+    Several members have A in common, and a B each: B^T is then (n, r, out).
+    """
 
     def __init__(self, shapes: Sequence[Shape], rank: int, bits: int | None = None, group: int | None = None) -> None:
         super().__init__(shapes, bits, group)
         self.inner = int(rank)
+        if len(set(self.shapes)) != 1:
+            raise MasaError(f"Factors in common need members of one shape, got {self.shapes}.")
         out, inp = self.shapes[0]
         self.right = stored((inp, self.inner), bits, group)
-        self.left = stored((self.inner, out), bits, group)
+        several = [len(self.shapes)] if len(self.shapes) > 1 else []
+        self.left = stored((*several, self.inner, out), bits, group)
 
     def config(self) -> dict[str, Any]:
         return {"rank": self.inner} | super().config()
 
+    def own(self, row: int) -> list[Tensor]:
+        if len(self.shapes) == 1:
+            return super().own(row)
+        if isinstance(self.left, Grouped):  # numbers and scales of all, of which each has an equal share
+            return [t[: len(t) // len(self.shapes)] for t in self.left.state_dict().values()]
+        return [self.left[row]]
+
+    def of(self, row: int) -> Tensor:
+        """B^T (r, out) of one member."""
+        left = held(self.left)
+        return left if left.ndim == 2 else left.select(0, row)
+
     def written(self, row: int) -> Tensor:
-        return (held(self.right) @ held(self.left)).t()
+        return (held(self.right) @ self.of(row)).t()
 
     def into(self, row: int, x: Tensor) -> Tensor:
         right = held(self.right)
         return torch.matmul(on_device_of(right, x), right)
 
     def out_of(self, row: int, y: Tensor, bias: Tensor | None) -> Tensor:
-        return nn.functional.linear(y, held(self.left).t(), bias)
+        return nn.functional.linear(y, self.of(row).t(), bias)
+
+
+@part("mixture")
+class MixturePart(Part):
+    """``W_l = sum_s C[l, s] D[s]`` (arXiv 2508.04581, Eq. 2) for n members, with atoms of few bits.
+
+    One atom at a time is written out. Atoms as they are belong to the sources that train them.
+
+    Args:
+        atoms: S.
+    """
+
+    def __init__(self, shapes: Sequence[Shape], atoms: int, bits: int, group: int | None = None) -> None:
+        super().__init__(shapes, bits, group)
+        if len(set(self.shapes)) != 1:
+            raise MasaError(f"A mixture needs members of one shape, got {self.shapes}.")
+        self.atoms = nn.ModuleList(Grouped(self.shapes[0], bits, group) for _ in range(int(atoms)))
+        self.coefficients = nn.Parameter(torch.empty(len(self.shapes), int(atoms)))
+
+    def config(self) -> dict[str, Any]:
+        return {"atoms": len(self.atoms)} | super().config()
+
+    def own(self, row: int) -> list[Tensor]:
+        return [self.coefficients[row]]
+
+    def written(self, row: int) -> Tensor:
+        total, c = None, self.coefficients.select(0, row)
+        exact = torch.promote_types(c.dtype, torch.float32)
+        for index, atom in enumerate(self.atoms._modules.values()):
+            term = call(atom).to(exact) * c.select(0, index).to(exact)
+            total = term if total is None else total + term
+        return total.to(autocast_dtype(c))
+
+    def reads(self, row: int) -> int:
+        return len(self.atoms) * super().reads(row)
 
 
 @part("sparse-dictionary")

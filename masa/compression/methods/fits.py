@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from masa.compression.allocation.bytes import Member
 from masa.compression.base import Problem
@@ -84,22 +84,31 @@ def dictionary_fit(
 
 
 @torch.no_grad()
-def filled(problem: Problem, fit: Fit) -> Part:
-    """The part that a fit is, in the dtype and on the device of the model's weights."""
-    shapes = [problem.shape.shapes[letter] for letter, _ in fit.members]
-    part = make_part(fit.config, shapes).to(problem.weight(*fit.members[0]))
+def filled(fit: Fit, shapes: Sequence[tuple[int, int]], like: Tensor) -> Part:
+    """The part that a fit is, of members of these (out, in), in the dtype and on the device of ``like``."""
+    part = make_part(fit.config, shapes).to(like)
     for name, tensor in fit.tensors.items():
-        put(getattr(part, name), tensor, fit.grids.get(name))
+        stored = getattr(part, name)
+        if isinstance(stored, nn.ModuleList):
+            for index, (module, values) in enumerate(zip(stored, tensor, strict=True)):
+                put(module, values, fit.grids.get(f"{name}.{index}"))
+        else:
+            put(stored, tensor, fit.grids.get(name))
     for name, (matrix, mask) in fit.packed.items():
         part.get_submodule(name).fill(matrix, mask, fit.grids.get(name))
     return part
+
+
+def _filled(problem: Problem, fit: Fit) -> Part:
+    shapes = [problem.shape.shapes[letter] for letter, _ in fit.members]
+    return filled(fit, shapes, problem.weight(*fit.members[0]))
 
 
 def written(problem: Problem, fits: Sequence[Fit]) -> dict[Member, Tensor]:
     """The matrices (out, in) that parts sum to, as the compressed model will have them."""
     found: dict[Member, Tensor] = {}
     for fit in fits:
-        part = filled(problem, fit)
+        part = _filled(problem, fit)
         for row, member in enumerate(fit.members):
             term = part(row).detach()
             found[member] = found[member] + term if member in found else term
@@ -121,7 +130,7 @@ def part_sources(problem: Problem, fits: Sequence[Fit]) -> list[WeightSource]:
         like = problem.weight(*next(iter(place)))
         source = Parts(letters, problem.shape.count(letters[0]), shapes, parts).to(like)
         for index, fit in enumerate(own):
-            source.parts[index].load_state_dict(filled(problem, fit).state_dict())
+            source.parts[index].load_state_dict(_filled(problem, fit).state_dict())
         sources.append(source)
     return sources
 
