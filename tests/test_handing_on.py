@@ -151,6 +151,23 @@ def test_a_gguf_file_is_checked_unless_that_is_refused(folder, tmp_path, capsys)
 
 
 @needs_llama_cpp
+@pytest.mark.parametrize("plain", [False, True], ids=["anybody's", "compressed and written out"])
+def test_a_plain_model_becomes_gguf_and_needs_nothing_else(folder, tmp_path, plain, capsys):
+    """The dense baseline beside a compressed model is one command, too."""
+    model = compressed(folder, tmp_path / "plain", "--plain") if plain else folder
+    assert cli.main(["export", str(model), "--format", "gguf", "--out", str(tmp_path / "gguf")]) == 0
+    account = json.loads((tmp_path / "gguf/export.json").read_text())
+    assert account["check"]["largest_logprob_difference"] < 1e-3
+    assert account["parameters"]["folded"] == account["parameters"]["total"]
+    card = (tmp_path / "gguf/README.md").read_text()
+    assert ("compressed by `svd`" if plain else "masa changed no weight of it") in card
+    assert ("weight-sharing" in card) == plain
+    capsys.readouterr()
+    assert cli.main(["export", str(model), "--out", str(tmp_path / "hf")]) == 2
+    assert "plain model already" in (said := capsys.readouterr().err) and "--format gguf" in said
+
+
+@needs_llama_cpp
 def test_what_llama_cpp_does_not_know_is_refused_before_the_work(folder, tmp_path, capsys):
     factored = compressed(folder, tmp_path / "factored")
     config = json.loads((factored / "config.json").read_text())

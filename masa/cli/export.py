@@ -20,7 +20,7 @@ def add(verbs: Verbs) -> None:
         "write a model for transformers, timm or llama.cpp, folded and with a card",
         "masa export nano/masa-qkvo/seed0 --out plain",
     )
-    v.add_argument("run", metavar="RUN", help="run directory, SCALE/EXPERIMENT/seedN, or a folder of `masa compress`")
+    v.add_argument("run", metavar="RUN", help="run directory, SCALE/EXPERIMENT/seedN, or a model's folder")
     v.add_argument("--format", default="hf", metavar="NAME", help="hf (a folder; the default) or gguf (for llama.cpp)")
     v.add_argument("--dtype", metavar="NAME", help="float32, float16 or bfloat16 (default: as it is stored)")
     v.add_argument("--tokenizer", metavar="DIR", help="the run's, where it is not in results/data/tokenizer")

@@ -61,7 +61,7 @@ def export(
 
     Args:
         run: a run directory, a run id (``SCALE/EXPERIMENT/seedN``) below ``results``, or a folder that
-            :func:`masa.load` reads, such as a compressed model's.
+            :func:`masa.load` reads, such as a compressed model's; with "gguf" any plain model's, too.
         out: folder; it appears whole. An earlier export there is replaced; any other file there is refused.
         format: a key of :data:`FORMATS`.
         results: where run ids are looked up.
@@ -85,7 +85,7 @@ def export(
         raise MasaError("--converter belongs to --format gguf.")
     out = Path(out).resolve()
     _check_out(out)
-    source = find(run, Path(results), tokenizer and Path(tokenizer), data and Path(data))
+    source = find(run, Path(results), tokenizer and Path(tokenizer), data and Path(data), plain=format == "gguf")
     kind = import_module(source.kind.export)
     if format not in kind.FORMATS:
         raise MasaError(

@@ -53,11 +53,12 @@ def write(source: Source, kind: Any, usage: str, account: Mapping[str, Any], lic
     ]
     fact = account["parameters"]
     gguf = account["format"] == "gguf"
+    ours, paper = ([], []) if source.foreign else (["masa", "weight-sharing", source.method], ["arxiv:2508.04581"])
     card_data = ModelCardData(
         license=license,
         library_name="llama.cpp" if gguf else kind.LIBRARY,
         pipeline_tag=kind.TASK,
-        tags=["masa", "weight-sharing", source.method, *(["gguf"] if gguf else []), "arxiv:2508.04581"],
+        tags=[*ours, *(["gguf"] if gguf else []), *paper],
         datasets=_hub_names((source.data or {}).get("corpus", {}).get("source")),
         model_name=source.name if results else None,
         eval_results=results or None,
@@ -119,6 +120,8 @@ def _summary(source: Source, count: Mapping[str, Any]) -> str:
             f"{what} whose matrices are made of fewer numbers (`{source.method}`): trained with {fewer}. Here every "
             "matrix is written out, so that the model is an ordinary one, and as large as one that shares nothing."
         )
+    if source.foreign:
+        return f"{what} as it was, converted: masa changed no weight of it."
     if count["attention"] == count["attention_dense"]:
         return f"{what}, trained without sharing weights (`{source.method}`)."
     return f"{what}, trained with {fewer} (`{source.method}`). Nothing had to be written out: it is as small here."

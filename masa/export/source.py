@@ -17,6 +17,9 @@ from masa.sharing import description as described
 from masa.study import kinds
 from masa.study.experiments import unknown_run
 
+VANILLA: dict[str, Any] = {"spec": {"method": "vanilla"}, "dense_attention": None, "sources": []}
+"""Of a folder that masa did not write."""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -54,6 +57,11 @@ class Source:
     notes: Mapping[str, str] = field(default_factory=dict)
 
     @property
+    def foreign(self) -> bool:
+        """Whether masa had no part in it."""
+        return self.description is VANILLA
+
+    @property
     def method(self) -> str:
         return str(self.description["spec"]["method"])
 
@@ -69,13 +77,16 @@ class Source:
         return checkpoint.load(self.model)
 
 
-def find(name: str, results: Path, tokenizer: Path | None = None, data: Path | None = None) -> Source:
+def find(
+    name: str, results: Path, tokenizer: Path | None = None, data: Path | None = None, plain: bool = False
+) -> Source:
     """The source that a directory or a run id names.
 
     Args:
         name: directory or ``SCALE/EXPERIMENT/seedN``.
         results: where run ids are looked up, in ``runs``.
         tokenizer, data: directories, where they are not at their places below the results.
+        plain: whether it may be a model that shares nothing, which is in transformers' format already.
 
     Raises:
         MasaError: there is no such run, it has not finished, or a tokenizer or data that are not its own.
@@ -95,7 +106,7 @@ def find(name: str, results: Path, tokenizer: Path | None = None, data: Path | N
         raise MasaError(f"{folder} is no run, and nothing says what it was trained on: leave --data away.")
     if (folder / "metrics.json").is_file() and (folder / "model").is_dir():  # of `masa sweep`
         folder /= "model"
-    return _checkpoint(folder, tokenizer)
+    return _checkpoint(folder, tokenizer, plain)
 
 
 def _run(folder: Path, tokenizer: Path | None, data: Path | None) -> Source:
@@ -137,9 +148,9 @@ def _run(folder: Path, tokenizer: Path | None, data: Path | None) -> Source:
     )
 
 
-def _checkpoint(folder: Path, tokenizer: Path | None) -> Source:
-    """A folder of :func:`masa.save`, by itself or compressed."""
-    description = _description(folder)
+def _checkpoint(folder: Path, tokenizer: Path | None, plain: bool) -> Source:
+    """A folder of :func:`masa.save`, by itself or compressed, or anybody's."""
+    description = _description(folder, plain)
     config = run.read_json(folder / "config.json")
     tokens = tokenizer or folder
     compression, metrics, name = None, None, folder.name
@@ -148,6 +159,8 @@ def _checkpoint(folder: Path, tokenizer: Path | None) -> Source:
     elif folder.name == "model" and (folder.parent / "metrics.json").is_file():
         metrics = run.read_json(folder.parent / "metrics.json")
         compression, name = metrics.get("compression"), metrics.get("run", name)
+    if description is VANILLA and compression:  # and written out
+        description = VANILLA | {"spec": {"method": compression["method"]}}
     if tokenizer is not None and not _has_tokenizer(tokenizer):
         raise MasaError(f"--tokenizer {tokenizer} holds no {' and no '.join(TOKENIZER_FILES)}.")
     return Source(
@@ -167,10 +180,15 @@ def _has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
-def _description(folder: Path) -> Mapping[str, Any]:
+def _description(folder: Path, plain: bool = False) -> Mapping[str, Any]:
     if (folder / "config.json").is_file():
         if (found := described.read(folder)) is None:
-            raise MasaError(f"{folder} shares nothing: it is a plain model already, which needs no export.")
+            if plain:
+                return VANILLA
+            raise MasaError(
+                f"{folder} shares nothing: it is a plain model already, in transformers' own format. For llama.cpp "
+                "export it with --format gguf."
+            )
         return found
     inside = sorted(p.parent.name for p in folder.glob("*/spec.json"))
     hint = f" It holds the runs {', '.join(inside)}: name one of them." if inside else ""
