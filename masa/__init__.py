@@ -11,6 +11,7 @@ from masa.sharing.spec import METHODS, ModelShape, SharingSpec
 if TYPE_CHECKING:
     from masa.compression import calibrate
     from masa.compression.one_call import compress
+    from masa.compression.quantization import quantize
     from masa.sharing.checkpoint import load, save
     from masa.sharing.fold import fold
     from masa.sharing.share import ParameterCount, count_parameters, share
@@ -27,6 +28,7 @@ __all__ = [
     "count_parameters",
     "fold",
     "load",
+    "quantize",
     "save",
     "share",
 ]
@@ -34,7 +36,7 @@ __all__ = [
 # torch is imported when one of these is first used: the workflow reads specs without it
 _LAZY = dict.fromkeys(("share", "count_parameters", "ParameterCount"), "masa.sharing.share")
 _LAZY |= {"fold": "masa.sharing.fold", "save": "masa.sharing.checkpoint", "load": "masa.sharing.checkpoint"}
-_LAZY |= {"calibrate": "masa.compression", "compress": "masa.compression.one_call"}
+_LAZY |= {"calibrate": "masa.compression", "compress": "masa.compression.one_call", "quantize": "masa.compression"}
 
 
 def __getattr__(name: str) -> Any:

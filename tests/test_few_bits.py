@@ -1,6 +1,7 @@
 """Numbers of 8 and 4 bits: what is stored, what rounding does, and every method that may use them."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -9,12 +10,13 @@ from safetensors.torch import load_file
 from test_equal_bytes import BYTES, compressed, matrix
 
 import masa
+from masa import cli
 from masa.compression import calibrate, compress
 from masa.compression.methods.few_bits import noise
 from masa.compression.methods.fits import Fit, dense_fit, dictionary_fit, low_rank_fit, sparse_fit
 from masa.compression.methods.rounding import Rounding, grid, nearest, of_every
 from masa.compression.names import METHODS
-from masa.compression.quantize import quantize
+from masa.compression.quantization import quantize
 from masa.errors import MasaError
 from masa.sharing.grouped import GROUPS, Grouped
 from masa.sharing.parts import PARTS, make_part
@@ -304,3 +306,44 @@ def test_what_has_no_form_with_few_bits_says_so():
         quantize(smaller("direct-share")[0])
     with pytest.raises(MasaError, match="few bits already"):
         quantize(quantize(trained(SPECS[3])))
+
+
+@pytest.fixture
+def smaller_folder(tmp_path):
+    model, found = smaller("svd-llm")
+    masa.save(model, tmp_path / "smaller")
+    (tmp_path / "smaller/tokenizer.json").write_text("{}")
+    found.save(tmp_path / "statistics")
+    return tmp_path / "smaller"
+
+
+@pytest.mark.parametrize("data", [False, True])
+def test_the_command_writes_a_folder_with_its_account(smaller_folder, data, tmp_path, capsys):
+    out, call = tmp_path / "few", ["quantize", str(smaller_folder), "--bits", "4", "--threads", "1"]
+    call += ["--calibration", str(tmp_path / "statistics")] if data else []
+    assert cli.main([*call, "--out", str(out)]) == 0
+    assert "4 bits a number: shared matrices" in capsys.readouterr().out
+    account = json.loads((out / "compression.json").read_text())["quantized"]
+    found = masa.load(out)
+    assert stored_bytes(found) == account["bytes_after"] < 0.2 * account["bytes_before"]
+    assert (account["calibration"] is not None) == data
+    assert (out / "tokenizer.json").read_text() == "{}"
+    assert cli.main([*call, "--out", str(out)]) == 0, "its own earlier output is replaced"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--bits", "5"], "bits is one of 8, 4"),
+        (["--out", "smaller"], "it would be overwritten"),
+        (["nowhere"], "nowhere"),
+    ],
+)
+def test_bad_calls_are_a_line_and_leave_nothing(smaller_folder, change, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(p.name for p in tmp_path.rglob("*"))
+    model = change[:1] if change[0] == "nowhere" else ["smaller"]
+    more = change if change[0].startswith("--") else []
+    assert cli.main(["quantize", *model, "--out", "few", *more]) == 2
+    assert message in (said := capsys.readouterr().err) and "Traceback" not in said
+    assert sorted(p.name for p in tmp_path.rglob("*")) == before

@@ -26,6 +26,7 @@ def add(verbs: Verbs) -> None:
     """Add the verbs of this module."""
     _add_calibrate(verbs)
     _add_compress(verbs)
+    _add_quantize(verbs)
     _add_sweep(verbs)
 
 
@@ -88,6 +89,23 @@ def _add_compress(verbs: Verbs) -> None:
     v.add_argument("--trust-remote-code", action="store_true", help="run Python that the model's folder brings")
     v.add_argument("--revision", metavar="COMMIT", help="of a model on the hub")
     add_out(v, aliases=("--output",), lock="beside")
+
+
+def _add_quantize(verbs: Verbs) -> None:
+    v = verbs.add(
+        "quantize",
+        _quantize,
+        "store shared matrices or factors with 8 or 4 bits a number",
+        "masa quantize smaller --bits 8 --calibration statistics --out smaller-int8",
+    )
+    v.add_argument("model", metavar="DIR", help="folder of masa compress, or model/ of a training")
+    v.add_argument("--bits", type=int, default=8, help="8 (the default) or 4")
+    v.add_argument(
+        "--calibration", metavar="DIR", help="what `masa calibrate` wrote of the model before it was smaller"
+    )
+    v.add_argument("--threads", type=_count, help="CPU threads (default: all)")
+    v.add_argument("--json", action="store_true", help="print the account as JSON")
+    add_out(v, aliases=("--output",), lock=None)
 
 
 def _add_sweep(verbs: Verbs) -> None:
@@ -195,6 +213,19 @@ def _compress(given: argparse.Namespace) -> None:
             **shared,
         )
     print(json.dumps(summary, indent=1, default=str) if given.json else _account(summary))
+
+
+def _quantize(given: argparse.Namespace) -> None:
+    from masa.compression import run_quantize
+
+    summary = run_quantize(given.model, given.out, given.bits, given.calibration, threads=given.threads)
+    before, after = summary["bytes_before"], summary["bytes_after"]
+    lines = [
+        f"{summary['bits']} bits a number: shared matrices {before:,} -> {after:,} bytes ({after / before:.3f} of them)",
+        f"time: {summary['seconds']:.1f} s",
+        f"written: {summary['output']} (all of it in compression.json)",
+    ]
+    print(json.dumps(summary, indent=1, default=str) if given.json else "\n".join(lines))
 
 
 def _account(summary: dict[str, Any]) -> str:

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from masa.compression.calibration.collect import run_calibrate
     from masa.compression.calibration.statistics import Calibration
     from masa.compression.healing.heal import heal
+    from masa.compression.quantization import quantize
     from masa.compression.report import CompressionReport
-    from masa.compression.run import run_compress
+    from masa.compression.run import run_compress, run_quantize
     from masa.compression.scoring import perplexity
 
 __all__ = [
@@ -36,14 +37,16 @@ __all__ = [
     "heal",
     "make_compressor",
     "perplexity",
+    "quantize",
     "run_calibrate",
     "run_compress",
+    "run_quantize",
 ]
 
 _LAZY = {"compress": "api", "Compressor": "base", "make_compressor": "base", "calibrate": "calibration.calibrate"}
 _LAZY |= {"Calibration": "calibration.statistics", "CompressionReport": "report", "perplexity": "scoring"}
-_LAZY |= {"heal": "healing.heal"}
-_LAZY |= {"run_calibrate": "calibration.collect", "run_compress": "run"}
+_LAZY |= {"heal": "healing.heal", "quantize": "quantization"}
+_LAZY |= {"run_calibrate": "calibration.collect", "run_compress": "run", "run_quantize": "run"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Compress from plain arguments: the body of the command line's verb."""
+"""Compress and quantize from plain arguments: the bodies of the command line's verbs."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from masa.compression.calibration.collect import DTYPES
 from masa.compression.calibration.statistics import Calibration, model_sha256
 from masa.compression.calibration.texts import load_tokens
 from masa.compression.names import GRADIENT_SAMPLES, needs_gradients
+from masa.compression.quantization import quantize
 from masa.compression.scoring import perplexity
 from masa.compression.terminal import terminal
 from masa.data.texts import Documents, template_of
@@ -25,9 +26,10 @@ from masa.models.pretrained import load_pretrained, locate, save_plain
 from masa.models.reading import not_finite
 from masa.runs.files import whole_folder
 from masa.runs.outputs import tried
-from masa.runs.run import write_json
-from masa.sharing.checkpoint import save
+from masa.runs.run import read_json, write_json
+from masa.sharing.checkpoint import load, save
 from masa.sharing.parameters import cast
+from masa.sharing.projections import bank_of
 from masa.sharing.spec import ATTENTION
 
 ACCOUNT = "compression.json"
@@ -125,6 +127,61 @@ def run_compress(
         summary["total_seconds"] = round(time.perf_counter() - started, 2)
         write_json(folder / ACCOUNT, summary)
     return summary
+
+
+def run_quantize(
+    model: str,
+    output: str | Path,
+    bits: int = 8,
+    calibration: str | Path | None = None,
+    *,
+    threads: int | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Write a folder of shared matrices or factors again, with few bits a number.
+
+    Args:
+        model: folder that :func:`masa.save`, a training or :func:`run_compress` wrote.
+        output: directory as of :func:`run_compress`.
+        bits: 8 or 4.
+        calibration: directory of statistics of the model that was compressed, or of this one folded; None to have all
+            errors count alike.
+        threads: of the CPU; by default torch's own choice.
+        quiet: no progress.
+
+    Returns:
+        Summary: bits, bytes of the shared matrices before and after, and seconds; it also goes to ``compression.json``,
+        beside what an earlier compression wrote there.
+
+    Raises:
+        MasaError: nothing in the folder is shared, or see :func:`masa.compression.quantization.quantize`.
+    """
+    started = time.perf_counter()
+    if threads:
+        torch.set_num_threads(threads)
+    target, where = tried(Path(output), folder=True, option="output"), Path(model)
+    _check_output(target)
+    if where.resolve() == target.resolve():
+        raise MasaError(f"{output} is the model itself; choose another folder for the result.")
+    statistics = None if calibration is None else Calibration.load(calibration)
+    with whole_folder(target) as folder:
+        loaded = load(where, runtime="factored")
+        before = _shared_bytes(loaded)
+        with terminal(quiet) as progress:
+            quantize(loaded, bits, statistics, progress)
+        save(loaded, folder)
+        account = read_json(where / ACCOUNT) if (where / ACCOUNT).is_file() else {}
+        summary: dict[str, Any] = {"model": str(model), "output": str(output), "bits": bits}
+        summary |= {"bytes_before": before, "bytes_after": _shared_bytes(loaded)}
+        summary |= {"calibration": None if statistics is None else statistics.made_of()}
+        summary |= {"handed_on": hand_on(where, folder), "seconds": round(time.perf_counter() - started, 2)}
+        write_json(folder / ACCOUNT, account | {"quantized": summary})
+    return summary
+
+
+def _shared_bytes(model: Any) -> int:
+    shared = bank_of(model)
+    return 0 if shared is None else sum(source.stored_bytes() for source in shared.values())
 
 
 def _compressor(
