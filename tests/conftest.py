@@ -21,6 +21,7 @@ import torch
 import tqdm
 from filelock import FileLock
 from projects import ROOT, run_smoke
+from warm import started
 
 from masa.runs import memory
 
@@ -210,9 +211,8 @@ def stop_and_resume(pretrain, spec, option, data, folder, lines, number=signal.S
 
     whole = pretrain(spec, data, folder / "whole")
     out = folder / "cut"
-    command = [sys.executable, "-m", "masa.cli", VERB[option], "--spec", json.dumps(spec)]
-    command += [f"--{option}", str(data), "--out", str(out)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    command = [VERB[option], "--spec", json.dumps(spec), f"--{option}", data, "--out", out]
+    process = started(*command, stderr=subprocess.PIPE)
     log = out / "metrics.jsonl"
     while not (log.is_file() and log.read_text().count("\n") > lines):
         assert process.poll() is None, process.stderr.read()
