@@ -1,5 +1,6 @@
 """Small real models and data for all tests."""
 
+import gc
 import json
 import os
 import random
@@ -231,6 +232,23 @@ def stop_and_resume(pretrain, spec, option, data, folder, lines, number=signal.S
 def ids():
     """Token ids (2, 16) of a vocabulary of 64."""
     return torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(0))
+
+
+_modules = 0
+
+
+@pytest.fixture(autouse=True)
+def settled():
+    """What has been imported is no matter of the garbage collector's any more.
+
+    accelerate collects as every training begins: that would go through all objects of all libraries and tests, and in
+    a forked process copy each page of them. It took longer than most trainings here.
+    """
+    global _modules
+    if len(sys.modules) != _modules:
+        gc.collect()
+        gc.freeze()
+        _modules = len(sys.modules)
 
 
 @pytest.fixture(autouse=True)

@@ -98,7 +98,7 @@ def test_a_damaged_wheel_in_the_cache_is_named_removed_and_fetched_again(known, 
 
 VERBS = """
 import contextlib, io, json, multiprocessing, sys, time
-import datasets, transformers
+import datasets, masa.models.pretrained  # once, for all
 from masa import cli
 
 def call(arguments):
