@@ -1,11 +1,13 @@
 """Small real models and data for all tests."""
 
+import functools
 import gc
 import json
 import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -182,6 +184,29 @@ class Forked:
     @property
     def said(self):
         return self.file.read_text() if self.file.is_file() else ""
+
+
+def ranks(work, folder, count=2):
+    """``work`` in as many processes of one training, as torchrun starts them, without the seconds that it takes.
+
+    Their output is in rank-*.txt of the folder. That ``masa pretrain`` launches them is tested where it is looked at.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meeting = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
+    meeting["MASTER_PORT"] = str(port)
+
+    def one(rank):
+        from accelerate.state import AcceleratorState, GradientState
+
+        os.environ.update(meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        AcceleratorState._reset_state(reset_partial_state=True)  # of a training of this process, which was alone
+        GradientState._reset_state()
+        return work()
+
+    folder.mkdir(exist_ok=True)
+    return [Forked(functools.partial(one, rank), folder / f"rank-{rank}.txt") for rank in range(count)]
 
 
 def until(true, seconds=120, process=None):

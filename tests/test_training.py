@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, kill_after_checkpoints, kill_again_and_again, language_model, stop_and_resume
+from conftest import ROOT, kill_after_checkpoints, kill_again_and_again, language_model, ranks, stop_and_resume
 
 import masa
 from masa.data import tokens as token_files
@@ -251,6 +251,12 @@ def test_twenty_kills_at_random_moments_change_no_bit(tokens, tmp_path):
     assert steps == sorted(set(steps)), "no step is logged twice"
 
 
+def both_train(spec, tokens, out):
+    """The processes of a run alone, without what launches them."""
+    both = ranks(lambda: language.pretrain(spec, tokens, out) and None, out.parent / f"said-{out.name}")
+    assert [process.wait() for process in both] == [0, 0], [process.said for process in both]
+
+
 def losses(out):
     return {r["step"]: r["loss"] for r in run.read_jsonl(out / "metrics.jsonl") if "loss" in r}
 
@@ -279,7 +285,7 @@ def test_two_processes_give_the_loss_curve_of_one(parallel, tokens, tmp_path):
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes_stop_together_and_go_on_to_the_same_bits(parallel, tokens, tmp_path):
     spec = spec_of("masa", micro_batch_size=2, steps=60, processes_per_node=2, parallel=parallel)
-    assert start(spec, tokens, tmp_path / "whole").wait(timeout=120) == 0
+    both_train(spec, tokens, tmp_path / "whole")
     process = start(spec, tokens, tmp_path / "cut")
     log = tmp_path / "cut" / "metrics.jsonl"
     while not (log.is_file() and log.read_text().count("\n") > 5):
@@ -291,7 +297,7 @@ def test_two_processes_stop_together_and_go_on_to_the_same_bits(parallel, tokens
     assert "masa: test/masa/seed0 was stopped by SIGUSR1 at step" in said
     assert "Traceback" not in said
     assert not (tmp_path / "cut" / "manifest.json").exists()
-    assert start(spec, tokens, tmp_path / "cut").wait(timeout=120) == 0
+    both_train(spec, tokens, tmp_path / "cut")
     first, again = (run.read_json(tmp_path / name / "manifest.json") for name in ("whole", "cut"))
     assert again["sha256"] == first["sha256"]
 
