@@ -284,6 +284,21 @@ def seeded():
 
 
 @pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory):
+    """Train a spec once and in peace: the manifest that all disturbed trainings of it must end with."""
+    made = {}
+
+    def train(pretrain, spec, data):
+        spec = spec | {"training": spec["training"] | {"checkpoint_minutes": 60}}  # which changes no bit
+        key = json.dumps([pretrain.__module__, spec, str(data)], sort_keys=True)
+        if key not in made:
+            made[key] = pretrain(spec, data, tmp_path_factory.mktemp("undisturbed") / "run")
+        return made[key]
+
+    return train
+
+
+@pytest.fixture(scope="session")
 def mirror():
     """The offline data mirror, where this machine has one."""
     path = os.environ.get("MASA_MIRROR")

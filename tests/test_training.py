@@ -207,9 +207,9 @@ def test_a_run_stopped_by_a_signal_goes_on_to_the_same_bits(method, tokens, tmp_
     stop_and_resume(language.pretrain, spec, "tokens", tokens, tmp_path, lines=20)
 
 
-def test_a_checkpoint_cut_short_by_a_kill_is_passed_over(tokens, tmp_path):
+def test_a_checkpoint_cut_short_by_a_kill_is_passed_over(tokens, tmp_path, undisturbed):
     spec = spec_of(steps=120, checkpoint_minutes=1e-4)
-    whole = language.pretrain(spec, tokens, tmp_path / "whole")
+    whole = undisturbed(language.pretrain, spec, tokens)
     kill_after_checkpoints(lambda: language.pretrain(spec, tokens, tmp_path / "cut"), tmp_path / "cut")
     checkpoints = tmp_path / "cut" / "checkpoints"
     newest = max(checkpoints.glob("checkpoint-*"), key=lambda p: int(p.name[11:]))
@@ -220,9 +220,9 @@ def test_a_checkpoint_cut_short_by_a_kill_is_passed_over(tokens, tmp_path):
 
 
 @pytest.mark.parametrize("harm", ["flipped", "missing"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(harm, tokens, tmp_path, capfd):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(harm, tokens, tmp_path, capfd, undisturbed):
     spec = spec_of(steps=60, checkpoint_minutes=1e-4)
-    whole = language.pretrain(spec, tokens, tmp_path / "whole")
+    whole = undisturbed(language.pretrain, spec, tokens)
     kill_after_checkpoints(lambda: language.pretrain(spec, tokens, tmp_path / "cut"), tmp_path / "cut")
     checkpoints = tmp_path / "cut" / "checkpoints"
     newest = max(checkpoints.glob("checkpoint-*/complete.json"), key=lambda p: int(p.parent.name[11:])).parent
@@ -239,10 +239,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(harm, tokens, 
     assert again["sha256"] == whole["sha256"]
 
 
-def test_twenty_kills_at_random_moments_change_no_bit(tokens, tmp_path):
+def test_twenty_kills_at_random_moments_change_no_bit(tokens, tmp_path, undisturbed):
     """SIGKILL in a process that saves all the time: between steps, in steps, and while checkpoints are written."""
     spec = spec_of("masa", steps=150, checkpoint_minutes=1e-5)
-    whole = language.pretrain(spec, tokens, tmp_path / "whole")
+    whole = undisturbed(language.pretrain, spec, tokens)
     kills = kill_again_and_again(lambda: language.pretrain(spec, tokens, tmp_path / "cut"), tmp_path / "cut", 20)
     again = language.pretrain(spec, tokens, tmp_path / "cut")
     assert again["sha256"] == whole["sha256"]
