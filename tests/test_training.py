@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, kill_after_checkpoints, kill_again_and_again, language_model, ranks, stop_and_resume
+from warm import started
 
 import masa
 from masa.data import tokens as token_files
@@ -265,9 +266,8 @@ def losses(out):
 def test_two_processes_give_the_loss_curve_of_one(parallel, tokens, tmp_path):
     """A batch of 4 in parts of 2: one process takes two passes a step, two processes one each."""
     whole = language.pretrain(spec_of("masa", micro_batch_size=2), tokens, tmp_path / "one")
-    process = start(
-        spec_of("masa", micro_batch_size=2, processes_per_node=2, parallel=parallel), tokens, tmp_path / "two"
-    )
+    spec = spec_of("masa", micro_batch_size=2, processes_per_node=2, parallel=parallel)
+    process = started(*command(spec, tokens, tmp_path / "two")[3:], stderr=subprocess.PIPE)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 0, said
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
@@ -286,7 +286,7 @@ def test_two_processes_give_the_loss_curve_of_one(parallel, tokens, tmp_path):
 def test_two_processes_stop_together_and_go_on_to_the_same_bits(parallel, tokens, tmp_path):
     spec = spec_of("masa", micro_batch_size=2, steps=60, processes_per_node=2, parallel=parallel)
     both_train(spec, tokens, tmp_path / "whole")
-    process = start(spec, tokens, tmp_path / "cut")
+    process = started(*command(spec, tokens, tmp_path / "cut")[3:], stderr=subprocess.PIPE)
     log = tmp_path / "cut" / "metrics.jsonl"
     while not (log.is_file() and log.read_text().count("\n") > 5):
         assert process.poll() is None, process.stderr.read()
