@@ -54,9 +54,15 @@ SLOW = {
 """Files of half a minute and more; `make test-fast` has none of them, and no test that needs a finished workflow."""
 
 
+LONGEST = ("slurm", "workflow", "benchmarks", "ecosystem", "lm_eval_command", "training", "faults_processes", "readme")
+LONGEST += ("notebooks", "corrupt_data", "families", "optimizers", "run_folder", "docs", "faults", "export")
+"""Files of a minute and more; none of them may begin when the other workers have nothing left to do."""
+
+
 def pytest_collection_modifyitems(items):
-    """The longest file first, so that the others go on beside it; which tests are slow."""
-    items.sort(key=lambda item: item.get_closest_marker("slurm") is None)
+    """The longest files first, so that the others go on beside them; which tests are slow."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem.removeprefix("test_"), len(place)))
     for item in items:
         needs_run = {"smoke_project", "smoke_results"} & set(getattr(item, "fixturenames", ()))
         if needs_run or item.path.stem.removeprefix("test_") in SLOW:
