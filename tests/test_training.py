@@ -256,6 +256,8 @@ def both_train(spec, tokens, out):
     """The processes of a run alone, without what launches them."""
     both = ranks(lambda: language.pretrain(spec, tokens, out) and None, out.parent / f"said-{out.name}")
     assert [process.wait() for process in both] == [0, 0], [process.said for process in both]
+    assert run.read_json(out / "provenance.json")["processes"] == 2
+    assert not any("Traceback" in process.said for process in both)
 
 
 def losses(out):
