@@ -111,6 +111,12 @@ class Sweep:
         return [replace(self.base, **{self.field: value}) for value in self.values]
 
     @property
+    def quick(self) -> Sweep:
+        """The base and its neighbour."""
+        first = max(0, self.values.index(getattr(self.base, self.field)) - 1)
+        return replace(self, values=self.values[first : first + 2])
+
+    @property
     def xs(self) -> list[int]:
         """What the horizontal axis says: tokens, not sequences."""
         return [value * (CONTEXT if self.field == "sequences" else 1) for value in self.values]
@@ -128,7 +134,7 @@ SWEEPS = (
 def main() -> int:
     given = parser(__doc__).parse_args()
     torch.set_num_threads(1)
-    sweeps = [replace(s, values=s.values[:3]) for s in SWEEPS] if given.quick else SWEEPS
+    sweeps = [sweep.quick for sweep in SWEEPS] if given.quick else SWEEPS
     settings = list(dict.fromkeys(setting for sweep in sweeps for setting in sweep.settings))
     # memory first: a process that has trained would hand down memory that it has freed. Without this import, the first
     # use of the model's code would count as well
@@ -139,7 +145,7 @@ def main() -> int:
     rounds = 1 if given.quick else 4
     ways = {str(setting): setting.step() for setting in settings}
     settle()
-    timed = in_turn("growth", ways, rounds, warm_up=2)
+    timed = in_turn("growth", ways, rounds, warm_up=0 if given.quick else 2)
     measured = {"time": {setting: timed.median(str(setting)) for setting in settings}, "memory": memory}
     rows = []
     for kind, unit in KINDS.items():

@@ -43,7 +43,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import Row, Timed, in_turn, parser, save, status_bytes
+from harness import Row, Timed, apart, in_turn, parser, save, status_bytes
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.utils import logging
@@ -61,7 +61,7 @@ from masa.sharing.spec import ATTENTION, ModelShape
 
 REAL, DRAWN = "SmolLM2-135M", "Llama-3.2-1B"
 METHODS = ("svd-llm", "svd-fisher", "matrix-pca")
-TINY = {"num_layers": 10, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+TINY = {"num_layers": 5, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
 TINY |= {"intermediate_size": 128, "vocab_size": 256}
 LARGE = {"num_layers": 16, "hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 8}
 LARGE |= {"intermediate_size": 8192, "vocab_size": 128256}
@@ -162,6 +162,7 @@ def served(name: str, given: argparse.Namespace, base: Path, tokens: int) -> Ite
     gc.collect()
     original = serve("original", "original", folder, "", tokens)
     yield original
+    forked = given.quick and not torch.cuda.is_available()
     for percent in given.reductions:
         for method, make in variants.items():
             model = copy.deepcopy(original.model.cpu(), {id(p): p for p in original.model.parameters()})
@@ -169,20 +170,35 @@ def served(name: str, given: argparse.Namespace, base: Path, tokens: int) -> Ite
             original.model.to(device())
             del model
             kind = "low-rank" if method.startswith("svd") else "atoms"
-            factored = serve(f"{method} {percent} %", kind, other, "factored", tokens, original.model)
+            factored = serve(f"{method} {percent} %", kind, other, "factored", tokens, original.model, forked)
             factored.difference = apart_by(factored.model, load(other, "folded"), ids.to(device()))
             yield factored
             if method == "masa":
-                yield serve(f"folded {percent} %", "folded", other, "folded", tokens, original.model)
+                yield serve(f"folded {percent} %", "folded", other, "folded", tokens, original.model, forked)
             shutil.rmtree(other)
 
 
-def serve(label: str, kind: str, folder: Path, runtime: str, tokens: int, like: nn.Module | None = None) -> Served:
-    """A folder measured in a process of its own, then loaded into this one."""
+def serve(
+    label: str,
+    kind: str,
+    folder: Path,
+    runtime: str,
+    tokens: int,
+    like: nn.Module | None = None,
+    forked: bool = False,
+) -> Served:
+    """A folder measured in a process of its own, then loaded into this one.
+
+    Args:
+        forked: the process need not begin anew, where numbers mean nothing.
+    """
     print(f"{label}: memory", file=sys.stderr, flush=True)
-    command = [sys.executable, __file__, "--inside", str(folder), runtime, str(tokens)]
-    said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-    memory = json.loads(said.splitlines()[-1])
+    if forked:
+        memory = apart(partial(inside, folder, runtime, tokens))
+    else:
+        command = [sys.executable, __file__, "--inside", str(folder), runtime, str(tokens)]
+        said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+        memory = json.loads(said.splitlines()[-1])
     model = load(folder, runtime)
     held = {} if like is None else dict(like.named_parameters())
     for key, parameter in model.named_parameters():

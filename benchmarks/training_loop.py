@@ -114,7 +114,7 @@ def measure(size: str, steps: int) -> Row:
 
 def main() -> int:
     given = parser(__doc__).parse_args()
-    rows = [measure(size, 8 if given.quick else STEPS[size]) for size in SIZES]
+    rows = [measure(size, 5 if given.quick else STEPS[size]) for size in SIZES]
     return save("training_loop", rows, {"threads": 1, "steps": STEPS}, given.out)
 
 

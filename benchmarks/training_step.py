@@ -137,20 +137,20 @@ def main() -> int:
     batch = 2 if given.quick else BATCH
     ids = torch.randint(0, VOCABULARY, (batch, CONTEXT), generator=torch.Generator().manual_seed(0)).to(device)
     narrow, wide, model_widths = (768, 1536, (768,)) if cuda else (64, 128, (64, 192))
-    rounds = 2 if given.quick else 24
+    rounds, warm_up = (1, 1) if given.quick else (24, 2)
     rows = []
     for name, make in variants(narrow, ids).items():
         if given.quick and name == "torch.compile":
             continue
-        timed = in_turn(name, make(), rounds, warm_up=2)
+        timed = in_turn(name, make(), rounds, warm_up)
         what = f"training step, MASA-QKVO : vanilla, {name}, d = {narrow}"
         rows.append(timed.speed(what, "masa", "vanilla", ">= 1.00"))
-    timed = in_turn(f"float32, d = {wide}", variants(wide, ids)["float32"](), rounds // 2, warm_up=2)
+    timed = in_turn(f"float32, d = {wide}", variants(wide, ids)["float32"](), max(1, rounds // 2), warm_up)
     rows.append(timed.speed(f"training step, MASA-QKVO : vanilla, float32, d = {wide}", "masa", "vanilla", ">= 1.00"))
-    rows.append(making(narrow, ids, rounds // 2))
+    rows.append(making(narrow, ids, max(1, rounds // 2)))
     if not cuda:
         rows += [memory_of(narrow, ids, variant) for variant in ("float32", "bfloat16", "checkpointing")]
-    rows += [model_class(width, ids, max(2, rounds // (1 + width // 64))) for width in model_widths]
+    rows += [model_class(width, ids, max(1, rounds // (1 + width // 64))) for width in model_widths]
     settings = {"layers": LAYERS, "atoms": ATOMS, "context": CONTEXT, "batch": batch, "head_dim": HEAD}
     return save("training_step", rows, settings | {"device": device.type, "threads": 1}, given.out)
 

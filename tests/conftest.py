@@ -1,10 +1,13 @@
 """Small real models and data for all tests."""
 
+import functools
+import gc
 import json
 import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -21,6 +24,7 @@ import torch
 import tqdm
 from filelock import FileLock
 from projects import ROOT, run_smoke
+from warm import started
 
 from masa.runs import memory
 
@@ -50,9 +54,15 @@ SLOW = {
 """Files of half a minute and more; `make test-fast` has none of them, and no test that needs a finished workflow."""
 
 
+LONGEST = ("slurm", "workflow", "benchmarks", "ecosystem", "lm_eval_command", "training", "faults_processes", "readme")
+LONGEST += ("notebooks", "corrupt_data", "families", "optimizers", "run_folder", "docs", "faults", "export")
+"""Files of a minute and more; none of them may begin when the other workers have nothing left to do."""
+
+
 def pytest_collection_modifyitems(items):
-    """The longest file first, so that the others go on beside it; which tests are slow."""
-    items.sort(key=lambda item: item.get_closest_marker("slurm") is None)
+    """The longest files first, so that the others go on beside them; which tests are slow."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem.removeprefix("test_"), len(place)))
     for item in items:
         needs_run = {"smoke_project", "smoke_results"} & set(getattr(item, "fixturenames", ()))
         if needs_run or item.path.stem.removeprefix("test_") in SLOW:
@@ -182,6 +192,29 @@ class Forked:
         return self.file.read_text() if self.file.is_file() else ""
 
 
+def ranks(work, folder, count=2):
+    """``work`` in as many processes of one training, as torchrun starts them, without the seconds that it takes.
+
+    Their output is in rank-*.txt of the folder. That ``masa pretrain`` launches them is tested where it is looked at.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meeting = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
+    meeting["MASTER_PORT"] = str(port)
+
+    def one(rank):
+        from accelerate.state import AcceleratorState, GradientState
+
+        os.environ.update(meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        AcceleratorState._reset_state(reset_partial_state=True)  # of a training of this process, which was alone
+        GradientState._reset_state()
+        return work()
+
+    folder.mkdir(exist_ok=True)
+    return [Forked(functools.partial(one, rank), folder / f"rank-{rank}.txt") for rank in range(count)]
+
+
 def until(true, seconds=120, process=None):
     """Wait until something is true, and fail if it is not in time, or if the process ends before."""
     end = time.monotonic() + seconds
@@ -210,9 +243,8 @@ def stop_and_resume(pretrain, spec, option, data, folder, lines, number=signal.S
 
     whole = pretrain(spec, data, folder / "whole")
     out = folder / "cut"
-    command = [sys.executable, "-m", "masa.cli", VERB[option], "--spec", json.dumps(spec)]
-    command += [f"--{option}", str(data), "--out", str(out)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    command = [VERB[option], "--spec", json.dumps(spec), f"--{option}", data, "--out", out]
+    process = started(*command, stderr=subprocess.PIPE)
     log = out / "metrics.jsonl"
     while not (log.is_file() and log.read_text().count("\n") > lines):
         assert process.poll() is None, process.stderr.read()
@@ -233,11 +265,43 @@ def ids():
     return torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(0))
 
 
+_modules = 0
+
+
+@pytest.fixture(autouse=True)
+def settled():
+    """What has been imported is no matter of the garbage collector's any more.
+
+    accelerate collects as every training begins: that would go through all objects of all libraries and tests, and in
+    a forked process copy each page of them. It took longer than most trainings here.
+    """
+    global _modules
+    if len(sys.modules) != _modules:
+        gc.collect()
+        gc.freeze()
+        _modules = len(sys.modules)
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     """Every test begins with the same random numbers, and without what a training left switched on."""
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory):
+    """Train a spec once and in peace: the manifest that all disturbed trainings of it must end with."""
+    made = {}
+
+    def train(pretrain, spec, data):
+        spec = spec | {"training": spec["training"] | {"checkpoint_minutes": 60}}  # which changes no bit
+        key = json.dumps([pretrain.__module__, spec, str(data)], sort_keys=True)
+        if key not in made:
+            made[key] = pretrain(spec, data, tmp_path_factory.mktemp("undisturbed") / "run")
+        return made[key]
+
+    return train
 
 
 @pytest.fixture(scope="session")

@@ -4,12 +4,12 @@ import argparse
 import json
 import os
 import re
-import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
+from warm import masa
 
 from masa import MasaError, cli
 from masa.study import config
@@ -25,12 +25,6 @@ OTHERS = {"lm-eval"}
 EXPECTED = (
     "fetch tokenize pretrain train-vit calibrate compress evaluate lm-eval plan status compare export tables figures"
 )
-
-
-def masa(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "masa.cli", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
-    )
 
 
 def test_the_verbs_match_the_rules():

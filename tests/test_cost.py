@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+import warm
 from conftest import ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -304,8 +305,7 @@ def test_this_machine_is_measured():
 
 
 def masa_plan(*arguments):
-    command = [sys.executable, "-m", "masa.cli", "plan", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return warm.masa("plan", *arguments)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import time
 import psutil
 import pytest
 from conftest import ROOT
-from test_training import spec_of, start
+from test_training import both_train, spec_of, start
 
 import masa
 from masa.runs import card, devices, run
@@ -229,7 +229,7 @@ def test_two_nodes_without_slurm_meet_by_hand(tokens, tmp_path, monkeypatch):
         _, said = node.communicate(timeout=180)
         assert node.returncode == 0, said
     monkeypatch.delenv("MASA_RENDEZVOUS")
-    assert start(spec_of("masa", micro_batch_size=2, processes_per_node=2), tokens, tmp_path / "one").wait() == 0
+    both_train(spec_of("masa", micro_batch_size=2, processes_per_node=2), tokens, tmp_path / "one")
     first, second = (run.read_json(tmp_path / name / "manifest.json") for name in ("nodes", "one"))
     assert first["sha256"] == second["sha256"]
 

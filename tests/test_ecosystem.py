@@ -185,28 +185,48 @@ def values(folder):
 ways = {name: getattr(transformers, name).from_pretrained for name in ("AutoModelForCausalLM", "AutoModel")}
 ways["pipeline"] = lambda folder: transformers.pipeline("text-generation", folder)
 ways |= {"load_state_dict": values, "lm-eval": lambda folder: HFLM(pretrained=folder, device="cpu")}
-said = {}
-for name, way in ways.items():
-    try:
-        way(sys.argv[1])
-        said[name] = "loaded"
-    except Exception as error:
-        said[name] = f"{type(error).__name__}: {error}"
-print(json.dumps(said))
+for folder in sys.argv[1:]:
+    said = {}
+    print("====", file=sys.stderr, flush=True)
+    for name, way in ways.items():
+        try:
+            way(folder)
+            said[name] = "loaded"
+        except Exception as error:
+            said[name] = f"{type(error).__name__}: {error}"
+    print(json.dumps(said))
 """
+GUARDS = ("both", "shapes alone")
 
 
-@pytest.mark.parametrize("guard", ["both", "shapes alone"])
+def without_masa(*folders):
+    """What loaders say of folders in a process without masa, and what it says on stderr: one of each a folder."""
+    done = subprocess.run([sys.executable, "-c", WITHOUT, *folders], capture_output=True, text=True, check=True)
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"AutoModelForCausalLM"')]
+    return dict(zip(folders, zip(found, done.stderr.split("====\n")[1:], strict=True), strict=True))
+
+
+@pytest.fixture(scope="module")
+def strangers(tmp_path_factory):
+    """What loaders say that do not know masa: kind and guard -> message of each, and stderr."""
+    base, folders = tmp_path_factory.mktemp("strangers"), {}
+    for kind in ("masa", "svd-llm"):
+        for number, guard in enumerate(GUARDS):
+            folder = folders[kind, guard] = str(saved(kind, base / f"{kind}-{number}"))
+            save_tokenizer(folder)
+            if guard == "shapes alone":  # as where somebody took the keys for a mistake
+                config = json.loads(Path(folder, "config.json").read_text())
+                del config["transformers_weights"], config["quantization_config"]
+                Path(folder, "config.json").write_text(json.dumps(config))
+    found = without_masa(*folders.values())
+    return {key: found[folder] for key, folder in folders.items()}
+
+
+@pytest.mark.parametrize("guard", GUARDS)
 @pytest.mark.parametrize("kind", ["masa", "svd-llm"])
-def test_who_does_not_know_masa_stops(guard, kind, tmp_path):
-    saved(kind, tmp_path)
-    save_tokenizer(tmp_path)
-    if guard == "shapes alone":  # as where somebody took the keys for a mistake
-        config = json.loads((tmp_path / "config.json").read_text())
-        del config["transformers_weights"], config["quantization_config"]
-        (tmp_path / "config.json").write_text(json.dumps(config))
-    done = subprocess.run([sys.executable, "-c", WITHOUT, str(tmp_path)], capture_output=True, text=True, check=True)
-    said = json.loads(done.stdout.splitlines()[-1])
+def test_who_does_not_know_masa_stops(guard, kind, strangers):
+    said, stderr = strangers[kind, guard]
+    said = dict(said)
     assert len(said) == 5 and "loaded" not in said.values()
     shapes = said.pop("load_state_dict")
     assert "size mismatch for model.layers.0.self_attn.q_proj.weight" in shapes and "[1]" in shapes
@@ -214,7 +234,7 @@ def test_who_does_not_know_masa_stops(guard, kind, tmp_path):
         if guard == "both":
             assert "import-masa-before-you-load-it-or-run-masa-export" in message, way
     if guard != "both":
-        assert done.stderr.count("self_attn.q_proj.weight") + done.stderr.count("q_proj") >= 3, "named in the report"
+        assert stderr.count("self_attn.q_proj.weight") + stderr.count("q_proj") >= 3, "named in the report"
 
 
 @pytest.mark.parametrize("order", ["masa first", "transformers first", "model class first"])
@@ -773,8 +793,7 @@ def test_grouped_heads_are_anybodys(tmp_path):
     model = masa.share(language_model(), {"method": "gqa", "num_key_value_heads": 2}).eval()
     model.save_pretrained(tmp_path)
     assert AutoConfig.from_pretrained(tmp_path).num_key_value_heads == 2
-    command = [sys.executable, "-c", WITHOUT, str(tmp_path)]
-    said = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    ((said, _),) = without_masa(str(tmp_path)).values()
     assert said["AutoModel"] == said["AutoModelForCausalLM"] == "loaded"
     assert masa.load(tmp_path).sharing == model.sharing
     assert masa.count_parameters(masa.load(tmp_path)) == masa.count_parameters(model)

@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+import warm
 from conftest import ROOT, until
 from test_status import RUN, lines, long_spec, start
 from test_training import spec_of
@@ -113,10 +114,12 @@ def test_the_same_command_again_writes_anew_and_leaves_other_files(results, tmp_
     same(tmp_path / RUN, results / "runs" / RUN / "metrics.jsonl")
 
 
-def watch(results, out):
+def watch(results, out, module="masa.start"):
     """The command in a process of its own."""
-    command = ["tensorboard", "--results", str(results), "--out", str(out), "--watch", "0.1"]
-    return subprocess.Popen([sys.executable, "-m", "masa.cli", *command], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", module, "tensorboard", "--results", str(results), "--out", str(out)]
+    return subprocess.Popen(
+        [*command, "--watch", "0.1"], cwd=ROOT, env=warm.ENVIRONMENT, stderr=subprocess.PIPE, text=True
+    )
 
 
 def test_watching_follows_a_training_through_a_kill_and_a_resumption(tokens, tmp_path):
@@ -151,7 +154,7 @@ def test_ctrl_c_ends_watching_with_all_that_was_there(tokens, tmp_path):
     until(lambda: lines(folder) > 4, process=process)
     process.send(signal.SIGKILL)  # interrupted: not over
     process.wait()
-    watching = watch(results, out)
+    watching = watch(results, out, "masa.cli")
     until(lambda: list((out / RUN).glob("*.masa")))
     until(lambda: "train/loss" in scalars(out / RUN)[0])
     watching.send_signal(signal.SIGINT)

@@ -1,15 +1,13 @@
 """What docs/evidence.md quotes is what the committed tables say, digit for digit."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT
+from warm import ENVIRONMENT, masa
 
 from masa.report import claims
 from masa.report.curve import curve
@@ -72,9 +70,8 @@ def test_claims_follow_from_the_committed_measurements():
 def test_tables_follow_from_the_committed_measurements(tmp_path):
     """By the page's own command, on a machine without a mirror."""
     (line,) = [line.split() for line in PAGE.splitlines() if line.startswith("    masa tables claims vision table3 ")]
-    command = [sys.executable, "-m", "masa.cli", *line[1:-1], str(tmp_path)]
-    environment = {name: value for name, value in os.environ.items() if name != "MASA_MIRROR"}
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    environment = {name: value for name, value in ENVIRONMENT.items() if name != "MASA_MIRROR"}
+    masa(*line[1:-1], tmp_path, env=environment, check=True)
     for table in ("vision", "table3"):
         for ending in ("csv", "md", "tex"):
             made = (tmp_path / f"{table}.{ending}").read_text(encoding="utf-8")

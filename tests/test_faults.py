@@ -64,10 +64,10 @@ def temporary_files(folder):
 
 
 @pytest.mark.parametrize("size", ["560k", "640k", "760k", "820k", "900k", "1m"])
-def test_a_disk_that_fills_up_in_training(size, disk, tokens, tmp_path, capfd):
+def test_a_disk_that_fills_up_in_training(size, disk, tokens, tmp_path, capfd, undisturbed):
     """Sizes at which different files of a checkpoint, or the third checkpoint, do not fit any more."""
     spec = spec_of(steps=12, checkpoint_minutes=1e-6)
-    whole = language.pretrain(spec, tokens, tmp_path / "whole")
+    whole = undisturbed(language.pretrain, spec, tokens)
     remount(disk, f"size={size}")
     out = disk / "run"
     capfd.readouterr()
@@ -91,10 +91,10 @@ def test_a_disk_that_fills_up_in_training(size, disk, tokens, tmp_path, capfd):
     assert steps == list(range(1, 13))
 
 
-def test_a_disk_that_is_full_when_only_the_log_is_written(disk, tokens, tmp_path, capfd):
+def test_a_disk_that_is_full_when_only_the_log_is_written(disk, tokens, tmp_path, capfd, undisturbed):
     """Without checkpoints; and --log is on the full disk, too."""
     spec = spec_of(steps=100)
-    whole = language.pretrain(spec, tokens, tmp_path / "whole")
+    whole = undisturbed(language.pretrain, spec, tokens)
     out, log = disk / "run", disk / "log.txt"
     log.touch()
     filler = fill(disk, but=24 * 1024)
@@ -115,10 +115,10 @@ def test_a_disk_that_is_full_when_only_the_log_is_written(disk, tokens, tmp_path
     assert steps == list(range(1, 101))
 
 
-def test_a_disk_that_is_full_at_the_end(disk, tokens, tmp_path, capfd):
+def test_a_disk_that_is_full_at_the_end(disk, tokens, tmp_path, capfd, undisturbed):
     """The model does not fit: its parts, the manifest above all, are not there until it does."""
     spec = spec_of(steps=4)
-    whole = language.pretrain(spec, tokens, tmp_path / "whole")
+    whole = undisturbed(language.pretrain, spec, tokens)
     out = disk / "run"
     filler = fill(disk, but=64 * 1024)
     capfd.readouterr()
@@ -214,9 +214,9 @@ def test_an_error_that_is_not_of_the_disk_is_left_alone(tmp_path):
 # ------------------------------------------------------------------------------------- read-only and not permitted
 
 
-def test_read_only_results(disk, tokens, tmp_path, capfd):
+def test_read_only_results(disk, tokens, tmp_path, capfd, undisturbed):
     spec = spec_of(steps=4)
-    whole = language.pretrain(spec, tokens, tmp_path / "whole")
+    whole = undisturbed(language.pretrain, spec, tokens)
     remount(disk, "ro")
     capfd.readouterr()
     assert pretrain(spec, tokens, disk / "run") == 2
@@ -324,7 +324,7 @@ def test_images_normalised_to_nan(digits, tmp_path, capfd):
 
 @pytest.mark.parametrize("at_once", [True, False])
 @pytest.mark.parametrize("fault", ["weights", "gradient", "optimiser", "update"])
-def test_no_checkpoint_of_numbers_that_are_not_finite(fault, at_once, tokens, tmp_path, monkeypatch):
+def test_no_checkpoint_of_numbers_that_are_not_finite(fault, at_once, tokens, tmp_path, monkeypatch, undisturbed):
     """Weights, a gradient, Adam's state or an update made bad after step 5, in a run that saves after every step.
 
     Both ways of looking: at once, and remembered on the device until it is looked at.
@@ -360,7 +360,7 @@ def test_no_checkpoint_of_numbers_that_are_not_finite(fault, at_once, tokens, tm
     assert all(all_finite(folder) for folder in (tmp_path / "run" / "checkpoints").glob("checkpoint-*"))
     monkeypatch.undo()
     again = language.pretrain(spec, tokens, tmp_path / "run")
-    assert again["sha256"] == language.pretrain(spec, tokens, tmp_path / "whole")["sha256"]
+    assert again["sha256"] == undisturbed(language.pretrain, spec, tokens)["sha256"]
 
 
 def test_a_step_that_was_bad_long_ago_is_named_by_a_watch_that_looks_late():

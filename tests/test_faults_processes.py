@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,7 +41,7 @@ def lines(out):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_killed_data_loader_worker(workers, digits, tmp_path):
+def test_a_killed_data_loader_worker(workers, digits, tmp_path, undisturbed):
     spec = image_spec(steps=150, workers=workers, checkpoint_minutes=0.01, **EVERYTHING)
     out = tmp_path / "cut"
     process = Forked(lambda: cli.main(command(spec, digits, out, "images")), tmp_path / "said.txt")
@@ -54,7 +55,7 @@ def test_a_killed_data_loader_worker(workers, digits, tmp_path):
     assert f"to go on from step {whole_checkpoints(out)[-1]}." in process.said
     assert "Traceback" not in process.said
     again = images.pretrain(spec, digits, out)
-    whole = images.pretrain(image_spec(steps=150, workers=0, **EVERYTHING), digits, tmp_path / "whole")
+    whole = undisturbed(images.pretrain, image_spec(steps=150, workers=0, **EVERYTHING), digits)
     assert again["sha256"] == whole["sha256"], "neither the kill nor the number of workers changes a bit"
 
 
@@ -92,11 +93,11 @@ def test_out_of_memory_in_training(tokens, tmp_path):
     assert process.wait() == 0, process.said
 
 
-def test_out_of_memory_after_a_checkpoint_is_gone_on_from(tokens, tmp_path):
+def test_out_of_memory_after_a_checkpoint_is_gone_on_from(tokens, tmp_path, undisturbed):
     """The limit comes in mid-training, as when another process takes the memory."""
     spec = spec_of(context=256, batch_size=32, micro_batch_size=32, steps=2, checkpoint_minutes=1e-6)
     spec["model"] |= {"intermediate_size": 1088}  # activations of 36 MB, more than malloc ever keeps for later
-    whole = language.pretrain(spec, tokens, tmp_path / "whole")
+    whole = undisturbed(language.pretrain, spec, tokens)
     out = tmp_path / "cut"
     process = Forked(lambda: cli.main(command(spec, tokens, out)), tmp_path / "said.txt")
     until(lambda: whole_checkpoints(out), process=process)
@@ -124,7 +125,7 @@ def fake_clock(tmp_path):
     return file, environment | {"DONT_FAKE_MONOTONIC": "1", "PYTHONPATH": str(ROOT)}
 
 
-def test_a_clock_that_jumps_by_days(fake_clock, tokens, tmp_path):
+def test_a_clock_that_jumps_by_days(fake_clock, tokens, tmp_path, undisturbed):
     file, environment = fake_clock
     clock = [sys.executable, "-c", "import time; print(time.time())"]
     file.write_text("-10d")
@@ -132,7 +133,7 @@ def test_a_clock_that_jumps_by_days(fake_clock, tokens, tmp_path):
     assert time.time() - behind > 9 * 86400, "the clock is really another"
     file.write_text("+0")
     spec = long_run(checkpoint_minutes=0.1 / 60)
-    whole = language.pretrain(spec, tokens, tmp_path / "whole")
+    whole = undisturbed(language.pretrain, spec, tokens)
     out = tmp_path / "run"
     code = "import sys; from masa import cli; from masa.runs import progress; from masa.training import log\n"
     code += "log.Progress = lambda *a: progress.Progress(*a, every=0.05)\n"  # more lines to look at
@@ -164,10 +165,10 @@ def test_a_clock_that_jumps_by_days(fake_clock, tokens, tmp_path):
     assert not re.search(r"(ETA|took) \d+:\d\d:\d\d", said), "no estimate of hours"
 
 
-def test_checkpoints_are_newest_by_their_step_after_the_clock_went_back(tokens, tmp_path):
+def test_checkpoints_are_newest_by_their_step_after_the_clock_went_back(tokens, tmp_path, undisturbed):
     """Those on disk are from the future: they are gone on from, and not kept instead of newer ones."""
     spec = long_run(checkpoint_minutes=1e-4)
-    whole = language.pretrain(spec, tokens, tmp_path / "whole")
+    whole = undisturbed(language.pretrain, spec, tokens)
     out = tmp_path / "cut"
     kill_after_checkpoints(lambda: language.pretrain(spec, tokens, out), out)
     old = whole_checkpoints(out)
@@ -203,7 +204,7 @@ def orphan(spec, tokens, out, folder):
     return trainer
 
 
-def test_an_orphan_is_waited_for_and_its_run_taken_over_whole(tokens, tmp_path):
+def test_an_orphan_is_waited_for_and_its_run_taken_over_whole(tokens, tmp_path, undisturbed):
     spec, out = long_run(steps=150), tmp_path / "run"
     left = orphan(spec, tokens, out, tmp_path)
     stopped = Forked(lambda: cli.main(command(spec, tokens, out, "tokens", "--no-wait")), tmp_path / "no_wait.txt")
@@ -217,11 +218,11 @@ def test_an_orphan_is_waited_for_and_its_run_taken_over_whole(tokens, tmp_path):
     assert "150/150 steps" not in second.said, "nothing was trained again"
     assert "150/150 steps" in (tmp_path / "orphan.txt").read_text()
     assert list(losses(out)) == list(range(1, 151))
-    whole = language.pretrain(spec, tokens, tmp_path / "whole")
+    whole = undisturbed(language.pretrain, spec, tokens)
     assert run.read_json(out / "manifest.json")["sha256"] == whole["sha256"]
 
 
-def test_an_orphan_that_dies_while_it_is_waited_for_is_taken_over_from(tokens, tmp_path):
+def test_an_orphan_that_dies_while_it_is_waited_for_is_taken_over_from(tokens, tmp_path, undisturbed):
     spec, out = long_run(steps=150, checkpoint_minutes=1e-4), tmp_path / "run"
     left = orphan(spec, tokens, out, tmp_path)
     second = Forked(lambda: cli.main(command(spec, tokens, out)), tmp_path / "second.txt")
@@ -230,7 +231,7 @@ def test_an_orphan_that_dies_while_it_is_waited_for_is_taken_over_from(tokens, t
     assert second.wait() == 0, second.said
     assert "150/150 steps" in second.said
     assert list(losses(out)) == list(range(1, 151))
-    whole = language.pretrain(spec, tokens, tmp_path / "whole")
+    whole = undisturbed(language.pretrain, spec, tokens)
     assert run.read_json(out / "manifest.json")["sha256"] == whole["sha256"]
 
 
@@ -319,10 +320,10 @@ def complete_corrupt(out):
     (resuming.newest(out / "checkpoints") / "complete.json").write_bytes(b"{\xff")
 
 
-def test_checkpoints_that_nobody_knows_are_kept(tokens, tmp_path, capfd):
+def test_checkpoints_that_nobody_knows_are_kept(tokens, tmp_path, capfd, undisturbed):
     """Whose they are cannot be told any more: the same command refuses, and --restart gives the same bits."""
     spec, out = spec_of(steps=40, checkpoint_minutes=1e-4), tmp_path / "cut"
-    whole = language.pretrain(spec, tokens, tmp_path / "whole")
+    whole = undisturbed(language.pretrain, spec, tokens)
     kill_after_checkpoints(lambda: language.pretrain(spec, tokens, out), out)
     (out / "identity.json").write_bytes(b"\xff")
     kept = whole_checkpoints(out)
@@ -336,15 +337,23 @@ def test_checkpoints_that_nobody_knows_are_kept(tokens, tmp_path, capfd):
 HARMS = (cut_short, bytes_that_are_no_text, stray_files, spec_corrupt, manifest_corrupt, lock_corrupt)
 
 
+@pytest.fixture(scope="module")
+def killed(tokens, tmp_path_factory):
+    """A spec, its finished run, and one of it that was killed, to be copied."""
+    folder, spec = tmp_path_factory.mktemp("killed"), spec_of(steps=40, checkpoint_minutes=1e-4)
+    language.pretrain(spec, tokens, folder / "whole")
+    kill_after_checkpoints(lambda: language.pretrain(spec, tokens, folder / "cut"), folder / "cut")
+    return spec, folder / "whole", folder / "cut"
+
+
 @pytest.mark.parametrize("harm", [*HARMS, complete_corrupt], ids=lambda harm: harm.__name__)
-def test_the_next_call_mends_damaged_files(harm, tokens, tmp_path):
-    spec, out = spec_of(steps=40, checkpoint_minutes=1e-4), tmp_path / "cut"
-    whole = language.pretrain(spec, tokens, tmp_path / "whole")
-    kill_after_checkpoints(lambda: language.pretrain(spec, tokens, out), out)
+def test_the_next_call_mends_damaged_files(harm, killed, tokens, tmp_path):
+    spec, whole, cut = killed
+    out = shutil.copytree(cut, tmp_path / "cut")
     harm(out)
     assert cli.main(command(spec, tokens, out)) == 0
-    assert run.read_json(out / "manifest.json")["sha256"] == whole["sha256"]
-    assert run.read_json(out / "spec.json") == run.read_json(tmp_path / "whole" / "spec.json")
+    assert run.read_json(out / "manifest.json")["sha256"] == run.read_json(whole / "manifest.json")["sha256"]
+    assert run.read_json(out / "spec.json") == run.read_json(whole / "spec.json")
     steps = [json.loads(line).get("step") for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(steps) and max(steps) == 40
     assert {p.name for p in out.glob(".*")} == {".lock"}

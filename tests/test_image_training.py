@@ -145,10 +145,10 @@ def test_a_run_stopped_by_a_signal_goes_on_to_the_same_bits(digits, tmp_path):
     stop_and_resume(images.pretrain, spec, "images", digits, tmp_path, lines=15, number=signal.SIGUSR1)
 
 
-def test_twenty_kills_at_random_moments_change_no_bit(digits, tmp_path):
+def test_twenty_kills_at_random_moments_change_no_bit(digits, tmp_path, undisturbed):
     """SIGKILL with everything that draws or remembers, in a run that saves after every step."""
     spec = spec_of(steps=150, checkpoint_minutes=1e-5, model={"drop_path_rate": 0.2, "drop_rate": 0.1}, **EVERYTHING)
-    whole = images.pretrain(spec, digits, tmp_path / "whole")
+    whole = undisturbed(images.pretrain, spec, digits)
     out = tmp_path / "cut"
     assert kill_again_and_again(lambda: images.pretrain(spec, digits, out), out, 20) == 20
     assert images.pretrain(spec, digits, out)["sha256"] == whole["sha256"]

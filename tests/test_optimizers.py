@@ -13,7 +13,7 @@ import test_sharing
 import torch
 from conftest import ROOT, language_model, llama_model, stop_and_resume
 from test_detection import drawn  # noqa: F401 (a fixture)
-from test_training import losses, spec_of, start
+from test_training import both_train, losses, spec_of, start
 
 import masa
 from masa.models import detector, recipes, timm_vit
@@ -179,9 +179,7 @@ def test_a_detector_goes_on_to_the_same_bits(drawn, tmp_path):  # noqa: F811
 def test_two_processes_give_the_loss_curve_of_one(tokens, tmp_path):
     spec = spec_of(micro_batch_size=2, optimizer="muon")
     language.pretrain(spec, tokens, tmp_path / "one")
-    process = start(spec | {"training": spec["training"] | {"processes_per_node": 2}}, tokens, tmp_path / "two")
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 0, said
+    both_train(spec | {"training": spec["training"] | {"processes_per_node": 2}}, tokens, tmp_path / "two")
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert list(two) == list(range(1, 21))
     assert [two[s] for s in two] == pytest.approx([one[s] for s in one], abs=2e-3)  # updates are made in bfloat16

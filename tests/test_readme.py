@@ -13,6 +13,7 @@ import pytest
 from compression_models import tiny_llama
 from projects import BIN, ENVIRONMENT, ROOT, copy_finished
 from test_compression_pretrained import tokenizer
+from warm import servers
 
 README = (ROOT / "README.md").read_text()
 SMOKE = ["--configfile", "config/smoke.yaml"]
@@ -44,10 +45,21 @@ def project(smoke_results, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module", autouse=True)
+def warm(project):
+    """Commands need not import everything again, as under Snakemake."""
+    with servers(ENVIRONMENT | {"PYTHONPATH": str(project), "OMP_NUM_THREADS": "1"}) as environment:
+        WARM.update(environment)
+        yield
+    WARM.clear()
+
+
+WARM: dict[str, str] = {}
+
+
 def run(folder, words, status=0):
-    environment = ENVIRONMENT | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        words, cwd=folder, env=environment, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
+        words, cwd=folder, env=WARM, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
     )
     assert done.returncode == status, done.stdout[-2000:] + done.stderr[-4000:]
     return done

@@ -143,12 +143,12 @@ def test_a_finished_run_that_is_damaged_is_said_and_kept_until_another_is_whole(
     assert not (out / "before").exists()
 
 
-def test_restart_keeps_the_old_run_until_the_new_one_has_finished(earlier_run, tokens, tmp_path, capfd):
+def test_restart_keeps_the_old_run_until_the_new_one_has_finished(earlier_run, tokens, tmp_path, capfd, undisturbed):
     """Killed and given again, --restart goes on with the new run; then the old one goes."""
     out, spec, _, state = earlier_run
     old = everything(out)
     other = changed(spec, learning_rate=1e-3, steps=150)
-    whole = language.pretrain(other, tokens, tmp_path / "whole")
+    whole = undisturbed(language.pretrain, other, tokens)
     process = Forked(lambda: cli.main(command(other, tokens, out, "--restart")), tmp_path / "said.txt")
     until(lambda: (out / "before").is_dir() and len(whole_checkpoints(out)) > 1, process=process)
     process.send(signal.SIGKILL)

@@ -1,6 +1,8 @@
 """The workflow on a real Slurm: two pretend nodes with two pretend GPUs each, on this machine."""
 
+import os
 import re
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -106,18 +108,23 @@ def test_the_whole_workflow(cluster, project):
 LONG = """\
 results: results/smoke
 plan: { device: h100 }
-scales: { smoke: { training: { tokens: 716800, checkpoint_minutes: 0.1 } } }
+scales: { smoke: { training: { tokens: 204800, checkpoint_minutes: 0.1 } } }
 """
 
 
 @pytest.fixture(scope="module")
 def disturbed(cluster, project):
-    """Two trainings at a time on one node: one is requeued in mid-training, the other runs into its time limit."""
+    """Two trainings at a time on one node: one is requeued in mid-training, the other runs into its time limit.
+
+    It is halted until then, so that neither needs to be as long as a minute, the shortest limit that Slurm has.
+    """
     long = overlay(project, "long.yaml", LONG)
     targets = [f"{RUNS}/{name}/seed0/manifest.json" for name in ("vanilla", "masa-qkvo")]
     limits = ["--set-resources", "pretrain:runtime=1", "pretrain:slurm_extra='--nodelist=a'"]
     process = start(project, *targets, *limits, "--retries", "9", overlays=[long])
     both = wait_for(lambda: len(found := trainers(project)) == 2 and found, process, project)
+    wait_for(lambda: under_way(project, "masa-qkvo"), process, project)
+    os.kill(both["smoke/masa-qkvo/seed0"][0], signal.SIGSTOP)
     wait_for(lambda: under_way(project, "vanilla"), process, project)
     job = next(job for job, comment in cluster.jobs().items() if "vanilla" in comment)
     cluster.requeue(job)

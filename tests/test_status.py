@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import pytest
+import warm
 from conftest import ROOT, Forked, until, whole_checkpoints
 from test_training import spec_of
 
@@ -403,10 +404,7 @@ def test_what_does_not_exist_is_said(finished):
         (["--watch", "nan"], "must be above 0"),
         (["--json", "--watch"], "--json and --watch exclude each other"),
     ):
-        said = subprocess.run(
-            [sys.executable, "-m", "masa.cli", "status", "--results", str(finished), *arguments],
-            cwd=ROOT, capture_output=True, text=True, check=False,
-        )  # fmt: skip
+        said = warm.masa("status", "--results", finished, *arguments)
         assert said.returncode == 2
         assert message in said.stderr
 
@@ -548,10 +546,7 @@ def test_ctrl_c_ends_watching_with_status_0(finished, results):
 
 
 def test_watching_into_a_pipe_prints_plain_tables(finished):
-    said = subprocess.run(
-        [sys.executable, "-m", "masa.cli", "status", "--results", str(finished), "--watch", "0.1"],
-        cwd=ROOT, capture_output=True, text=True, check=True, timeout=60,
-    ).stdout  # fmt: skip
+    said = warm.masa("status", "--results", finished, "--watch", "0.1", check=True, timeout=60).stdout
     assert re.search(rf"^done +{RUN} +40/40 ", said, re.M)
     assert said.count("1 of 1 runs done") == 1, "over at the first look"
 

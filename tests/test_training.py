@@ -12,7 +12,8 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, kill_after_checkpoints, kill_again_and_again, language_model, stop_and_resume
+from conftest import ROOT, kill_after_checkpoints, kill_again_and_again, language_model, ranks, stop_and_resume
+from warm import started
 
 import masa
 from masa.data import tokens as token_files
@@ -207,9 +208,9 @@ def test_a_run_stopped_by_a_signal_goes_on_to_the_same_bits(method, tokens, tmp_
     stop_and_resume(language.pretrain, spec, "tokens", tokens, tmp_path, lines=20)
 
 
-def test_a_checkpoint_cut_short_by_a_kill_is_passed_over(tokens, tmp_path):
+def test_a_checkpoint_cut_short_by_a_kill_is_passed_over(tokens, tmp_path, undisturbed):
     spec = spec_of(steps=120, checkpoint_minutes=1e-4)
-    whole = language.pretrain(spec, tokens, tmp_path / "whole")
+    whole = undisturbed(language.pretrain, spec, tokens)
     kill_after_checkpoints(lambda: language.pretrain(spec, tokens, tmp_path / "cut"), tmp_path / "cut")
     checkpoints = tmp_path / "cut" / "checkpoints"
     newest = max(checkpoints.glob("checkpoint-*"), key=lambda p: int(p.name[11:]))
@@ -220,9 +221,9 @@ def test_a_checkpoint_cut_short_by_a_kill_is_passed_over(tokens, tmp_path):
 
 
 @pytest.mark.parametrize("harm", ["flipped", "missing"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(harm, tokens, tmp_path, capfd):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(harm, tokens, tmp_path, capfd, undisturbed):
     spec = spec_of(steps=60, checkpoint_minutes=1e-4)
-    whole = language.pretrain(spec, tokens, tmp_path / "whole")
+    whole = undisturbed(language.pretrain, spec, tokens)
     kill_after_checkpoints(lambda: language.pretrain(spec, tokens, tmp_path / "cut"), tmp_path / "cut")
     checkpoints = tmp_path / "cut" / "checkpoints"
     newest = max(checkpoints.glob("checkpoint-*/complete.json"), key=lambda p: int(p.parent.name[11:])).parent
@@ -239,16 +240,24 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(harm, tokens, 
     assert again["sha256"] == whole["sha256"]
 
 
-def test_twenty_kills_at_random_moments_change_no_bit(tokens, tmp_path):
+def test_twenty_kills_at_random_moments_change_no_bit(tokens, tmp_path, undisturbed):
     """SIGKILL in a process that saves all the time: between steps, in steps, and while checkpoints are written."""
     spec = spec_of("masa", steps=150, checkpoint_minutes=1e-5)
-    whole = language.pretrain(spec, tokens, tmp_path / "whole")
+    whole = undisturbed(language.pretrain, spec, tokens)
     kills = kill_again_and_again(lambda: language.pretrain(spec, tokens, tmp_path / "cut"), tmp_path / "cut", 20)
     again = language.pretrain(spec, tokens, tmp_path / "cut")
     assert again["sha256"] == whole["sha256"]
     assert kills == 20
     steps = [r["step"] for r in run.read_jsonl(tmp_path / "cut" / "metrics.jsonl") if "loss" in r]
     assert steps == sorted(set(steps)), "no step is logged twice"
+
+
+def both_train(spec, tokens, out):
+    """The processes of a run alone, without what launches them."""
+    both = ranks(lambda: language.pretrain(spec, tokens, out) and None, out.parent / f"said-{out.name}")
+    assert [process.wait() for process in both] == [0, 0], [process.said for process in both]
+    assert run.read_json(out / "provenance.json")["processes"] == 2
+    assert not any("Traceback" in process.said for process in both)
 
 
 def losses(out):
@@ -259,9 +268,8 @@ def losses(out):
 def test_two_processes_give_the_loss_curve_of_one(parallel, tokens, tmp_path):
     """A batch of 4 in parts of 2: one process takes two passes a step, two processes one each."""
     whole = language.pretrain(spec_of("masa", micro_batch_size=2), tokens, tmp_path / "one")
-    process = start(
-        spec_of("masa", micro_batch_size=2, processes_per_node=2, parallel=parallel), tokens, tmp_path / "two"
-    )
+    spec = spec_of("masa", micro_batch_size=2, processes_per_node=2, parallel=parallel)
+    process = started(*command(spec, tokens, tmp_path / "two")[3:], stderr=subprocess.PIPE)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 0, said
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
@@ -279,8 +287,8 @@ def test_two_processes_give_the_loss_curve_of_one(parallel, tokens, tmp_path):
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes_stop_together_and_go_on_to_the_same_bits(parallel, tokens, tmp_path):
     spec = spec_of("masa", micro_batch_size=2, steps=60, processes_per_node=2, parallel=parallel)
-    assert start(spec, tokens, tmp_path / "whole").wait(timeout=120) == 0
-    process = start(spec, tokens, tmp_path / "cut")
+    both_train(spec, tokens, tmp_path / "whole")
+    process = started(*command(spec, tokens, tmp_path / "cut")[3:], stderr=subprocess.PIPE)
     log = tmp_path / "cut" / "metrics.jsonl"
     while not (log.is_file() and log.read_text().count("\n") > 5):
         assert process.poll() is None, process.stderr.read()
@@ -291,7 +299,7 @@ def test_two_processes_stop_together_and_go_on_to_the_same_bits(parallel, tokens
     assert "masa: test/masa/seed0 was stopped by SIGUSR1 at step" in said
     assert "Traceback" not in said
     assert not (tmp_path / "cut" / "manifest.json").exists()
-    assert start(spec, tokens, tmp_path / "cut").wait(timeout=120) == 0
+    both_train(spec, tokens, tmp_path / "cut")
     first, again = (run.read_json(tmp_path / name / "manifest.json") for name in ("whole", "cut"))
     assert again["sha256"] == first["sha256"]
 
