@@ -221,7 +221,7 @@ def _quantize(given: argparse.Namespace) -> None:
     summary = run_quantize(given.model, given.out, given.bits, given.calibration, threads=given.threads)
     before, after = summary["bytes_before"], summary["bytes_after"]
     lines = [
-        f"{summary['bits']} bits a number: shared matrices {before:,} -> {after:,} bytes ({after / before:.3f} of them)",
+        f"{summary['bits']} bits a number: shared matrices {before:,} -> {after:,} bytes ({after / before:.3f})",
         f"time: {summary['seconds']:.1f} s",
         f"written: {summary['output']} (all of it in compression.json)",
     ]
