@@ -8,6 +8,7 @@ import torch
 from compression_models import fitting, letters, tiny_llama, tokens
 from safetensors.torch import load_file
 from test_equal_bytes import BYTES, compressed, matrix
+from transformers import AutoModel, AutoModelForCausalLM
 
 import masa
 from masa import cli
@@ -18,7 +19,9 @@ from masa.compression.methods.rounding import Rounding, grid, nearest, of_every
 from masa.compression.names import METHODS
 from masa.compression.quantization import quantize
 from masa.errors import MasaError
+from masa.sharing.embeddings import round_embeddings
 from masa.sharing.grouped import GROUPS, Grouped
+from masa.sharing.parameters import cast
 from masa.sharing.parts import PARTS, make_part
 
 F64 = torch.float64
@@ -347,3 +350,68 @@ def test_bad_calls_are_a_line_and_leave_nothing(smaller_folder, change, message,
     assert cli.main(["quantize", *model, "--out", "few", *more]) == 2
     assert message in (said := capsys.readouterr().err) and "Traceback" not in said
     assert sorted(p.name for p in tmp_path.rglob("*")) == before
+
+
+# embeddings
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_embeddings_and_head_are_one_table_where_they_were(bits, tied, tmp_path):
+    model = masa.share(tiny_llama(tie_word_embeddings=tied), SPECS[0])
+    with torch.no_grad():
+        exact = model(tokens()).logits
+    rows = model.get_input_embeddings().weight.detach().clone()
+    few = quantize(model, bits, embeddings=bits)
+    written = few.get_input_embeddings().weight
+    assert float((written - rows).norm() / rows.norm()) < (0.01 if bits == 8 else 0.1)
+    torch.testing.assert_close(few.get_input_embeddings()(tokens()), torch.nn.functional.embedding(tokens(), written))
+    with torch.no_grad():
+        found = few(tokens()).logits
+    assert float((found - exact).norm() / exact.norm()) < (0.05 if bits == 8 else 0.6)
+    few.save_pretrained(tmp_path / "few")
+    stored = load_file(tmp_path / "few/model.safetensors")
+    tables = {name: t.nbytes for name, t in stored.items() if name.startswith(("model.embed_tokens", "lm_head"))}
+    assert sum(name.endswith(".numbers") for name in tables) == (1 if tied else 2)
+    each = {8: 1 + 2 / 48, 4: 0.5 + 4 / 24}[bits]  # groups of the largest even part of 48
+    assert sum(tables.values()) == rows.numel() * each * (1 if tied else 2)
+    for loaded in (masa.load(tmp_path / "few"), AutoModelForCausalLM.from_pretrained(tmp_path / "few")):
+        with torch.no_grad():
+            assert torch.equal(loaded(tokens()).logits, found)
+        assert masa.count_parameters(loaded).total == masa.count_parameters(few).total
+    plain = masa.fold(few)
+    assert type(plain.get_input_embeddings()) is torch.nn.Embedding
+    assert (plain.get_output_embeddings().weight is plain.get_input_embeddings().weight) == tied
+    with torch.no_grad():
+        torch.testing.assert_close(plain(tokens()).logits, found, rtol=1e-4, atol=1e-4)
+    plain.save_pretrained(tmp_path / "plain")
+    with torch.no_grad():
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")(tokens()).logits
+    torch.testing.assert_close(again, plain(tokens()).logits.detach())
+
+
+def test_a_base_model_and_another_dtype_read_them_too(tmp_path):
+    few = quantize(trained(SPECS[0]), 8, embeddings=8)
+    few.save_pretrained(tmp_path)
+    base = AutoModel.from_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = few.model(tokens()).last_hidden_state
+        assert torch.equal(base(tokens()).last_hidden_state, expected)
+        half = masa.load(tmp_path, dtype=torch.bfloat16)
+        assert half(tokens()).logits.dtype == torch.bfloat16
+        assert torch.equal(half(tokens()).logits, cast(copy.deepcopy(few), torch.bfloat16)(tokens()).logits)
+    for a, b in zip(half.buffers(), few.buffers(), strict=True):
+        assert a.is_floating_point() or torch.equal(a, b)
+
+
+def test_words_are_generated_and_another_head_is_refused(tmp_path):
+    few = quantize(trained(SPECS[0]), 8, embeddings=8)
+    made = few.generate(tokens()[:1, :4], max_new_tokens=5, do_sample=False, pad_token_id=0)
+    assert made.shape == (1, 9)
+    with pytest.raises(MasaError, match="few bits already"):
+        round_embeddings(few, 8)
+    odd = trained(SPECS[0])
+    odd.lm_head = torch.nn.Sequential(odd.lm_head)
+    odd.lm_head.weight, odd.lm_head.bias = odd.lm_head[0].weight, None
+    with pytest.raises(MasaError, match="Sequential has no form with few bits"):
+        quantize(odd, 8, embeddings=8)

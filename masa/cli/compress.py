@@ -218,7 +218,9 @@ def _compress(given: argparse.Namespace) -> None:
 def _quantize(given: argparse.Namespace) -> None:
     from masa.compression import run_quantize
 
-    summary = run_quantize(given.model, given.out, given.bits, given.calibration, threads=given.threads)
+    summary = run_quantize(
+        given.model, given.out, given.bits, given.calibration, embeddings=given.embeddings, threads=given.threads
+    )
     before, after = summary["bytes_before"], summary["bytes_after"]
     lines = [
         f"{summary['bits']} bits a number: shared matrices {before:,} -> {after:,} bytes ({after / before:.3f})",

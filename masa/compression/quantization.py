@@ -15,6 +15,7 @@ from masa.compression.methods.rounding import Rounding
 from masa.errors import MasaError
 from masa.sharing import compressed_sources as compressed
 from masa.sharing import weight_sources as trained
+from masa.sharing.embeddings import round_embeddings
 from masa.sharing.grouped import BITS
 from masa.sharing.packed import unpack_bits
 from masa.sharing.part_sources import Parts
@@ -30,29 +31,34 @@ def quantize(
     model: nn.Module,
     bits: int = 8,
     calibration: Calibration | None = None,
+    *,
+    embeddings: int | None = None,
     progress: Progress = lambda what, done, of: None,
 ) -> nn.Module:
     """Store the numbers of shared matrices with few bits, in place: atoms, factors, dictionaries, values that stayed.
 
     What the model stored as it was is rounded so that outputs change least: of two factors the second is solved for
-    again beside the first, and columns of a matrix make up for those before it. Coefficients, biases, norms and
-    embeddings keep their dtype.
+    again beside the first, and columns of a matrix make up for those before it. Coefficients, biases, norms and, unless
+    they are asked for, embeddings keep their dtype.
 
     Args:
         model: what :func:`masa.share` (trained), :func:`masa.compress` or :func:`masa.load` returned.
         bits: 8 or 4 (8.25 and 5 with what groups of numbers have in common).
         calibration: statistics of the model that was compressed, or of this one folded: errors then count as the
             inputs make them count, else all alike.
+        embeddings: bits of the embeddings and of the head, None to leave them.
         progress: called with ("rounding", done, of).
 
     Returns:
         ``model`` itself.
 
     Raises:
-        MasaError: nothing is shared, other bits, or heads that layers share, which have no form with few bits.
+        MasaError: nothing is shared, other bits, heads that layers share or embeddings that do more than look up, which
+            have no form with few bits.
     """
-    if bits not in BITS:
-        raise MasaError(f"bits is one of {', '.join(map(str, BITS))}, got {bits!r}.")
+    for name, asked in (("bits", bits), ("embeddings", BITS[0] if embeddings is None else embeddings)):
+        if asked not in BITS or isinstance(asked, bool):
+            raise MasaError(f"{name} is one of {', '.join(map(str, BITS))}, got {asked!r}.")
     shared = bank_of(model)
     if shared is None:
         raise MasaError("This model shares nothing and stores no factors. Compress it with option bits instead.")
@@ -62,6 +68,8 @@ def quantize(
         source = shared.source(name[0]).freeze_coefficients()
         shared[name] = _rounded(source, bits, calibration, shared.layers, log)
     progress("rounding", len(names), len(names))
+    if embeddings is not None:
+        round_embeddings(model, embeddings)
     return model
 
 

@@ -135,6 +135,7 @@ def run_quantize(
     bits: int = 8,
     calibration: str | Path | None = None,
     *,
+    embeddings: int | None = None,
     threads: int | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
@@ -146,6 +147,7 @@ def run_quantize(
         bits: 8 or 4.
         calibration: directory of statistics of the model that was compressed, or of this one folded; None to have all
             errors count alike.
+        embeddings: bits of the embeddings and of the head; None leaves them as they are.
         threads: of the CPU; by default torch's own choice.
         quiet: no progress.
 
@@ -168,10 +170,10 @@ def run_quantize(
         loaded = load(where, runtime="factored")
         before = _shared_bytes(loaded)
         with terminal(quiet) as progress:
-            quantize(loaded, bits, statistics, progress)
+            quantize(loaded, bits, statistics, embeddings=embeddings, progress=progress)
         save(loaded, folder)
         account = read_json(where / ACCOUNT) if (where / ACCOUNT).is_file() else {}
-        summary: dict[str, Any] = {"model": str(model), "output": str(output), "bits": bits}
+        summary: dict[str, Any] = {"model": str(model), "output": str(output), "bits": bits, "embeddings": embeddings}
         summary |= {"bytes_before": before, "bytes_after": _shared_bytes(loaded)}
         summary |= {"calibration": None if statistics is None else statistics.made_of()}
         summary |= {"handed_on": hand_on(where, folder), "seconds": round(time.perf_counter() - started, 2)}

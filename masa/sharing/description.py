@@ -16,9 +16,10 @@ from masa.errors import MasaError
 from masa.sharing.compression_spec import CompressionSpec
 from masa.sharing.spec import SharingSpec
 
-FORMATS = (1, 2, 3)
+FORMATS = (1, 2, 3, 4)
 """1 has a file of its own (:data:`EARLIER`); 3 says which blocks share what
-where not all do, and which stack of blocks where there are several."""
+where not all do, and which stack of blocks where there are several; 4 has
+embeddings with few bits."""
 METHOD = "masa--import-masa-before-you-load-it-or-run-masa-export"
 """``quant_method`` of a factored folder. Tools that do not know it print it, so that it says the two ways on."""
 PLAIN = "masa"
@@ -33,7 +34,7 @@ def read(folder: Path) -> dict[str, Any] | None:
     """The description of a folder, or None if it is an ordinary model.
 
     Returns:
-        ``spec``, ``dense_attention``, ``sources``, and in format 3 ``layers`` or ``stack``.
+        ``spec``, ``dense_attention``, ``sources``, and from format 3 on ``layers`` or ``stack``, in 4 ``embeddings``.
 
     Raises:
         MasaError: it cannot be read; the message names the file.

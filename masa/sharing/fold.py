@@ -9,6 +9,7 @@ from torch import nn
 
 from masa.errors import MasaError
 from masa.sharing.bank import SharedProjections, is_hooked
+from masa.sharing.embeddings import write_out
 from masa.sharing.fused import FusedLinear
 from masa.sharing.linears import SharedLinear, SharedWeight, like
 from masa.sharing.saving import adapted, detach_saving
@@ -62,6 +63,7 @@ def fold_in_place(model: nn.Module) -> None:
         if isinstance(shared, SharedProjections):
             shared.detach(module)
         vars(module).pop("sharing", None)
+    write_out(model)
     detach_saving(model)
 
 

@@ -85,18 +85,28 @@ class Grouped(nn.Module):
         self.numbers.copy_(flat)
 
     def forward(self) -> Tensor:
-        flat = self.numbers
+        found = self._decoded(self.numbers, self.scales, self.least, self.count)
+        return found[: self.count].view(self.shape).to(autocast_dtype(self.like))
+
+    def rows(self, index: Tensor | slice) -> Tensor:
+        """Some rows (n, columns) of a matrix whose rows are whole groups."""
+        many, columns = self.shape
+        each = columns // self.group
+        parts = [self.numbers.view(many, -1), self.scales.view(many, each), self.least.view(many, -1)]
+        taken = [t[index] for t in parts] if isinstance(index, slice) else [t.index_select(0, index) for t in parts]
+        found = self._decoded(*(t.flatten() for t in taken), len(taken[0]) * columns)
+        return found.view(-1, columns).to(autocast_dtype(self.like))
+
+    def _decoded(self, flat: Tensor, scales: Tensor, least: Tensor, count: int) -> Tensor:
+        """Numbers, in float32; of the last group as many as it may have."""
         if self.bits == 4:
-            flat = torch.stack((flat & 15, flat >> 4), 1).flatten()[: self.count]
-        lacking = -self.count % self.group
-        if lacking:
+            flat = torch.stack((flat & 15, flat >> 4), 1).flatten()[:count]
+        if lacking := -count % self.group:
             flat = nn.functional.pad(flat, (0, lacking))
-        rows, scales = flat.view(-1, self.group), self.scales.view(torch.float16).float().unsqueeze(1)
+        whole, steps = flat.view(-1, self.group).float(), scales.view(torch.float16).float().unsqueeze(1)
         if self.bits == 8:
-            found = (rows.float() - 128) * scales
-        else:
-            found = torch.addcmul(self.least.view(torch.float16).float().unsqueeze(1), rows.float(), scales)
-        return found.flatten()[: self.count].view(self.shape).to(autocast_dtype(self.like))
+            return ((whole - 128) * steps).flatten()
+        return torch.addcmul(least.view(torch.float16).float().unsqueeze(1), whole, steps).flatten()
 
     def extra_repr(self) -> str:
         return f"{self.shape}, bits={self.bits}, group={self.group}"

@@ -23,6 +23,7 @@ from masa.sharing import compressed_sources as _compressed  # noqa: F401 (regist
 from masa.sharing import part_sources as _parts  # noqa: F401 (likewise)
 from masa.sharing.bank import SharedProjections, is_hooked
 from masa.sharing.description import EARLIER, METHOD, check, read_spec
+from masa.sharing.embeddings import put_embeddings
 from masa.sharing.linears import computed_layers
 from masa.sharing.packed import Packed
 from masa.sharing.projections import bank_of
@@ -110,6 +111,8 @@ def put_sources(model: nn.Module, description: Mapping[str, Any], where: str | P
         shared = SharedProjections(sources, description.get("layers"))
         shared.to(next(p.dtype for p in model.parameters() if p.is_floating_point()))
         install(model, shared, description.get("stack"))
+        if "embeddings" in description:
+            put_embeddings(model, description["embeddings"])
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         file = EARLIER if description.get("format") == 1 else "config.json"
         raise MasaError(
@@ -176,7 +179,7 @@ def check_loaded(model: nn.Module) -> None:
     for name, module in shared.named_modules():
         if isinstance(module, Packed) and not module.positions.is_meta and not module.consistent():
             raise MasaError(
-                f"{model.config.name_or_path}: shared.{name} has {module.values.numel():,} values, and its positions "
+                f"{model.config.name_or_path}: shared.{name} has {module.count:,} values, and its positions "
                 "are of another number: the file is damaged. Fetch it again, or save it again with masa.save."
             )
     if is_hooked(model):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from masa.errors import MasaError
 from masa.runs.files import whole_file
 from masa.sharing.description import ELSEWHERE, METHOD, PLAIN
+from masa.sharing.embeddings import few_bits_embeddings
 from masa.sharing.linears import computed_layers
 from masa.sharing.stacks import bank_of, stack_of, stacks
 
@@ -84,6 +85,8 @@ class SavePretrained:
             more["stack"] = stack.path
         if more:
             description |= {"format": 3} | more
+        if (embeddings := few_bits_embeddings(self.model)) is not None:
+            description |= {"format": 4, "embeddings": embeddings}
         return {"quantization_config": {"quant_method": METHOD} | description, "runtime": "auto"}
 
 

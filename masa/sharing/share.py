@@ -19,6 +19,7 @@ from torch import nn
 from masa.errors import MasaError
 from masa.sharing.bank import SharedProjections
 from masa.sharing.compression_spec import CompressionSpec
+from masa.sharing.embeddings import embedding_numbers
 from masa.sharing.fused import Part
 from masa.sharing.linears import SharedLinear, SharedWeight
 from masa.sharing.projections import Family, bank_of, family_of, model_shape
@@ -202,6 +203,7 @@ def count_parameters(model: nn.Module) -> ParameterCount:
             attention += source.stored_numbers_of(ATTENTION)
         # several sources may share a block embedding, so their parameters are counted together
         total += sum(s.stored_numbers() for s in shared.values()) - sum(p.numel() for p in shared.parameters())
+    total += embedding_numbers(model)
     attention += _attention_numbers(family, served)
     dense = model.sharing.dense_attention if getattr(model, "sharing", None) else attention
     shape = model_shape(model, family)
