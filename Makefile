@@ -29,10 +29,10 @@ docs: env # the documentation: build/docs/index.html
 	$(BIN)/python -m sphinx -b html --fail-on-warning --keep-going --quiet docs build/docs
 
 test: env
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -n 2
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -n 3
 
 test-fast: env # a few minutes, no workflow and no long training: for the inner loop
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -n 2 -m "not slow"
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -n 3 -m "not slow"
 
 # one after the other, to themselves; a missed target is no error here, and stands in the table
 BENCHMARKS = training_step training_loop inference tokenization calibration_speed calibration_memory mixing serving growth compression_growth workflow

@@ -323,13 +323,15 @@ def smaller_folder(tmp_path):
 @pytest.mark.parametrize("data", [False, True])
 def test_the_command_writes_a_folder_with_its_account(smaller_folder, data, tmp_path, capsys):
     out, call = tmp_path / "few", ["quantize", str(smaller_folder), "--bits", "4", "--threads", "1"]
-    call += ["--calibration", str(tmp_path / "statistics")] if data else []
+    call += ["--calibration", str(tmp_path / "statistics")] if data else ["--embeddings", "8"]
     assert cli.main([*call, "--out", str(out)]) == 0
     assert "4 bits a number: shared matrices" in capsys.readouterr().out
     account = json.loads((out / "compression.json").read_text())["quantized"]
     found = masa.load(out)
     assert stored_bytes(found) == account["bytes_after"] < 0.2 * account["bytes_before"]
     assert (account["calibration"] is not None) == data
+    assert account["embeddings"] == (None if data else 8)
+    assert hasattr(found.get_input_embeddings(), "table") != data
     assert (out / "tokenizer.json").read_text() == "{}"
     assert cli.main([*call, "--out", str(out)]) == 0, "its own earlier output is replaced"
 

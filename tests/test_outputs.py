@@ -95,7 +95,17 @@ def test_every_verb_that_writes_says_where_and_is_tried_and_held():
     """A new verb with --out must add it by add_out, which is what is tried and held."""
     verbs = next(a for a in cli.make_parser()._actions if isinstance(a.choices, dict)).choices
     writing = {name: verb for name, verb in verbs.items() if "--out" in verb._option_string_actions}
-    assert {"pretrain", "train-vit", "calibrate", "compress", "sweep", "export", "evaluate", "tokenize"} <= set(writing)
+    assert {
+        "pretrain",
+        "train-vit",
+        "calibrate",
+        "compress",
+        "quantize",
+        "sweep",
+        "export",
+        "evaluate",
+        "tokenize",
+    } <= set(writing)
     locks = {name: verb.get_default("out_lock") for name, verb in writing.items()}
     own = {"pretrain", "train-vit", "sweep", "calibrate", "tables", "figures", "report"}  # their work takes it
     assert {name for name, lock in locks.items() if lock is None} == own
@@ -114,6 +124,7 @@ def test_every_verb_that_writes_says_where_and_is_tried_and_held():
         ["boxes", "shapes"],
         ["pretrained", "SmolLM2-135M"],
         ["evaluate", "x"],
+        ["quantize", "x"],
         ["export", "x"],
         ["sweep", "a/b", "--model", "x", "--texts", "x", "--benchmarks", "x"],
         ["pretrain", "--run", "nano/vanilla/seed0", "--tokens", "x"],

@@ -123,7 +123,7 @@ def exported_gguf(folder, command):
 SMALL = ("--samples", "4", "--length", "24", "--gradient-samples", "2")
 HOW: dict[str, Callable] = {
     "make results": make("snakemake --cores all results/tables results/figures"),
-    "make test": make("pytest -n 2"),  # .ci/run runs it
+    "make test": make("pytest -n 3"),  # .ci/run runs it
     "make report": make("snakemake --cores all report"),
     "source .venv/bin/activate": activated,
     "snakemake --cores all results/tables results/figures": smoke("-n"),

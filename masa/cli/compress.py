@@ -100,12 +100,13 @@ def _add_quantize(verbs: Verbs) -> None:
     )
     v.add_argument("model", metavar="DIR", help="folder of masa compress, or model/ of a training")
     v.add_argument("--bits", type=int, default=8, help="8 (the default) or 4")
+    v.add_argument("--embeddings", type=int, metavar="BITS", help="of embeddings and head, too (default: as they are)")
     v.add_argument(
         "--calibration", metavar="DIR", help="what `masa calibrate` wrote of the model before it was smaller"
     )
     v.add_argument("--threads", type=_count, help="CPU threads (default: all)")
     v.add_argument("--json", action="store_true", help="print the account as JSON")
-    add_out(v, aliases=("--output",), lock=None)
+    add_out(v, aliases=("--output",), lock="beside")
 
 
 def _add_sweep(verbs: Verbs) -> None:

@@ -156,7 +156,7 @@ def run_quantize(
         beside what an earlier compression wrote there.
 
     Raises:
-        MasaError: nothing in the folder is shared, or see :func:`masa.compression.quantization.quantize`.
+        MasaError: nothing in the folder is shared, or see :func:`masa.compression.quantize`.
     """
     started = time.perf_counter()
     if threads:

@@ -85,7 +85,7 @@ class BlockInputs:
     def _take(self, kept: Tensor | Path) -> Tensor:
         if isinstance(kept, Tensor):
             return kept
-        hidden: Tensor = torch.load(kept)
+        hidden: Tensor = torch.load(kept, weights_only=True)
         kept.unlink()
         return hidden
 
