@@ -168,6 +168,36 @@ def test_a_plain_model_becomes_gguf_and_needs_nothing_else(folder, tmp_path, pla
 
 
 @needs_llama_cpp
+@pytest.mark.parametrize(("name", "kind", "error"), [("q8_0", "Q8_0", 0.01), ("q4_0", "Q4_0", 0.12)])
+def test_llama_cpps_types_of_few_bits_are_an_option(folder, tmp_path, name, kind, error, capsys):
+    call = ["export", str(folder), "--format", "gguf", "--no-check", "--out"]
+    assert cli.main([*call, str(tmp_path / "whole")]) == 0
+    assert cli.main([*call, str(tmp_path / "few"), "--type", name]) == 0
+    said = capsys.readouterr().out
+    (whole,), (few,) = ((tmp_path / out).glob("*.gguf") for out in ("whole", "few"))
+    assert few.name.endswith(f"-{kind}.gguf") and few.stat().st_size < whole.stat().st_size
+    types = json.loads((tmp_path / "few/export.json").read_text())["types"]
+    assert types[kind] > 0 and f"{types[kind]} {kind}" in said
+    assert f"{types[kind]} {kind}" in (tmp_path / "few/README.md").read_text()
+    exact, found = (load_pretrained(file, cache=tmp_path / "read")[0].state_dict() for file in (whole, few))
+    assert exact.keys() == found.keys()
+    worst = max(
+        float((found[k].float() - w.float()).norm() / w.float().norm().clamp_min(1e-9)) for k, w in exact.items()
+    )
+    assert 0 < worst < error
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [(["--type", "q8_0"], "--type belongs to --format gguf"), (["--format", "gguf", "--type", "q9"], "GGUF type 'q9'")],
+)
+def test_a_type_that_cannot_be_is_refused_before_the_work(folder, tmp_path, more, message, capsys):
+    assert cli.main(["export", str(folder), *more, "--out", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@needs_llama_cpp
 def test_what_llama_cpp_does_not_know_is_refused_before_the_work(folder, tmp_path, capsys):
     factored = compressed(folder, tmp_path / "factored")
     config = json.loads((factored / "config.json").read_text())

@@ -23,6 +23,9 @@ def add(verbs: Verbs) -> None:
     v.add_argument("run", metavar="RUN", help="run directory, SCALE/EXPERIMENT/seedN, or a model's folder")
     v.add_argument("--format", default="hf", metavar="NAME", help="hf (a folder; the default) or gguf (for llama.cpp)")
     v.add_argument("--dtype", metavar="NAME", help="float32, float16 or bfloat16 (default: as it is stored)")
+    v.add_argument(
+        "--type", metavar="NAME", help="gguf: q8_0, q6_k, q5_k_m, q4_k_m, q4_0, iq4_xs, … (default: --dtype)"
+    )
     v.add_argument("--tokenizer", metavar="DIR", help="the run's, where it is not in results/data/tokenizer")
     v.add_argument("--data", metavar="DIR", help="the run's tokens, images or boxes, where not in results/data")
     v.add_argument("--results", metavar="DIR", help="where run ids are looked up; default: from the configuration")
@@ -49,6 +52,7 @@ def _export(given: argparse.Namespace) -> None:
         cache=Path(c["cache"]),
         check=given.check,
         license=given.license,
+        type=given.type,
     )
     account = export(
         given.run,
@@ -86,7 +90,9 @@ def _summary(account: dict[str, Any], out: str) -> str:
         state = "the run's" if tokenizer["verified"] else "the folder's"
         lines.append(f"tokenizer: {state}, {tokenizer['vocab_size']:,} tokens, sha256 {tokenizer['sha256'][:12]}…")
     if check := account.get("check"):
-        lines.append(_checked(check))
+        lines.append(_checked(check) + (", before it had few bits" if account.get("types") else ""))
+    if types := account.get("types"):
+        lines.append("tensors: " + ", ".join(f"{count} {name}" for name, count in types.items()))
     if handed := account.get("handed_on"):
         lines.append(f"handed on unchanged: {', '.join(handed['files']) or 'nothing'}")
         lines += [f"left: {name} ({why})" for name, why in handed["left"].items() if why not in QUIET]

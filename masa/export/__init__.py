@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from masa.errors import MasaError, unknown
+from masa.export import llama_types
 from masa.export.source import Source, find
 from masa.runs import run as runs
 from masa.runs.files import sha256_of, whole_folder
@@ -38,6 +39,7 @@ class Options:
         cache: where the pinned converter is kept.
         check: read the result back with the program it is for, and compare logits; None: of a GGUF file.
         license: for the card's front matter.
+        type: of a GGUF file's matrices, a key of :data:`masa.export.llama_types.TYPES`; None for the dtype.
     """
 
     dtype: str | None = None
@@ -45,6 +47,7 @@ class Options:
     cache: Path = Path("cache")
     check: bool | None = None
     license: str = "unknown"
+    type: str | None = None
 
 
 def export(
@@ -83,6 +86,10 @@ def export(
         raise unknown("dtype", options.dtype, DTYPES)
     if format != "gguf" and options.converter:
         raise MasaError("--converter belongs to --format gguf.")
+    if options.type is not None:
+        if format != "gguf":
+            raise MasaError("--type belongs to --format gguf; for few bits in masa's own folders see masa quantize.")
+        llama_types.check_type(options.type)
     out = Path(out).resolve()
     _check_out(out)
     source = find(run, Path(results), tokenizer and Path(tokenizer), data and Path(data), plain=format == "gguf")
@@ -118,6 +125,7 @@ def _gguf(source: Source, kind: Any, folder: Path, options: Options) -> dict[str
     """A file that llama.cpp runs, made from the Hugging Face folder by llama.cpp's own converter."""
     from masa.export import gguf, llama_cpp
 
+    quantizer = llama_types.quantizer(options.cache) if options.type else None
     checked = options.check is not False
     if checked:
         llama_cpp.require()
@@ -132,6 +140,11 @@ def _gguf(source: Source, kind: Any, folder: Path, options: Options) -> dict[str
         account |= {"format": "gguf", "gguf": gguf.convert(plain, folder / name, dtype, converter)}
         if checked:
             account["check"] = llama_cpp.check(folder / name, plain, dtype)
+        if quantizer is not None:  # after the check, whose numbers are those of the dtype
+            whole, name = folder / name, f"{source.name.replace('/', '-')}-{options.type.upper()}.gguf"
+            _say(f"export: {options.type}, by llama.cpp")
+            account["types"] = llama_types.quantize(whole, folder / name, options.type, quantizer)
+            whole.unlink()
         if source.spec is None:
             account["handed_on"] = gguf.hand_on(source.model, folder)
     _write_card(source, kind, llama_cpp.usage(name, source), account, folder, options)

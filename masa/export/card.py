@@ -102,7 +102,12 @@ def _facts(source: Source, account: Mapping[str, Any]) -> dict[str, Any]:
             "weights": account["dtype"],
         }
         | {_GGUF[key]: value for key, value in account.get("gguf", {}).items()}
+        | ({"tensors, by llama.cpp's types": _types(types)} if (types := account.get("types")) else {})
     )
+
+
+def _types(found: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in found.items())
 
 
 def _summary(source: Source, count: Mapping[str, Any]) -> str:
