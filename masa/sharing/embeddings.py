@@ -133,9 +133,8 @@ def _of_these(first: str, second: str, model: nn.Module) -> bool:
 
 def few_bits_embeddings(model: nn.Module) -> dict[str, Any] | None:
     """What :func:`put_embeddings` needs to put them there again; None where the model has its own."""
-    find = getattr(model, "get_input_embeddings", None)
-    embeddings = find() if find is not None else None
-    if not isinstance(embeddings, FewBitsEmbedding):
+    embeddings = next((m for m in model.modules() if isinstance(m, FewBitsEmbedding)), None)
+    if embeddings is None:  # models of sound have no input embeddings to be asked for
         return None
     head = model.get_output_embeddings()
     tied = isinstance(head, FewBitsHead) and head.table is embeddings.table
