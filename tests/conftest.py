@@ -1,5 +1,6 @@
 """Small real models and data for all tests."""
 
+import contextlib
 import functools
 import gc
 import json
@@ -23,7 +24,8 @@ import pytest
 import torch
 import tqdm
 from filelock import FileLock
-from projects import ROOT, run_smoke
+from projects import ROOT, copy_finished, run_smoke
+from slurm_cluster import missing
 from warm import started
 
 from masa.runs import memory
@@ -54,7 +56,7 @@ SLOW = {
 """Files of half a minute and more; `make test-fast` has none of them, and no test that needs a finished workflow."""
 
 
-LONGEST = ("slurm", "workflow", "benchmarks", "ecosystem", "lm_eval_command", "training", "faults_processes", "readme")
+LONGEST = ("slurm", "benchmarks", "ecosystem", "lm_eval_command", "workflow", "training", "faults_processes", "readme")
 LONGEST += ("notebooks", "corrupt_data", "families", "optimizers", "run_folder", "docs", "faults", "export")
 """Files of a minute and more; none of them may begin when the other workers have nothing left to do."""
 
@@ -67,6 +69,14 @@ def pytest_collection_modifyitems(items):
         needs_run = {"smoke_project", "smoke_results"} & set(getattr(item, "fixturenames", ()))
         if needs_run or item.path.stem.removeprefix("test_") in SLOW:
             item.add_marker("slow")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """A fixture may ask how its test went."""
+    report = yield
+    setattr(item, f"rep_{report.when}", report)
+    return report
 
 
 def language_model(layers=6, width=24, heads=4, **more):
@@ -319,19 +329,38 @@ def cache():
     return ROOT / "cache"
 
 
+def common(factory, config):
+    """A folder that all workers of a session have in common; a worker's own lies in it."""
+    base = factory.getbasetemp()
+    return base.parent if hasattr(config, "workerinput") else base
+
+
 @pytest.fixture(scope="session")
 def smoke_project(tmp_path_factory, request):
-    """A copy of the project after a full smoke run, made once for all workers (three minutes): read only."""
-    base = tmp_path_factory.getbasetemp()
-    if hasattr(request.config, "workerinput"):
-        base = base.parent  # a worker's own folder lies in the common one
-    folder, finished = base / "smoke_project", base / "smoke_project.finished"
+    """A copy of the project after a full smoke run, made once for all workers (three minutes): read only.
+
+    Where the tests make that run on a cluster, it is that one.
+    """
+    base = common(tmp_path_factory, request.config)
+    folder, finished, other = base / "smoke_project", base / "smoke_project.finished", base / "slurm_project.ended"
     with FileLock(base / "smoke_project.lock"):
+        if not finished.exists() and is_made_by_slurm(request.session.items):
+            with contextlib.suppress(AssertionError):
+                until(other.exists, 900)
+            if other.exists() and (made := other.read_text()):
+                copy_finished(Path(made), folder)
+                finished.touch()
         if not finished.exists():
             shutil.rmtree(folder, ignore_errors=True)  # another worker's, which failed
             run_smoke(folder)
             finished.touch()
     return folder
+
+
+def is_made_by_slurm(items):
+    """Whether this session makes a whole run on a cluster, on another worker than the one that asks."""
+    whole = [item for item in items if item.nodeid.endswith("test_slurm.py::test_the_whole_workflow")]
+    return bool(whole) and missing() is None and "PYTEST_XDIST_WORKER" in os.environ
 
 
 @pytest.fixture(scope="session")
