@@ -68,16 +68,14 @@ class Grouped(nn.Module):
         rows = in_groups(values.to(exact).flatten(), self.group)
         if scales is None:
             scales, least = reach(rows, self.bits)
-        scales = half(scales).clamp_min(SMALLEST)
-        self.scales.copy_(scales.view(torch.int16))
-        rows = rows.nan_to_num(0.0)
+        assert least is not None
+        scales, least = as_stored(scales.to(exact), least.to(exact))
+        self.scales.copy_(scales.half().view(torch.int16))
+        if self.bits == 4:
+            self.least.copy_(least.half().view(torch.int16))
+        found = levels(rows.nan_to_num(0.0), scales[:, None], least[:, None], self.bits)
         if self.bits == 8:
-            found = (rows / scales.to(exact)[:, None]).round().clamp(-127, 127) + 128
-        else:
-            assert least is not None
-            least = half(least)
-            self.least.copy_(least.view(torch.int16))
-            found = ((rows - least.to(exact)[:, None]) / scales.to(exact)[:, None]).round().clamp(0, 15)
+            found = found + 128
         flat = found.flatten()[: self.count].to(torch.uint8)
         if self.bits == 4:
             low, high = nn.functional.pad(flat, (0, self.count % 2)).view(-1, 2).unbind(1)
@@ -119,9 +117,21 @@ def in_groups(flat: Tensor, group: int) -> Tensor:
     return padded.view(-1, group)
 
 
-def half(values: Tensor) -> Tensor:
-    """Rounded to float16, within its range."""
-    return values.clamp(-65504, 65504).to(torch.float16)
+def as_stored(scales: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales and least values as float16 has them, in the dtype that they came in."""
+    scales, least = (t.clamp(-65504, 65504).half().to(t.dtype) for t in (scales, least))
+    return scales.clamp_min(SMALLEST), least
+
+
+def levels(values: Tensor, scales: Tensor, least: Tensor, bits: int) -> Tensor:
+    """The nearest whole numbers, from -127 to 127 of 8 bits and from 0 to 15 of 4; groups may broadcast."""
+    low, high = (-127, 127) if bits == 8 else (0, 15)
+    return ((values - least) / scales).round().clamp(low, high)
+
+
+def bits_stored(bits: int) -> float:
+    """Of a number, with its part of what its group has in common."""
+    return bits + (16 if bits == 8 else 32) / GROUPS[bits]
 
 
 def reach(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -132,7 +142,7 @@ def reach(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     if bits == 8:
         largest = rows.abs().nan_to_num(0.0).amax(1)
         return largest / 127, torch.zeros_like(largest)
-    least = half(rows.nan_to_num(torch.inf).amin(1)).to(rows.dtype)
+    least = rows.nan_to_num(torch.inf).amin(1).clamp(-65504, 65504).half().to(rows.dtype)
     most = rows.nan_to_num(-torch.inf).amax(1)
     return (most - least) / 15, least
 

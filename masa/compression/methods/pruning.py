@@ -5,17 +5,21 @@ It is the sparse dictionary whose atoms are the inputs themselves. Everything is
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from masa.compression.methods.algebra import cholesky
-from masa.compression.methods.coding import largest, largest_overall, refit_codes
+from masa.compression.methods.coding import TINY, largest, largest_overall, refit_codes
 from masa.compression.methods.matrices import Matrix
 from masa.errors import unknown
 
 SCORES = ("magnitude", "wanda", "second-order", "loss")
 COMPENSATIONS = ("none", "columns", "exact", "loss")
 DAMPING = 0.01
+BLOCK = 128
+"""Columns between two updates of all that come after."""
 
 
 def score(matrix: Matrix, rule: str) -> Tensor:
@@ -34,7 +38,8 @@ def score(matrix: Matrix, rule: str) -> Tensor:
     if rule == "wanda":
         return squares * matrix.energies
     if rule == "second-order":
-        return squares / torch.cholesky_inverse(_damped(matrix, {})).diagonal()
+        assert matrix.inputs is not None
+        return squares / torch.cholesky_inverse(damped_root(matrix.inputs, matrix.name, {})).diagonal()
     if rule == "loss":
         return squares * matrix.energies * matrix.importance[:, None]
     raise unknown("score", rule, SCORES)
@@ -100,37 +105,55 @@ def eliminate(
     Returns:
         the matrix, and its mask.
     """
-    weight, inp, block = matrix.weight.clone(), matrix.weight.shape[1], 128
-    inverse = torch.cholesky_inverse(_damped(matrix, log))
-    upper = torch.linalg.cholesky(inverse, upper=True)
-    chosen = torch.zeros_like(weight, dtype=torch.bool) if mask is None else mask
-    kept_before = 0
-    for start in range(0, inp, block):
-        end = min(start + block, inp)
-        part, pivots = weight[:, start:end].clone(), upper.diagonal()[start:end]
-        if mask is None and not pattern:
-            count = round(keep_share * len(weight) * end) - kept_before
+    assert matrix.inputs is not None
+    upper = inverse_root(matrix.inputs, matrix.name, log)
+    chosen = torch.zeros_like(matrix.weight, dtype=torch.bool) if mask is None else mask
+
+    def settle(part: Tensor, start: int, i: int) -> Tensor:
+        pivots, end = upper.diagonal()[start : start + part.shape[1]], start + part.shape[1]
+        if mask is None and not pattern and i == 0:
+            count = round(keep_share * len(part) * end) - int(chosen[:, :start].sum())
             chosen[:, start:end] = largest_overall(part.square() / pivots.square(), count)
-            kept_before += count
+        if mask is None and pattern and i % 4 == 0:
+            near = slice(i, min(i + 4, part.shape[1]))
+            chosen[:, start + near.start : start + near.stop] = keep_two_of_four(
+                part[:, near].square() / pivots[near].square()
+            )
+        return part[:, i] * chosen[:, start + i]
+
+    return column_by_column(matrix.weight, upper, settle), chosen
+
+
+def column_by_column(weight: Tensor, upper: Tensor, settle: Callable[[Tensor, int, int], Tensor]) -> Tensor:
+    """Settle one column of a matrix (out, in) after the other; those after each are moved to make up for its error.
+
+    Args:
+        upper: of :func:`inverse_root` of what enters.
+        settle: (a block's columns as they are by now, which column of the matrix its first is, which of it) -> what
+            that column becomes (out,).
+    """
+    weight, inp = weight.clone(), weight.shape[1]
+    for start in range(0, inp, BLOCK):
+        end = min(start + BLOCK, inp)
+        part, pivots = weight[:, start:end].clone(), upper.diagonal()[start:end]
         errors = torch.zeros_like(part)
         for i in range(end - start):
-            if mask is None and pattern and i % 4 == 0:
-                near = slice(i, min(i + 4, end - start))
-                chosen[:, start + near.start : start + near.stop] = keep_two_of_four(
-                    part[:, near].square() / pivots[near].square()
-                )
-            column = part[:, i]
-            errors[:, i] = column * ~chosen[:, start + i] / pivots[i]
+            settled = settle(part, start, i)
+            errors[:, i] = (part[:, i] - settled) / pivots[i]
             part[:, i + 1 :] -= errors[:, i : i + 1] * upper[start + i, start + i + 1 : end]
-            part[:, i] = column * chosen[:, start + i]
+            part[:, i] = settled
         weight[:, start:end] = part
         weight[:, end:] -= errors @ upper[start:end, end:]
-    return weight, chosen
+    return weight
 
 
-def _damped(matrix: Matrix, log: dict[str, float]) -> Tensor:
-    """A Cholesky factor of H with 1 % of its mean diagonal added, as published."""
-    assert matrix.inputs is not None
-    gram = matrix.inputs.clone()
-    gram.diagonal().add_(DAMPING * gram.diagonal().mean())
-    return cholesky(gram, matrix.name, log)
+def inverse_root(gram: Tensor, name: str, log: dict[str, float]) -> Tensor:
+    """The upper Cholesky factor of the inverse of E[x x^T] (in, in), damped."""
+    return torch.linalg.cholesky(torch.cholesky_inverse(damped_root(gram, name, log)), upper=True)
+
+
+def damped_root(gram: Tensor, name: str, log: dict[str, float], damping: float = DAMPING) -> Tensor:
+    """A Cholesky factor of a Gram matrix with a part of its mean diagonal added: 1 %, as SparseGPT and GPTQ have it."""
+    damped = gram.clone()
+    damped.diagonal().add_(damping * gram.diagonal().mean().clamp_min(TINY))
+    return cholesky(damped, name, log)

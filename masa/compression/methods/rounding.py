@@ -14,17 +14,18 @@ import torch
 from torch import Tensor
 
 from masa.compression.allocation.bytes import Member
-from masa.compression.methods.algebra import cholesky
 from masa.compression.methods.coding import TINY, refit_codes
 from masa.compression.methods.fits import Fit
 from masa.compression.methods.matrices import Matrix
-from masa.compression.methods.pruning import DAMPING
-from masa.sharing.grouped import GROUPS, SMALLEST, half, in_groups, reach
+from masa.compression.methods.pruning import column_by_column, damped_root, inverse_root
+from masa.sharing.grouped import GROUPS, as_stored, in_groups, levels, reach
 
 SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 """Parts of a group's reach that its grid may have: what it then lacks is clipped, and the rest is finer."""
 
-BLOCK = 128
+SLIGHT = 1e-8
+"""Damping where a factor is solved for beside a rounded one."""
+
 Grid = tuple[Tensor, Tensor]
 """Scales and least values of groups."""
 
@@ -38,12 +39,11 @@ def grid(values: Tensor, bits: int, weights: Tensor | None = None) -> Grid:
     rows = in_groups(values.flatten(), GROUPS[bits])
     counted = torch.ones_like(rows) if weights is None else in_groups(weights.flatten(), GROUPS[bits])
     counted = counted.nan_to_num(0.0)
-    scales, least = reach(rows, bits)
-    scales, least = stored_as(scales, least, rows)
+    scales, least = as_stored(*reach(rows, bits))
     middle = least + 7.5 * scales if bits == 4 else torch.zeros_like(least)
     best, found = torch.full_like(scales, torch.inf), (scales, least)
     for part in SHRINK:
-        tried, low = stored_as(scales * part, middle - 7.5 * scales * part if bits == 4 else least, rows)
+        tried, low = as_stored(scales * part, middle - 7.5 * scales * part if bits == 4 else least)
         error = (rows - nearest(rows, tried[:, None], low[:, None], bits)).nan_to_num(0.0)
         lost = (counted * error.square()).sum(1)
         better = lost < best
@@ -52,16 +52,9 @@ def grid(values: Tensor, bits: int, weights: Tensor | None = None) -> Grid:
     return found
 
 
-def stored_as(scales: Tensor, least: Tensor, like: Tensor) -> Grid:
-    """A grid as float16 has it."""
-    return half(scales).clamp_min(SMALLEST).to(like), half(least).to(like)
-
-
 def nearest(values: Tensor, scales: Tensor, least: Tensor, bits: int) -> Tensor:
     """The nearest numbers of a grid, given for every value or so that it broadcasts."""
-    if bits == 8:
-        return (values / scales).round().clamp(-127, 127) * scales
-    return ((values - least) / scales).round().clamp(0, 15) * scales + least
+    return levels(values, scales, least, bits) * scales + least
 
 
 def of_every(values: Tensor, found: Grid, bits: int) -> tuple[Tensor, Tensor]:
@@ -80,23 +73,15 @@ def rounded_columns(
         upper: Cholesky factor of the inverse of the damped E[x x^T], upper triangular; None without data, where there
             is nothing to make up for.
     """
-    weight, inp = target.clone(), target.shape[1]
-    kept = torch.ones_like(weight, dtype=torch.bool) if mask is None else mask
+    kept = torch.ones_like(target, dtype=torch.bool) if mask is None else mask
     if upper is None:
-        return nearest(weight, scales, least, bits) * kept
-    for start in range(0, inp, BLOCK):
-        end = min(start + BLOCK, inp)
-        part, pivots = weight[:, start:end].clone(), upper.diagonal()[start:end]
-        errors = torch.zeros_like(part)
-        for i in range(end - start):
-            at = start + i
-            settled = nearest(part[:, i], scales[:, at], least[:, at], bits) * kept[:, at]
-            errors[:, i] = (part[:, i] - settled) / pivots[i]
-            part[:, i + 1 :] -= errors[:, i : i + 1] * upper[at, at + 1 : end]
-            part[:, i] = settled
-        weight[:, start:end] = part
-        weight[:, end:] -= errors @ upper[start:end, end:]
-    return weight
+        return nearest(target, scales, least, bits) * kept
+
+    def settle(part: Tensor, start: int, i: int) -> Tensor:
+        at = start + i
+        return nearest(part[:, i], scales[:, at], least[:, at], bits) * kept[:, at]
+
+    return column_by_column(target, upper, settle)
 
 
 class Rounding:
@@ -166,7 +151,7 @@ class Rounding:
             found = grid(values, self.bits, None if energies is None else energies[mask])
             scales, least = torch.ones_like(target), torch.zeros_like(target)
             scales[mask], least[mask] = of_every(values, found, self.bits)
-        upper = None if gram is None else _inverse_root(gram, name, self.log)
+        upper = None if gram is None else inverse_root(gram, name, self.log)
         return rounded_columns(target, mask, scales, least, self.bits, upper), found
 
     def _nearest(self, values: Tensor) -> tuple[Tensor, Grid]:
@@ -195,13 +180,13 @@ class Rounding:
             weighed = down if matrix.inputs is None else matrix.inputs @ down
             grams.append(down.T @ weighed)
             target = self._whole(fit, row) @ weighed
-            lefts.append(torch.cholesky_solve(target.T, _damped_root(grams[-1], matrix.name, self.log)))
+            lefts.append(torch.cholesky_solve(target.T, damped_root(grams[-1], matrix.name, self.log, SLIGHT)))
         stored = torch.stack(lefts)  # (n, r, out)
         weights = torch.stack([g.diagonal().clamp_min(TINY) for g in grams])[:, :, None].expand_as(stored)
         found = new.grids["left"] = grid(stored, self.bits, weights)
         scales, least = of_every(stored, found, self.bits)
         for row, (matrix, gram) in enumerate(zip(self._of(fit), grams, strict=True)):
-            upper = _inverse_root(gram, matrix.name, self.log)
+            upper = inverse_root(gram, matrix.name, self.log)
             lefts[row] = rounded_columns(lefts[row].T, None, scales[row].T, least[row].T, self.bits, upper).T
         new.tensors["left"] = lefts[0] if len(lefts) == 1 else torch.stack(lefts)
         return new
@@ -216,7 +201,7 @@ class Rounding:
         flat = rounded.flatten(1)
         for row, matrix in enumerate(self._of(fit)):
             weighed = flat if matrix.inputs is None else (rounded @ matrix.inputs).flatten(1)
-            root = _damped_root(weighed @ flat.T, matrix.name, self.log)
+            root = damped_root(weighed @ flat.T, matrix.name, self.log, SLIGHT)
             coefficients[row] = torch.cholesky_solve((weighed @ self._whole(fit, row).flatten())[:, None], root)[:, 0]
         new.tensors |= {"atoms": rounded, "coefficients": coefficients}
         return new
@@ -257,16 +242,3 @@ def product(fit: Fit, row: int) -> Tensor:
         return values.double() * mask
     code = values.double() * mask
     return code @ tensors["atoms"].T if fit.config["side"] == "in" else tensors["atoms"] @ code
-
-
-def _damped_root(gram: Tensor, name: str, log: dict[str, float]) -> Tensor:
-    damped = gram.clone()
-    damped.diagonal().add_(1e-8 * gram.diagonal().mean().clamp_min(TINY))
-    return cholesky(damped, name, log)
-
-
-def _inverse_root(gram: Tensor, name: str, log: dict[str, float]) -> Tensor:
-    """The upper Cholesky factor of the inverse of a Gram matrix, damped as SparseGPT and GPTQ damp theirs."""
-    damped = gram.clone()
-    damped.diagonal().add_(DAMPING * gram.diagonal().mean().clamp_min(TINY))
-    return torch.linalg.cholesky(torch.cholesky_inverse(cholesky(damped, name, log)), upper=True)
