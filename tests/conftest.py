@@ -24,7 +24,7 @@ import pytest
 import torch
 import tqdm
 from filelock import FileLock
-from projects import ROOT, copy_finished, run_smoke
+from projects import ROOT, run_smoke
 from slurm_cluster import missing
 from warm import started
 
@@ -346,10 +346,7 @@ def smoke_project(tmp_path_factory, request):
     with FileLock(base / "smoke_project.lock"):
         if not finished.exists() and is_made_by_slurm(request.session.items):
             with contextlib.suppress(AssertionError):
-                until(other.exists, 900)
-            if other.exists() and (made := other.read_text()):
-                copy_finished(Path(made), folder)
-                finished.touch()
+                until(other.exists, 900)  # which has copied its project to the folder, unless it failed
         if not finished.exists():
             shutil.rmtree(folder, ignore_errors=True)  # another worker's, which failed
             run_smoke(folder)

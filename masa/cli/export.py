@@ -81,6 +81,8 @@ def _checked(check: dict[str, Any]) -> str:
 
 def _summary(account: dict[str, Any], out: str) -> str:
     """The closing lines, for people."""
+    from masa.export.llama_types import told
+
     count = account["parameters"]
     lines = [
         f"{account['run']}: {account['method']}, {count['total']:,} parameters, folded {count['folded']:,} "
@@ -92,7 +94,7 @@ def _summary(account: dict[str, Any], out: str) -> str:
     if check := account.get("check"):
         lines.append(_checked(check) + (", before it had few bits" if account.get("types") else ""))
     if types := account.get("types"):
-        lines.append("tensors: " + ", ".join(f"{count} {name}" for name, count in types.items()))
+        lines.append(f"tensors: {told(types)}")
     if handed := account.get("handed_on"):
         lines.append(f"handed on unchanged: {', '.join(handed['files']) or 'nothing'}")
         lines += [f"left: {name} ({why})" for name, why in handed["left"].items() if why not in QUIET]

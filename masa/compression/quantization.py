@@ -166,10 +166,9 @@ def _(source: compressed.Factored) -> Iterator[Fit]:
 @fits_of.register
 def _(source: Parts) -> Iterator[Fit]:
     for part, members in zip(source.parts, source.members, strict=True):
-        config = {"kind": part.kind} | {k: v for k, v in part.config().items() if k not in ("bits", "group")}
         if part.bits is not None:
             raise MasaError(f"The matrices of {source.projections!r} have few bits already.")
-        fit = Fit(config, tuple(members))
+        fit = Fit({"kind": part.kind, **part.config()}, tuple(members))
         for name, tensor in part.named_parameters(recurse=False):
             if tensor.numel():
                 fit.tensors[name] = tensor

@@ -12,6 +12,7 @@ from masa import __version__
 from masa.errors import redact
 from masa.evaluation.metrics import METRICS, every_score, flatten, standard_errors
 from masa.export.card_template import TEMPLATE
+from masa.export.llama_types import told
 from masa.export.source import Source
 from masa.study.sections.compression import Heal
 
@@ -102,12 +103,8 @@ def _facts(source: Source, account: Mapping[str, Any]) -> dict[str, Any]:
             "weights": account["dtype"],
         }
         | {_GGUF[key]: value for key, value in account.get("gguf", {}).items()}
-        | ({"tensors, by llama.cpp's types": _types(types)} if (types := account.get("types")) else {})
+        | ({"tensors, by llama.cpp's types": told(types)} if (types := account.get("types")) else {})
     )
-
-
-def _types(found: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} {name}" for name, count in found.items())
 
 
 def _summary(source: Source, count: Mapping[str, Any]) -> str:

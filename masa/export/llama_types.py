@@ -13,6 +13,7 @@ import sys
 import tempfile
 import zipfile
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 from masa.data import sources
@@ -109,6 +110,11 @@ def quantize(before: Path, after: Path, name: str, program: Path) -> dict[str, i
         said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
         raise MasaError(f"llama.cpp could not make {name} of {before.name}: {said[-1] if said else 'it said nothing'}.")
     return types_of(after)
+
+
+def told(types: Mapping[str, int]) -> str:
+    """Which types tensors have, for people."""
+    return ", ".join(f"{count} {name}" for name, count in types.items())
 
 
 def types_of(file: Path) -> dict[str, int]:

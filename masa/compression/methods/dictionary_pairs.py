@@ -153,7 +153,7 @@ class DictionaryPairs(ByteCompressor):
 
     def _few(self, problem: Problem, matrices: Sequence[Matrix], options: Sequence[Option]) -> list[Option]:
         """The same with few bits, and in the dtype of the model if that may be."""
-        found, log = list(options) if few_bits.AS_IT_IS in (self.bits or ()) else [], problem.regularisation
+        found, log = list(options) if few_bits.AS_IT_IS in self.bits else [], problem.regularisation
         for bits in few_bits.fewer(self.bits):
             lost = [few_bits.noise(m, self.cost, bits, log) for m in matrices]
             for option in options:

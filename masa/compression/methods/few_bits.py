@@ -12,7 +12,7 @@ from masa.compression.methods.fits import dense_fit, part_bytes
 from masa.compression.methods.matrices import Matrix
 from masa.compression.methods.rounding import Rounding
 from masa.errors import MasaError
-from masa.sharing.grouped import BITS, GROUPS
+from masa.sharing.grouped import BITS, bits_stored
 
 AS_IT_IS = 16
 """Among bits: the dtype of the model, whatever it has."""
@@ -37,7 +37,7 @@ def fewer(bits: Sequence[int] | None) -> list[int]:
 def wider(shares: Sequence[float], bits: Sequence[int] | None, width: int) -> list[float]:
     """The shares of a matrix's bytes that options in the model's dtype may take so that they fit with few bits."""
     few, positions = fewer(bits), 1 / (8 * width)  # a bit beside every number
-    room = [width * 8 / (b + (16 if b == 8 else 32) / GROUPS[b]) for b in few]
+    room = [width * 8 / bits_stored(b) for b in few]
     more: set[float] = set()
     for share, times in itertools.product(shares, room):
         most, least = share * times, (share - positions) * times + positions
