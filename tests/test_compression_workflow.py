@@ -301,10 +301,12 @@ def test_what_a_configuration_may_say_of_healing_are_its_arguments():
     import inspect
 
     from masa.compression import heal
+    from masa.compression.healing.heal import STEPS
     from masa.study.sections.compression import Heal
 
-    known = {name: p.default for name, p in inspect.signature(heal).parameters.items()}
-    assert Heal.defaults() == {k: v for k, v in known.items() if k not in ("model", "tokens", "teacher", "progress")}
+    known = {name: p.default for name, p in inspect.signature(heal).parameters.items()} | {"steps": STEPS}
+    of_a_machine = ("model", "tokens", "teacher", "progress", "calibration", "state", "minutes")
+    assert Heal.defaults() == {k: v for k, v in known.items() if k not in of_a_machine}
 
 
 def test_a_kept_model_loads_and_a_healed_one_is_marked(swept):

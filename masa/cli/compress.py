@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ def add(verbs: Verbs) -> None:
     _add_calibrate(verbs)
     _add_compress(verbs)
     _add_quantize(verbs)
+    _add_heal(verbs)
     _add_sweep(verbs)
 
 
@@ -78,6 +80,9 @@ def _add_compress(verbs: Verbs) -> None:
     v.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda:1, …")
     v.add_argument("--json", action="store_true", help="print the whole account as JSON")
     v.add_argument("--plain", action="store_true", help="write an ordinary Hugging Face folder instead of factors")
+    v.add_argument(
+        "--heal-minutes", type=_minutes, metavar="M", help="then train what is left for M minutes, as `masa heal` does"
+    )
     v.add_argument("--evaluate", metavar="FILE", help="documents for the perplexity before and after; as --text")
     _add_where(v)
     v.add_argument("--threads", type=_count, help="CPU threads (default: all)")
@@ -104,6 +109,35 @@ def _add_quantize(verbs: Verbs) -> None:
     v.add_argument(
         "--calibration", metavar="DIR", help="what `masa calibrate` wrote of the model before it was smaller"
     )
+    v.add_argument("--threads", type=_count, help="CPU threads (default: all)")
+    v.add_argument("--json", action="store_true", help="print the account as JSON")
+    add_out(v, aliases=("--output",), lock="beside")
+
+
+def _add_heal(verbs: Verbs) -> None:
+    v = verbs.add(
+        "heal",
+        _heal,
+        "train what a compressed model stores for some minutes, with the original as teacher",
+        "masa heal smaller --original MODEL --text documents.jsonl --minutes 10 --out healed",
+        gpu=True,
+    )
+    v.add_argument("model", metavar="DIR", help="folder of masa compress, masa quantize, or model/ of a training")
+    v.add_argument("--original", required=True, metavar="MODEL", help="folder, GGUF file or hub id of the dense model")
+    v.add_argument("--text", metavar="FILE", help=f"to train on: {TEXTS}")
+    _add_where(v)
+    v.add_argument(
+        "--calibration", metavar="DIR", help="what `masa calibrate` wrote of the original: its tokens without a --text"
+    )
+    long = v.add_mutually_exclusive_group()
+    long.add_argument("--minutes", type=_minutes, help="how long (default 10)")
+    long.add_argument("--steps", type=_count, help="or how many steps, which are the same ones on every machine")
+    v.add_argument("--layer-samples", type=int, default=16, help="sequences to solve every layer on first (default 16)")
+    v.add_argument("--lr", type=float, default=3e-4, help="peak, as a fraction of each tensor's size (default 3e-4)")
+    v.add_argument("--length", type=_count, help="tokens of a window (default 128)")
+    v.add_argument("--batch-size", type=_count, default=4, help="windows a step (default 4)")
+    v.add_argument("--seed", type=_seed, default=0)
+    v.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda:1, …")
     v.add_argument("--threads", type=_count, help="CPU threads (default: all)")
     v.add_argument("--json", action="store_true", help="print the account as JSON")
     add_out(v, aliases=("--output",), lock="beside")
@@ -158,6 +192,16 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _minutes(text: str) -> float:
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not 0 < found < math.inf:
+        raise argparse.ArgumentTypeError(f"a number of minutes above 0, not {text!r}")
+    return found
+
+
 def _seed(text: str) -> int:
     """What torch takes."""
     if not text.removeprefix("-").isdecimal() or not -(2**63) <= int(text) < 2**63:
@@ -210,6 +254,7 @@ def _compress(given: argparse.Namespace) -> None:
             size=int(given.size) if given.size and given.size.isdigit() else given.size,
             options=options,
             plain=given.plain,
+            heal_minutes=given.heal_minutes,
             evaluate=given.evaluate,
             **shared,
         )
@@ -229,6 +274,30 @@ def _quantize(given: argparse.Namespace) -> None:
         f"written: {summary['output']} (all of it in compression.json)",
     ]
     print(json.dumps(summary, indent=1, default=str) if given.json else "\n".join(lines))
+
+
+def _heal(given: argparse.Namespace) -> None:
+    from masa.compression import run_heal
+
+    same = ("calibration", "text", "minutes", "steps", "layer_samples", "length", "batch_size", "lr", "seed")
+    chosen = {name: getattr(given, name) for name in (*same, "device", "threads")}
+    summary = run_heal(given.model, given.out, given.original, **chosen, **_where(given))
+    lines = [*_healing(summary), f"written: {summary['output']} (all of it in compression.json)"]
+    print(json.dumps(summary, indent=1, default=str) if given.json else "\n".join(lines))
+
+
+def _healing(healing: dict[str, Any]) -> list[str]:
+    """What a healing did, for people."""
+    losses, few = healing["losses"], max(1, len(healing["losses"]) // 10)
+    first, last = (sum(part) / few for part in (losses[:few], losses[-few:]))
+    lines = []
+    if layers := healing["layers"]:
+        lines.append(f"layers solved for: {100 * (1 - sum(layers) / len(layers)):.1f} % of their squared error gone")
+    lines.append(
+        f"healed: {healing['steps']} steps on {healing['tokens']:,} tokens, {healing['trained']:,} numbers trained, "
+        f"divergence from the original {first:.4f} -> {last:.4f} nats a token"
+    )
+    return [*lines, f"time and memory: {healing['seconds']:.1f} s, peak {healing['peak_rss_bytes'] / 2**30:.2f} GiB"]
 
 
 def _account(summary: dict[str, Any]) -> str:
@@ -251,6 +320,8 @@ def _account(summary: dict[str, Any]) -> str:
             f"regularised: {len(summary['regularisation'])} matrices, by at most {worst:g} of the mean diagonal"
         )
     lines.append(f"time and memory: {summary['seconds']:.1f} s, peak {summary['peak_rss_bytes'] / 2**30:.2f} GiB")
+    if "healing" in summary:
+        lines += _healing(summary["healing"])
     if handed := summary.get("handed_on", {}).get("files"):
         lines.append(f"handed on unchanged: {', '.join(handed)}")
     lines.append(f"written: {summary['output']} (all of the above and ranks in compression.json)")

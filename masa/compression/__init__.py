@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from masa.compression.calibration.collect import run_calibrate
     from masa.compression.calibration.statistics import Calibration
     from masa.compression.healing.heal import heal
+    from masa.compression.healing.run import run_heal
     from masa.compression.quantization import quantize
     from masa.compression.report import CompressionReport
     from masa.compression.run import run_compress, run_quantize
@@ -40,6 +41,7 @@ __all__ = [
     "quantize",
     "run_calibrate",
     "run_compress",
+    "run_heal",
     "run_quantize",
 ]
 
@@ -47,6 +49,7 @@ _LAZY = {"compress": "api", "Compressor": "base", "make_compressor": "base", "ca
 _LAZY |= {"Calibration": "calibration.statistics", "CompressionReport": "report", "perplexity": "scoring"}
 _LAZY |= {"heal": "healing.heal", "quantize": "quantization"}
 _LAZY |= {"run_calibrate": "calibration.collect", "run_compress": "run", "run_quantize": "run"}
+_LAZY |= {"run_heal": "healing.run"}
 
 
 def __getattr__(name: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from masa.compression.base import Compressor, make_compressor
 from masa.compression.calibration.collect import DTYPES
 from masa.compression.calibration.statistics import Calibration, model_sha256
 from masa.compression.calibration.texts import load_tokens
+from masa.compression.healing.run import healed, state_of
 from masa.compression.names import GRADIENT_SAMPLES, needs_gradients
+from masa.compression.output import ACCOUNT, check_output
 from masa.compression.quantization import quantize
 from masa.compression.scoring import perplexity
 from masa.compression.terminal import terminal
@@ -32,9 +35,6 @@ from masa.sharing.parameters import cast
 from masa.sharing.projections import bank_of
 from masa.sharing.spec import ATTENTION
 
-ACCOUNT = "compression.json"
-"""Written into every output; a folder that has it may be replaced."""
-
 
 def run_compress(
     model: str,
@@ -48,6 +48,7 @@ def run_compress(
     projections: str = ATTENTION,
     options: Mapping[str, Any] | None = None,
     plain: bool = False,
+    heal_minutes: float | None = None,
     evaluate: str | Path | Sequence[str] | None = None,
     column: str | None = None,
     subset: str | None = None,
@@ -74,6 +75,9 @@ def run_compress(
         projections: letters to compress, or "all" linear layers of the blocks.
         options: further hyperparameters of the method.
         plain: write a folded folder, which needs no masa to load, instead of the factored checkpoint.
+        heal_minutes: train what is stored for this long after the compression, with the original as teacher and on the
+            tokens of the calibration (:func:`masa.compression.heal`). What an interrupted run goes on from lies beside
+            the output meanwhile.
         evaluate: documents (as for :func:`masa.compression.run_calibrate`) for perplexity before and after.
         column, subset, split: of these documents, as there.
         window: at most this many tokens of a window for it; windows do not overlap.
@@ -97,8 +101,9 @@ def run_compress(
     if dtype is not None and dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
     compressor = _compressor(method, options or {}, model, projections, calibration is not None)
+    _check_healing(heal_minutes, calibration)
     target = tried(Path(output), folder=True, option="output")
-    _check_output(target)
+    check_output(target)
     asked = {"column": column, "subset": subset, "split": split}
     documents = Documents(evaluate, **asked).check() if evaluate is not None else None
     with whole_folder(target) as folder:
@@ -114,18 +119,23 @@ def run_compress(
         scores = {}
         with terminal(quiet) as progress:
             how: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+            seen = partial(perplexity, tokenizer=tokenizer, documents=documents, window=window, **how)
             if documents:
-                scores["perplexity_before"] = perplexity(loaded, tokenizer, documents, window=window, **how).to_dict()
+                scores["perplexity_before"] = seen(loaded).to_dict()
             loaded, report = compress(
                 loaded, compressor, statistics, reduction, size=size, tokens=tokens, projections=projections, **how
             )
+            if heal_minutes is not None:
+                teacher = load_pretrained(where, device=device, trust_remote_code=trust_remote_code)[0]
+                scores["healing"] = healed(loaded, teacher, target, statistics, minutes=heal_minutes, **how)
             if documents:
-                scores["perplexity_after"] = perplexity(loaded, tokenizer, documents, window=window, **how).to_dict()
+                scores["perplexity_after"] = seen(loaded).to_dict()
         save_plain(loaded, folder) if plain else save(loaded, folder)
         summary = report.to_dict() | scores | {"model": str(model), "output": str(output)}
         summary |= {"threads": torch.get_num_threads(), "handed_on": hand_on(where, folder, code=trust_remote_code)}
         summary["total_seconds"] = round(time.perf_counter() - started, 2)
         write_json(folder / ACCOUNT, summary)
+    state_of(target).unlink(missing_ok=True)
     return summary
 
 
@@ -162,7 +172,7 @@ def run_quantize(
     if threads:
         torch.set_num_threads(threads)
     target, where = tried(Path(output), folder=True, option="output"), Path(model)
-    _check_output(target)
+    check_output(target)
     if where.resolve() == target.resolve():
         raise MasaError(f"{output} is the model itself; choose another folder for the result.")
     statistics = None if calibration is None else Calibration.load(calibration)
@@ -201,6 +211,11 @@ def _compressor(
     return compressor
 
 
+def _check_healing(minutes: float | None, calibration: Any) -> None:
+    if minutes is not None and (calibration is None or not minutes > 0):
+        raise MasaError(f"Healing for {minutes} minutes needs more than none of them, and a calibration.")
+
+
 def _tokens(calibration: str | Path | None) -> Any:
     """The tokens of statistics, seen to be those that they were made of."""
     tokens = load_tokens(calibration) if calibration is not None else None
@@ -226,9 +241,3 @@ def _converted(model: Any, dtype: str | None, calibration: str | Path | None) ->
     if statistics is not None:
         statistics.model_sha256 = model_sha256(model)
     return statistics
-
-
-def _check_output(path: Path) -> None:
-    """Raise :class:`MasaError` if ``path`` holds something that :func:`run_compress` did not write."""
-    if path.exists() and not (path / ACCOUNT).is_file() and (not path.is_dir() or any(path.iterdir())):
-        raise MasaError(f"{path} exists and is no earlier output of `masa compress`; choose another.")

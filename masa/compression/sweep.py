@@ -22,8 +22,8 @@ from masa.compression.calibration.statistics import Calibration
 from masa.compression.calibration.texts import load_tokens
 from masa.compression.healing.heal import heal
 from masa.compression.names import ORIGINAL, modules
-from masa.compression.run import terminal
 from masa.compression.scoring import perplexity
+from masa.compression.terminal import terminal
 from masa.data import excerpts, task_data
 from masa.errors import MasaError
 from masa.evaluation import language
@@ -127,9 +127,14 @@ def _compressed(
     percent: float,
     calibration: Calibration | None,
     tokens: torch.Tensor | None,
+    state: Path,
     show: Progress,
 ) -> tuple[Any, dict[str, Any] | None, dict[str, Any] | None]:
-    """The model compressed, and healed if asked, with what both say; as it was for the original."""
+    """The model compressed, and healed if asked, with what both say; as it was for the original.
+
+    Args:
+        state: file that an interrupted healing goes on from.
+    """
     report, healing = None, None
     if compressor is not None:
         needed = compressor.needs_calibration or compressor.needs_tokens
@@ -145,7 +150,9 @@ def _compressed(
         report = found.to_dict()
     if spec.get("heal"):
         teacher, _ = load_pretrained(weights, device="auto")
-        healing = heal(model, tokens, teacher=teacher, progress=show, **spec["heal"])
+        known = calibration if calibration is not None and calibration.gradient_samples else None
+        how = {"teacher": teacher, "calibration": known, "state": state, "progress": show}
+        healing = heal(model, tokens, **how, **spec["heal"])
     return model, report, healing
 
 
@@ -171,7 +178,10 @@ def _one(
         def show(what: str, done: int, of: int) -> None:
             progress(f"{spec['run']} {percent:g} %: {what}", done, of)
 
-        model, report, healing = _compressed(model, weights, spec, compressor, percent, calibration, tokens, show)
+        state = folder.with_name(f"{folder.name}.healing")
+        state.parent.mkdir(parents=True, exist_ok=True)
+        given = (model, weights, spec, compressor, percent, calibration, tokens)
+        model, report, healing = _compressed(*given, state, show)
         counts, beside = count_parameters(model).to_dict(), {}
         if spec["keep_models"]:
             with whole_folder(folder / "model") as kept:
@@ -184,6 +194,7 @@ def _one(
             for name, record in documents.items()
             if "documents" in record
         }
+    state.unlink(missing_ok=True)
     held_out = scores[next(iter(documents))]
     raw = (
         language.harness(model, tokenizer, tasks, settings, model.device.type)

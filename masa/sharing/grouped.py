@@ -55,6 +55,7 @@ class Grouped(nn.Module):
         self.scales = nn.Buffer(torch.zeros(groups, dtype=torch.int16))
         self.least = nn.Buffer(torch.zeros(groups if self.bits == 4 else 0, dtype=torch.int16))
         self.like = nn.Parameter(torch.empty(0))  # of no element: it says in which dtype the model computes
+        self.trained: nn.ParameterList | None = None
 
     @torch.no_grad()
     def fill(self, values: Tensor, scales: Tensor | None = None, least: Tensor | None = None) -> None:
@@ -82,8 +83,27 @@ class Grouped(nn.Module):
             flat = low | (high << 4)
         self.numbers.copy_(flat)
 
+    def thaw(self) -> None:
+        """Scales and least values become parameters, in float32, until :meth:`freeze`; the whole numbers stay."""
+        self.trained = nn.ParameterList(t.view(torch.float16).float() for t in (self.scales, self.least))
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Round what :meth:`thaw` made to what can be stored."""
+        scales, least = self.trained
+        scales.copy_(as_stored(scales, scales)[0])
+        least.copy_(as_stored(least, least)[1])
+
+    def freeze(self) -> None:
+        """Store what :meth:`thaw` made, and keep no parameter of it."""
+        self.settle()
+        for stored, found in zip((self.scales, self.least), self.trained, strict=True):
+            stored.copy_(found.detach().half().view(torch.int16))
+        self.trained = None
+
     def forward(self) -> Tensor:
-        found = self._decoded(self.numbers, self.scales, self.least, self.count)
+        scales, least = self.trained or (t.view(torch.float16).float() for t in (self.scales, self.least))
+        found = self._decoded(self.numbers, scales, least, self.count)
         return found[: self.count].view(self.shape).to(autocast_dtype(self.like))
 
     def rows(self, index: Tensor | slice) -> Tensor:
@@ -92,19 +112,21 @@ class Grouped(nn.Module):
         each = columns // self.group
         parts = [self.numbers.view(many, -1), self.scales.view(many, each), self.least.view(many, -1)]
         taken = [t[index] for t in parts] if isinstance(index, slice) else [t.index_select(0, index) for t in parts]
-        found = self._decoded(*(t.flatten() for t in taken), len(taken[0]) * columns)
+        numbers, scales, least = (t.flatten() for t in taken)
+        scales, least = (t.view(torch.float16).float() for t in (scales, least))
+        found = self._decoded(numbers, scales, least, len(taken[0]) * columns)
         return found.view(-1, columns).to(autocast_dtype(self.like))
 
     def _decoded(self, flat: Tensor, scales: Tensor, least: Tensor, count: int) -> Tensor:
-        """Numbers, in float32; of the last group as many as it may have."""
+        """Numbers in float32, of scales and least values that are; of the last group as many as it may have."""
         if self.bits == 4:
             flat = torch.stack((flat & 15, flat >> 4), 1).flatten()[:count]
         if lacking := -count % self.group:
             flat = nn.functional.pad(flat, (0, lacking))
-        whole, steps = flat.view(-1, self.group).float(), scales.view(torch.float16).float().unsqueeze(1)
+        whole, steps = flat.view(-1, self.group).float(), scales.unsqueeze(1)
         if self.bits == 8:
             return ((whole - 128) * steps).flatten()
-        return torch.addcmul(least.view(torch.float16).float().unsqueeze(1), whole, steps).flatten()
+        return torch.addcmul(least.unsqueeze(1), whole, steps).flatten()
 
     def extra_repr(self) -> str:
         return f"{self.shape}, bits={self.bits}, group={self.group}"

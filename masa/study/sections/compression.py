@@ -27,6 +27,7 @@ class Heal(Section):
 
     objective: Literal["kl", "lm"] = key("Kullback-Leibler to the original, or the tokens' cross-entropy.", "kl")
     steps: Positive = key("Optimiser steps.", 20)
+    layer_samples: int = key("Sequences on which every layer is solved for first; 0 leaves that out.", 0, ge=0)
     batch_size: Positive = key("Windows a step.", 4)
     length: Positive | None = key("Tokens of a window; null: whole sequences.", 128)
     lr: float = key("Peak learning rate, as a fraction of each tensor's root mean square.", 3e-4, gt=0)
