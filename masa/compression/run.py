@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from masa.compression.healing.run import healed, state_of
 from masa.compression.names import GRADIENT_SAMPLES, needs_gradients
 from masa.compression.output import ACCOUNT, check_output
 from masa.compression.quantization import quantize
-from masa.compression.scoring import perplexity
+from masa.compression.scoring import Perplexity, perplexity
 from masa.compression.terminal import terminal
 from masa.data.texts import Documents, template_of
 from masa.errors import BEYOND, MasaError, unknown
@@ -96,40 +96,31 @@ def run_compress(
         MasaError: an output that is something else; else see :func:`masa.compression.compress`.
     """
     started = time.perf_counter()
-    if threads:
-        torch.set_num_threads(threads)
-    if dtype is not None and dtype not in DTYPES:
-        raise unknown("dtype", dtype, DTYPES)
+    _prepare(threads, dtype)
     compressor = _compressor(method, options or {}, model, projections, calibration is not None)
     _check_healing(heal_minutes, calibration)
     target = tried(Path(output), folder=True, option="output")
     check_output(target)
-    asked = {"column": column, "subset": subset, "split": split}
-    documents = Documents(evaluate, **asked).check() if evaluate is not None else None
+    documents = None
+    if evaluate is not None:
+        documents = Documents(evaluate, column, subset=subset, split=split).check()
     with whole_folder(target) as folder:
         where = locate(model, revision=revision)
         loaded, tokenizer = load_pretrained(where, device=device, trust_remote_code=trust_remote_code)
         statistics = _converted(loaded, dtype, calibration)
-        if documents and tokenizer is None:
-            raise MasaError(f"{model} holds no tokenizer, which evaluation on text needs.")
-        if documents:
-            documents.chat = template_of(tokenizer)
-        tokens = _tokens(calibration)
-        window = min(window, positions_of(loaded) or window)
-        scores = {}
+        scores: dict[str, Any] = {}
         with terminal(quiet) as progress:
             how: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
-            seen = partial(perplexity, tokenizer=tokenizer, documents=documents, window=window, **how)
-            if documents:
-                scores["perplexity_before"] = seen(loaded).to_dict()
-            loaded, report = compress(
-                loaded, compressor, statistics, reduction, size=size, tokens=tokens, projections=projections, **how
-            )
+            score = documents and _scorer(documents, tokenizer, min(window, positions_of(loaded) or window), how)
+            if score:
+                scores["perplexity_before"] = score(loaded).to_dict()
+            asked = {"size": size, "tokens": _tokens(calibration), "projections": projections}
+            loaded, report = compress(loaded, compressor, statistics, reduction, **asked, **how)
             if heal_minutes is not None:
                 teacher = load_pretrained(where, device=device, trust_remote_code=trust_remote_code)[0]
                 scores["healing"] = healed(loaded, teacher, target, statistics, minutes=heal_minutes, **how)
-            if documents:
-                scores["perplexity_after"] = seen(loaded).to_dict()
+            if score:
+                scores["perplexity_after"] = score(loaded).to_dict()
         save_plain(loaded, folder) if plain else save(loaded, folder)
         summary = report.to_dict() | scores | {"model": str(model), "output": str(output)}
         summary |= {"threads": torch.get_num_threads(), "handed_on": hand_on(where, folder, code=trust_remote_code)}
@@ -209,6 +200,21 @@ def _compressor(
             f"{gradients}--out statistics`, then pass --calibration statistics."
         )
     return compressor
+
+
+def _prepare(threads: int | None, dtype: str | None) -> None:
+    if threads:
+        torch.set_num_threads(threads)
+    if dtype is not None and dtype not in DTYPES:
+        raise unknown("dtype", dtype, DTYPES)
+
+
+def _scorer(documents: Documents, tokenizer: Any, window: int, how: Mapping[str, Any]) -> Callable[[Any], Perplexity]:
+    """What takes a model's perplexity on these documents."""
+    if tokenizer is None:
+        raise MasaError("The model holds no tokenizer, which evaluation on text needs.")
+    documents.chat = template_of(tokenizer)
+    return partial(perplexity, tokenizer=tokenizer, documents=documents, window=window, **how)
 
 
 def _check_healing(minutes: float | None, calibration: Any) -> None:
