@@ -370,13 +370,13 @@ def compress(case):
 
 
 def gguf(case):
-    """Whether llama.cpp's converter knows the class (its pinned release, see masa.export.gguf)."""
+    """Whether llama.cpp's converter knows the class (its pinned release, see masa.models.gguf_writing)."""
     return "yes" if case.kind in known_to_llama_cpp() else "no"
 
 
 @cache
 def known_to_llama_cpp():
-    from masa.export import gguf as export
+    from masa.models import gguf_writing as export
 
     program = export.converter(None, ROOT / "cache")
     with zipfile.ZipFile(program) as wheel:

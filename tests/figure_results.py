@@ -133,6 +133,11 @@ def _compression(row, index, texts):
         "parameters": {"total": 100, "attention": 50, "attention_reduction": 0.2, "model_reduction": 0.1},
         "compression": report if row["experiment"] != "original" else None,
         "healing": None,
+        "storage": {
+            "file_bytes": 1e6 * (280 - 17 * (index % 14) - row["reduction"]),
+            "resident_bytes": None,
+            "types": None,
+        },
         "drift": [0.3 / (1 + i % 7) for i in range(layers - 1)],
         "corpus": corpus,
         "texts": perplexity,

@@ -158,7 +158,7 @@ def sentencepiece(folder: Path) -> None:
 
 _CONVERT = """
 import sys
-from masa.export.llama_cpp_converter import prepared
+from masa.models.llama_cpp_converter import prepared
 converter, folders = prepared(sys.argv[1], "gpt-2"), sys.argv[2:]
 for folder in folders:
     sys.argv = ["convert", folder, "--outfile", folder + ".gguf", "--outtype", "f32"]

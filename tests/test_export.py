@@ -23,7 +23,8 @@ from masa.data import tokenize
 from masa.data.tokens import PackedTokens
 from masa.errors import MasaError
 from masa.evaluation import language as evaluation
-from masa.export import Options, card, export, gguf
+from masa.export import Options, card, export
+from masa.models import gguf_writing as gguf
 from masa.runs import files, run
 from masa.training import detection
 from masa.training import images as image_training

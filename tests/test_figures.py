@@ -18,7 +18,7 @@ from masa.report import canvas, figures, gap_figure, labels, style
 from masa.runs import run
 from masa.study import config
 
-PAPER, EVIDENCE = ["config/paper.yaml"], ["config/evidence.yaml"]
+PAPER, EVIDENCE, BYTES = ["config/paper.yaml"], ["config/evidence.yaml"], ["config/bytes.yaml"]
 ANIMALS = ["airplane", "automobile", "bird", "European fire salamander, Salamandra", "deer", "dog", "frog", "horse"]
 BOXES = {"scales": ["shapes-tiny"], "seeds": [0]}
 FOUR = ["vanilla", "masa-qkvo", "low-rank", "sequential"]
@@ -50,6 +50,8 @@ CASES = {
     "fourteen compressions": ("perplexity_reduction", {}, {}),
     "fourteen compressions, two texts": ("perplexity_reduction", {}, {"texts": ("held_out", "wikitext")}),
     "one compression": ("perplexity_reduction", {"names": ["original", "svd-llm"], "reductions": [20]}, {}),
+    "bytes of two models": ("figure_bytes", {"overlays": BYTES}, {"texts": ("held_out", "wikitext")}),
+    "bytes, one text": ("figure_bytes", {"overlays": BYTES, "pretrained": ["SmolLM2-135M"]}, {}),
     "ranks": ("compression_ranks", {}, {}),
     "ranks of three models": ("compression_ranks", {"overlays": PAPER}, {}),
     "drift": ("kl_drift", {}, {}),

@@ -45,7 +45,7 @@ def folder_of(root, name):
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """Every model of the table, as a folder and as a GGUF file beside it, written by llama.cpp's converter."""
-    from masa.export import gguf as exporting
+    from masa.models import gguf_writing as exporting
 
     root, folders = tmp_path_factory.mktemp("gguf"), []
     for name, (kind, _) in MODELS.items():

@@ -81,7 +81,7 @@ def _checked(check: dict[str, Any]) -> str:
 
 def _summary(account: dict[str, Any], out: str) -> str:
     """The closing lines, for people."""
-    from masa.export.llama_types import told
+    from masa.models.llama_types import told
 
     count = account["parameters"]
     lines = [

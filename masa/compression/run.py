@@ -13,25 +13,24 @@ import torch
 from masa.compression.api import compress
 from masa.compression.base import Compressor, make_compressor
 from masa.compression.calibration.collect import DTYPES
-from masa.compression.calibration.statistics import Calibration, model_sha256
+from masa.compression.calibration.statistics import Calibration
 from masa.compression.calibration.texts import load_tokens
 from masa.compression.healing.run import healed, state_of
 from masa.compression.names import GRADIENT_SAMPLES, needs_gradients
 from masa.compression.output import ACCOUNT, check_output
 from masa.compression.quantization import quantize
 from masa.compression.scoring import Perplexity, perplexity
+from masa.compression.storage import converted
 from masa.compression.terminal import terminal
 from masa.data.texts import Documents, template_of
-from masa.errors import BEYOND, MasaError, unknown
+from masa.errors import MasaError, unknown
 from masa.models.beside import hand_on
 from masa.models.positions import positions_of
 from masa.models.pretrained import load_pretrained, locate, save_plain
-from masa.models.reading import not_finite
 from masa.runs.files import whole_folder
 from masa.runs.outputs import tried
 from masa.runs.run import read_json, write_json
 from masa.sharing.checkpoint import load, save
-from masa.sharing.parameters import cast
 from masa.sharing.projections import bank_of
 from masa.sharing.spec import ATTENTION
 
@@ -107,7 +106,7 @@ def run_compress(
     with whole_folder(target) as folder:
         where = locate(model, revision=revision)
         loaded, tokenizer = load_pretrained(where, device=device, trust_remote_code=trust_remote_code)
-        statistics = _converted(loaded, dtype, calibration)
+        statistics = converted(loaded, dtype, None if calibration is None else Calibration.load(calibration))
         scores: dict[str, Any] = {}
         with terminal(quiet) as progress:
             how: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
@@ -228,22 +227,3 @@ def _tokens(calibration: str | Path | None) -> Any:
     if tokens is not None:
         Calibration.load(calibration).check_tokens(tokens)
     return tokens
-
-
-def _converted(model: Any, dtype: str | None, calibration: str | Path | None) -> Calibration | str | Path | None:
-    """The statistics of a model that is converted after it was seen to be the one that they belong to.
-
-    Raises:
-        MasaError: they belong to another, or the dtype cannot hold a number.
-    """
-    if dtype is None:
-        return calibration
-    statistics = None if calibration is None else Calibration.load(calibration)
-    if statistics is not None:
-        statistics.check(model, None)
-    for name, parameter in cast(model, DTYPES[dtype]).named_parameters():
-        if not_finite(parameter):
-            raise MasaError(f"{name} has numbers that {dtype} cannot hold; {BEYOND}.")
-    if statistics is not None:
-        statistics.model_sha256 = model_sha256(model)
-    return statistics

@@ -23,6 +23,7 @@ from masa.compression.calibration.texts import load_tokens
 from masa.compression.healing.heal import heal
 from masa.compression.names import ORIGINAL, modules
 from masa.compression.scoring import perplexity
+from masa.compression.storage import converted, stored
 from masa.compression.terminal import terminal
 from masa.data import excerpts, task_data
 from masa.errors import MasaError
@@ -81,7 +82,7 @@ def sweep(
     tasks = task_data.current({t: tasks[t] for t in spec["evaluation"]["tasks"] if t in tasks})
     with run.exclusive(out, wait):  # what another process has finished by then is not done again
         for percent in spec["reductions"]:
-            chosen = {k: v for k, v in spec.items() if k not in ("reductions", "tasks_at", "calibration")}
+            chosen = {k: v for k, v in spec.items() if k not in ("reductions", "tasks_at", "calibration", "cache")}
             chosen["tasks"] = [t for t in spec["evaluation"]["tasks"] if percent in spec["tasks_at"]]
             data = {t: task_data.public(tasks[t]) if t in tasks else None for t in chosen["tasks"]}
             identity = run.digest([chosen, percent, inputs, code, data])
@@ -166,10 +167,12 @@ def _one(
     tasks: Mapping[str, Any],
     folder: Path,
 ) -> dict[str, Any]:
-    """One reduction: compress, heal if asked, count, fold, score."""
+    """One reduction: compress, heal if asked, store, count, fold, score."""
     model, tokenizer = load_pretrained(weights, device="auto")
     if tokenizer is None:
         raise MasaError(f"{weights} holds no tokenizer, which perplexity needs.")
+    storage = spec.get("storage")
+    calibration = converted(model, storage["dtype"], calibration) if storage else calibration
     tokens = load_tokens(calibration.directory) if calibration and calibration.directory else None
     if spec.get("heal") and tokens is None:
         raise MasaError("Healing needs the calibration's tokens, which are missing; calibrate again.")
@@ -183,6 +186,8 @@ def _one(
         given = (model, weights, spec, compressor, percent, calibration, tokens)
         model, report, healing = _compressed(*given, state, show)
         counts, beside = count_parameters(model).to_dict(), {}
+        if storage:
+            model, beside["storage"] = stored(model, weights, storage, Path(spec["cache"]))
         if spec["keep_models"]:
             with whole_folder(folder / "model") as kept:
                 checkpoint.save(model, kept)

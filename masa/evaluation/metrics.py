@@ -41,6 +41,8 @@ METRICS = (
     Metric("attention_parameters", "Attention parameters", 0),
     Metric("requested_pct", "Requested reduction (%)", 1),
     Metric("achieved_pct", "Achieved (%)", 2),
+    Metric("file_mb", "File (MB)", 1, "lower"),
+    Metric("resident_mb", "Resident (MB)", 1, "lower"),
     Metric("attn_cr_pct", "Attention reduction (%)", 1),
     Metric("model_cr_pct", "Model reduction (%)", 1),
     Metric("tokens", "Training tokens", 0),
@@ -151,6 +153,9 @@ def _of_compression(metrics: Mapping[str, Any]) -> dict[str, float]:
         flat["achieved_pct"] = 100 * report["reduction_achieved"]
         flat["regularised"] = len(report["regularisation"])
         flat |= {"seconds": report["seconds"], "peak_gib": report["peak_rss_bytes"] / 2**30}
+    for name, key in (("file_mb", "file_bytes"), ("resident_mb", "resident_bytes")):
+        if (value := (metrics.get("storage") or {}).get(key)) is not None:
+            flat[name] = value / 1e6
     if metrics["healing"]:
         flat["heal_seconds"] = metrics["healing"]["seconds"]
     return flat

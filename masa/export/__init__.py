@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from masa.errors import MasaError, unknown
-from masa.export import llama_types
 from masa.export.source import Source, find
+from masa.models import llama_types
 from masa.runs import run as runs
 from masa.runs.files import sha256_of, whole_folder
 
@@ -39,7 +39,7 @@ class Options:
         cache: where the pinned converter is kept.
         check: read the result back with the program it is for, and compare logits; None: of a GGUF file.
         license: for the card's front matter.
-        type: of a GGUF file's matrices, a key of :data:`masa.export.llama_types.TYPES`; None for the dtype.
+        type: of a GGUF file's matrices, a key of :data:`masa.models.llama_types.TYPES`; None for the dtype.
     """
 
     dtype: str | None = None
@@ -123,7 +123,8 @@ def _hf(source: Source, kind: Any, folder: Path, options: Options) -> dict[str, 
 
 def _gguf(source: Source, kind: Any, folder: Path, options: Options) -> dict[str, Any]:
     """A file that llama.cpp runs, made from the Hugging Face folder by llama.cpp's own converter."""
-    from masa.export import gguf, llama_cpp
+    from masa.export import llama_cpp
+    from masa.models import gguf_writing as gguf
 
     quantizer = llama_types.quantizer(options.cache) if options.type else None
     checked = options.check is not False

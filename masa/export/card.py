@@ -12,8 +12,8 @@ from masa import __version__
 from masa.errors import redact
 from masa.evaluation.metrics import METRICS, every_score, flatten, standard_errors
 from masa.export.card_template import TEMPLATE
-from masa.export.llama_types import told
 from masa.export.source import Source
+from masa.models.llama_types import told
 from masa.study.sections.compression import Heal
 
 _ABSOLUTE = re.compile(r"(?:(?<![\w:/.*~-])|(?<=file:))(?:~|[A-Za-z]:)?[/\\](?=[^\s/\\])(?:[^/\\\s,\"']+[/\\])*")

@@ -16,8 +16,8 @@ from typing import Any
 
 from masa.data.tokenizers import load_tokenizer
 from masa.errors import MasaError
-from masa.export.gguf import EXTRA
 from masa.export.source import Source
+from masa.models.gguf_writing import EXTRA
 from masa.models.positions import positions_of
 
 TEXTS = (

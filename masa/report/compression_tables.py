@@ -25,7 +25,10 @@ def add_comparisons(frame: pd.DataFrame, spec: Mapping[str, Any], results: Path)
         results: directory with ``compression/``.
     """
     records = [m.load(results, row["records"][0]) for row in spec["rows"]]
-    originals = {r["scale"]: x for r, x in zip(spec["rows"], records, strict=True) if x["compression"] is None}
+    originals: dict[str, Any] = {}  # the first of each model: others are stored in another way
+    for row, record in zip(spec["rows"], records, strict=True):
+        if record["compression"] is None:
+            originals.setdefault(row["scale"], record)
     baselines = {
         _key(row, record): record
         for row, record in zip(spec["rows"], records, strict=True)

@@ -17,6 +17,7 @@ from masa.evaluation import metrics as m
 from masa.report import compression_figures as compressed
 from masa.report import image_figures as images
 from masa.report import vision_figures as vision
+from masa.report.bytes_figure import perplexity_bytes
 from masa.report.canvas import Canvas, of_seeds
 from masa.report.curve import at, by_scale, curve
 from masa.report.gap_figure import gap
@@ -207,6 +208,7 @@ KINDS: dict[str, Callable[[Mapping[str, Any], Path], Figure]] = {
     "predictions": images.predictions,
     "detections": images.detections,
     "perplexity_reduction": compressed.perplexity_reduction,
+    "perplexity_bytes": perplexity_bytes,
     "ranks": compressed.ranks,
     "drift": compressed.drift,
 }

@@ -98,6 +98,24 @@ _LOOKS = {
     "whole-sparse": (ORANGE, _SOLID, "D"),
     "whole-mixed": (BLUE, _SOLID, "D"),
     "whole-replace-me": (BLACK, _DASHED, "D"),
+    # of whole files: 16 bits dashed, fewer solid, healed dotted
+    "bytes-sparse-16": (ORANGE, _DASHED, "o"),
+    "bytes-drop-blocks": (BLACK, _DASHED, "P"),
+    "bytes-int8": (ORANGE, _LONG, "s"),
+    "bytes-sparse": (ORANGE, _SOLID, "o"),
+    "bytes-healed": (ORANGE, _DOTTED, "o"),
+    "bytes-dictionaries": (GREEN, _SOLID, "v"),
+    "bytes-dictionaries-16": (GREEN, _DASHED, "v"),
+    "bytes-dictionaries-16-healed": (GREEN, _DOTTED, "P"),
+    "bytes-low-rank": (BLUE, _SOLID, "o"),
+    # one size each: markers alone
+    "bytes-f16": (BLACK, _LONG, "o"),
+    "bytes-q8_0": (BLACK, _LONG, "s"),
+    "bytes-q6_k": (BLACK, _LONG, "^"),
+    "bytes-q5_k_m": (BLACK, _LONG, "v"),
+    "bytes-q4_k_m": (BLACK, _LONG, "D"),
+    "bytes-q4_0": (BLACK, _LONG, "P"),
+    "bytes-iq4_xs": (BLACK, _LONG, "X"),
 }
 
 

@@ -25,6 +25,7 @@ FIGURES = {
     "predictions": ("images",),
     "detections": ("boxes",),
     "perplexity_reduction": ("pretrained",),
+    "perplexity_bytes": ("pretrained",),
     "ranks": ("pretrained",),
     "drift": ("pretrained",),
 }

@@ -10,7 +10,8 @@ from typing import Any
 
 from masa.compression.names import METHODS, ORIGINAL, needs_gradients
 from masa.errors import MasaError, unknown
-from masa.study.sections.compression import Compression
+from masa.models.llama_types import TYPES
+from masa.study.sections.compression import Compression, Storage
 
 Config = Mapping[str, Any]
 
@@ -44,6 +45,12 @@ def check(config: Config) -> None:
             raise MasaError(f"{where}: {entry['method']} needs calibrations.{chosen}.gradient_samples of at least 1.")
         elif extra := set(_projections(entry)) - set(config["calibrations"][chosen]["projections"]):
             raise MasaError(f"{where}: calibrations.{chosen} has no projection {', '.join(sorted(extra))}.")
+        if (kind := _storage(entry)) and kind["gguf"] not in (None, *TYPES):
+            raise unknown(f"{where}.storage: gguf", kind["gguf"], TYPES)
+        if kind and kind["gguf"] and (kind["embeddings"] or kind["dtype"] is None):
+            raise MasaError(f"{where}.storage: gguf decides the bits of embeddings, and needs a dtype.")
+        if kind and kind["embeddings"] and entry["method"] == ORIGINAL:
+            raise MasaError(f"{where}.storage: embeddings of few bits belong to a compressed model.")
         if entry["method"] != ORIGINAL and 0 in entry.get("reductions", ()):
             raise MasaError(f"{where}.reductions: 0 is the original; give percentages above it.")
     for name, entry in config["calibrations"].items():
@@ -130,12 +137,18 @@ def run_spec(config: Config, model: str, name: str) -> dict[str, Any]:
         "projections": _projections(entry),
         "calibration": calibration,
         "heal": entry.get("heal"),
+        "storage": _storage(entry),
+        "cache": config["cache"],
         "reductions": sorted(wanted),
         "tasks_at": sorted(with_tasks),
         "evaluation": section["evaluation"],
         "threads": section["threads"],
         "keep_models": section["keep_models"],
     }
+
+
+def _storage(entry: Config) -> dict[str, Any] | None:
+    return Storage.defaults() | entry["storage"] if entry.get("storage") is not None else None
 
 
 def calibration_of(config: Config, run: str) -> str | None:

@@ -100,7 +100,7 @@ SPECS: dict[str, Any] = {
         **{"name": Name, "title": str, "rows": _some(_ROW)},
     ),
     "sweep": _form(
-        {"heal": _ANY | None, "calibration": _ANY | None},
+        {"heal": _ANY | None, "calibration": _ANY | None, "storage": _ANY | None},
         run=RelativePath,
         method=str,
         projections=Letters,
@@ -110,6 +110,7 @@ SPECS: dict[str, Any] = {
         evaluation=_form(window=Positive, dtype=str, tasks=list[str]),
         tasks_at=list[float],
         keep_models=bool,
+        cache=str,
     ),
 }
 """What is checked -> its form."""

