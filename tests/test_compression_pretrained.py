@@ -272,6 +272,38 @@ def test_all_linear_layers_at_a_size_from_the_command_line(folder, tmp_path, cap
         cli.main(["compress", str(folder), *both])
 
 
+@pytest.mark.parametrize("share", [0.45, 0.3, 0.2])
+def test_a_size_alone_chooses_what_loses_least_and_says_why(folder, tmp_path, capsys, share):
+    (tmp_path / "text.txt").write_text("\n".join(TEXT * 9))
+    whole = sum(p.nbytes for p in tiny_llama().parameters())
+    size, out = int(share * whole), tmp_path / "smaller"
+    told = ["--text", str(tmp_path / "text.txt"), "--evaluate", str(tmp_path / "text.txt")]
+    assert cli.main(["compress", str(folder), "--size", str(size), *told, "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "chosen: float16" in said and "chosen: embeddings with 8 bits" in said
+    assert "chosen: sparse-fisher with 16, 8, 4 bits" in said and "costs the loss" in said
+    stored = sum(t.nbytes for t in load_file(out / "model.safetensors").values())
+    assert 0.97 * size < stored <= size
+    account = json.loads((out / "compression.json").read_text())
+    assert account["chosen"]["embeddings"] == 8 and account["method"] == "sparse-fisher"
+    assert set(account["projections"]) == set("qkvogud")
+    before, after = (account[f"perplexity_{when}"]["token_perplexity"] for when in ("before", "after"))
+    assert after < (1.1 if share > 0.4 else 3) * before
+    assert load(out).model.embed_tokens.table.bits == 8
+
+
+def test_a_size_alone_without_gradients_or_without_need(folder, tmp_path, capsys):
+    whole = sum(p.nbytes for p in tiny_llama().parameters())
+    asked = ["compress", str(folder), "--out", str(tmp_path / "out"), "--size"]
+    assert cli.main([*asked, str(int(0.4 * whole))]) == 0
+    said = capsys.readouterr().out
+    assert "chosen: sparse-magnitude" in said and "gradients" in said
+    for size, words in ((whole, "Ask for less"), (int(0.6 * whole), "masa export --dtype float16")):
+        assert cli.main([*asked, str(size)]) == 2
+        assert words in capsys.readouterr().err
+    assert cli.main([*asked, "100B"]) == 2 and "out of reach" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("method", ["svd", "svd-llm", "matrix-pca", "basis-sharing", "sparse-dictionary"])
 def test_factors_beyond_a_dtype_that_holds_the_weights_are_refused(method):
     """A matrix of one sign has a first factor far larger than its numbers."""

@@ -68,14 +68,16 @@ def _add_compress(verbs: Verbs) -> None:
         gpu=True,
     )
     v.add_argument("model", metavar="MODEL", help="folder, GGUF file, or ORG/NAME on the hub with --revision")
-    v.add_argument("--method", default="svd-global", help=f"{', '.join(METHODS)} (default svd-global)")
+    v.add_argument(
+        "--method", help=f"{', '.join(METHODS)} (default svd-global; with --size what loses least at those bytes)"
+    )
     small = v.add_mutually_exclusive_group()
     small.add_argument("--reduction", type=float, help="fraction of the projections to save (default 0.2)")
     small.add_argument("--size", metavar="BYTES", help="of the whole model instead: 110MiB, 900MB")
     data = v.add_mutually_exclusive_group()
     data.add_argument("--calibration", metavar="DIR", help="what `masa calibrate` wrote")
     data.add_argument("--text", metavar="FILE", help="calibrate on it in passing (64 x 512 tokens); as for calibrate")
-    v.add_argument("--projections", default="qkvo", help="letters to compress, or all (default qkvo)")
+    v.add_argument("--projections", help="letters to compress, or all (default qkvo; all with --size alone)")
     v.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="of the method: ranks=global")
     v.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda:1, …")
     v.add_argument("--json", action="store_true", help="print the whole account as JSON")
@@ -238,13 +240,15 @@ def _compress(given: argparse.Namespace) -> None:
     from masa.compression import run_calibrate, run_compress
 
     options = dict(map(_option, given.option))
+    chooses = given.method is None and given.size is not None
     shared = {"projections": given.projections, "threads": given.threads, "device": given.device}
     shared |= {"revision": given.revision, "dtype": given.dtype, "trust_remote_code": given.trust_remote_code}
     shared |= _where(given)
     with tempfile.TemporaryDirectory() as folder:
         if given.text:
-            gradients = GRADIENT_SAMPLES if needs_gradients(given.method) else 0
-            run_calibrate(given.model, folder, given.text, gradient_samples=gradients, **shared)
+            gradients = GRADIENT_SAMPLES if chooses or needs_gradients(given.method or "") else 0
+            measured = shared | {"projections": given.projections or ("all" if chooses else "qkvo")}
+            run_calibrate(given.model, folder, given.text, gradient_samples=gradients, **measured)
         summary = run_compress(
             given.model,
             given.out,
@@ -302,7 +306,8 @@ def _healing(healing: dict[str, Any]) -> list[str]:
 
 def _account(summary: dict[str, Any]) -> str:
     """The closing lines of a compression, for people."""
-    lines = [
+    lines = [f"chosen: {line}" for line in summary.get("chosen", {}).get("why", ())]
+    lines += [
         f"{summary['method']}: {100 * summary['reduction_achieved']:.2f} % of {summary['projections']} saved "
         f"(asked for {100 * summary['reduction_requested']:g} %), {100 * summary['model_reduction']:.2f} % of all",
         f"parameters: {summary['parameters_before']:,} -> {summary['parameters_after']:,}",

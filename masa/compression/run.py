@@ -15,6 +15,7 @@ from masa.compression.base import Compressor, make_compressor
 from masa.compression.calibration.collect import DTYPES
 from masa.compression.calibration.statistics import Calibration
 from masa.compression.calibration.texts import load_tokens
+from masa.compression.choice import Choice, choose
 from masa.compression.healing.run import healed, state_of
 from masa.compression.names import GRADIENT_SAMPLES, needs_gradients
 from masa.compression.output import ACCOUNT, check_output
@@ -31,20 +32,24 @@ from masa.runs.files import whole_folder
 from masa.runs.outputs import tried
 from masa.runs.run import read_json, write_json
 from masa.sharing.checkpoint import load, save
+from masa.sharing.embeddings import round_embeddings
 from masa.sharing.projections import bank_of
 from masa.sharing.spec import ATTENTION
+
+METHOD = "svd-global"
+"""Where neither a method nor a size is given."""
 
 
 def run_compress(
     model: str,
     output: str | Path,
-    method: str | Mapping[str, Any] = "svd-global",
+    method: str | Mapping[str, Any] | None = None,
     reduction: float | None = None,
     calibration: str | Path | None = None,
     *,
     size: int | str | None = None,
     revision: str | None = None,
-    projections: str = ATTENTION,
+    projections: str | None = None,
     options: Mapping[str, Any] | None = None,
     plain: bool = False,
     heal_minutes: float | None = None,
@@ -66,12 +71,14 @@ def run_compress(
         model: folder, GGUF file or hub id.
         output: directory of the factored checkpoint (:func:`masa.load` reads it), with the tokenizer. It appears whole;
             an earlier output of this function there is replaced, any other folder refused.
-        method: a key of :data:`masa.compression.COMPRESSORS`, or a mapping of "method" and its hyperparameters.
+        method: a key of :data:`masa.compression.COMPRESSORS`, or a mapping of "method" and its hyperparameters; by
+            default "svd-global", and with ``size`` what :func:`masa.compression.choice.choose` chooses.
         reduction: fraction of the compressed projections' numbers to save; by default 0.2.
         size: of the whole model in bytes, as a number or as "110MiB", in the place of ``reduction``.
         calibration: directory that :func:`masa.compression.run_calibrate` wrote.
         revision: of a hub id.
-        projections: letters to compress, or "all" linear layers of the blocks.
+        projections: letters to compress, or "all" linear layers of the blocks; by default those of attention, and all
+            where the method is chosen.
         options: further hyperparameters of the method.
         plain: write a folded folder, which needs no masa to load, instead of the factored checkpoint.
         heal_minutes: train what is stored for this long after the compression, with the original as teacher and on the
@@ -95,38 +102,41 @@ def run_compress(
         MasaError: an output that is something else; else see :func:`masa.compression.compress`.
     """
     started = time.perf_counter()
-    _prepare(threads, dtype)
-    compressor = _compressor(method, options or {}, model, projections, calibration is not None)
-    _check_healing(heal_minutes, calibration)
+    _prepare(threads, dtype, heal_minutes, calibration)
+    compressor, options = None, dict(options or {})
+    if chosen := _said(method, projections, dtype, size):
+        compressor = _compressor(method or METHOD, options, model, chosen.projections, calibration is not None)
     target = tried(Path(output), folder=True, option="output")
     check_output(target)
-    documents = None
-    if evaluate is not None:
-        documents = Documents(evaluate, column, subset=subset, split=split).check()
+    documents = None if evaluate is None else Documents(evaluate, column, subset=subset, split=split).check()
     with whole_folder(target) as folder:
         where = locate(model, revision=revision)
         loaded, tokenizer = load_pretrained(where, device=device, trust_remote_code=trust_remote_code)
-        statistics = converted(loaded, dtype, None if calibration is None else Calibration.load(calibration))
+        statistics = None if calibration is None else Calibration.load(calibration)
+        chosen = chosen or choose(loaded, size, statistics, projections, dtype)
+        compressor = compressor or make_compressor(chosen.method, **chosen.options | options)
+        statistics = converted(loaded, chosen.dtype, statistics)
         scores: dict[str, Any] = {}
         with terminal(quiet) as progress:
             how: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
             score = documents and _scorer(documents, tokenizer, min(window, positions_of(loaded) or window), how)
             if score:
                 scores["perplexity_before"] = score(loaded).to_dict()
-            asked = {"size": size, "tokens": _tokens(calibration), "projections": projections}
+            asked = {"size": chosen.size, "tokens": _tokens(calibration), "projections": chosen.projections}
             loaded, report = compress(loaded, compressor, statistics, reduction, **asked, **how)
             if heal_minutes is not None:
                 teacher = load_pretrained(where, device=device, trust_remote_code=trust_remote_code)[0]
                 scores["healing"] = healed(loaded, teacher, target, statistics, minutes=heal_minutes, **how)
+            if chosen.embeddings and not plain:
+                round_embeddings(loaded, chosen.embeddings)
             if score:
                 scores["perplexity_after"] = score(loaded).to_dict()
         save_plain(loaded, folder) if plain else save(loaded, folder)
-        summary = report.to_dict() | scores | {"model": str(model), "output": str(output)}
+        summary = report.to_dict() | scores | chosen.said() | {"model": str(model), "output": str(output)}
         summary |= {"threads": torch.get_num_threads(), "handed_on": hand_on(where, folder, code=trust_remote_code)}
-        summary["total_seconds"] = round(time.perf_counter() - started, 2)
-        write_json(folder / ACCOUNT, summary)
+        write_json(folder / ACCOUNT, summary | {"total_seconds": round(time.perf_counter() - started, 2)})
     state_of(target).unlink(missing_ok=True)
-    return summary
+    return read_json(target / ACCOUNT)
 
 
 def run_quantize(
@@ -201,11 +211,20 @@ def _compressor(
     return compressor
 
 
-def _prepare(threads: int | None, dtype: str | None) -> None:
+def _said(method: Any, projections: str | None, dtype: str | None, size: Any) -> Choice | None:
+    """What a user says by himself; None where a size alone is given."""
+    if method is None and size is not None:
+        return None
+    return Choice("", projections or ATTENTION, dtype, None, size)
+
+
+def _prepare(threads: int | None, dtype: str | None, heal_minutes: float | None, calibration: Any) -> None:
     if threads:
         torch.set_num_threads(threads)
     if dtype is not None and dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
+    if heal_minutes is not None and (calibration is None or not heal_minutes > 0):
+        raise MasaError(f"Healing for {heal_minutes} minutes needs more than none of them, and a calibration.")
 
 
 def _scorer(documents: Documents, tokenizer: Any, window: int, how: Mapping[str, Any]) -> Callable[[Any], Perplexity]:
@@ -214,11 +233,6 @@ def _scorer(documents: Documents, tokenizer: Any, window: int, how: Mapping[str,
         raise MasaError("The model holds no tokenizer, which evaluation on text needs.")
     documents.chat = template_of(tokenizer)
     return partial(perplexity, tokenizer=tokenizer, documents=documents, window=window, **how)
-
-
-def _check_healing(minutes: float | None, calibration: Any) -> None:
-    if minutes is not None and (calibration is None or not minutes > 0):
-        raise MasaError(f"Healing for {minutes} minutes needs more than none of them, and a calibration.")
 
 
 def _tokens(calibration: str | Path | None) -> Any:
