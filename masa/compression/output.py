@@ -10,7 +10,12 @@ ACCOUNT = "compression.json"
 """Written into every output; a folder that has it may be replaced."""
 
 
-def check_output(path: Path) -> None:
-    """Raise :class:`MasaError` if ``path`` holds something that no compression wrote."""
+def check_output(path: Path) -> Path:
+    """``path`` itself.
+
+    Raises:
+        MasaError: it holds something that no compression wrote.
+    """
     if path.exists() and not (path / ACCOUNT).is_file() and (not path.is_dir() or any(path.iterdir())):
         raise MasaError(f"{path} exists and is no earlier output of `masa compress`; choose another.")
+    return path

@@ -106,8 +106,7 @@ def run_compress(
     compressor, options = None, dict(options or {})
     if chosen := _said(method, projections, dtype, size):
         compressor = _compressor(method or METHOD, options, model, chosen.projections, calibration is not None)
-    target = tried(Path(output), folder=True, option="output")
-    check_output(target)
+    target = check_output(tried(Path(output), folder=True, option="output"))
     documents = None if evaluate is None else Documents(evaluate, column, subset=subset, split=split).check()
     with whole_folder(target) as folder:
         where = locate(model, revision=revision)
@@ -171,8 +170,7 @@ def run_quantize(
     started = time.perf_counter()
     if threads:
         torch.set_num_threads(threads)
-    target, where = tried(Path(output), folder=True, option="output"), Path(model)
-    check_output(target)
+    target, where = check_output(tried(Path(output), folder=True, option="output")), Path(model)
     if where.resolve() == target.resolve():
         raise MasaError(f"{output} is the model itself; choose another folder for the result.")
     statistics = None if calibration is None else Calibration.load(calibration)

@@ -87,8 +87,7 @@ def run_heal(
         torch.set_num_threads(threads)
     if calibration is None and text is None:
         raise MasaError("Healing needs something to train on: give a text, or the statistics of a calibration.")
-    target, where = tried(Path(output), folder=True, option="output"), Path(model)
-    check_output(target)
+    target, where = check_output(tried(Path(output), folder=True, option="output")), Path(model)
     if where.resolve() == target.resolve():
         raise MasaError(f"{output} is the model itself; choose another folder for the result.")
     documents = None if text is None else Documents(text, column, subset=subset, split=split).check()
