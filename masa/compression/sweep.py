@@ -157,6 +157,17 @@ def _compressed(
     return model, report, healing
 
 
+def _perplexities(
+    model: Any, tokenizer: Any, documents: Mapping[str, Any], window: int, show: Progress
+) -> dict[str, dict[str, Any]]:
+    """Of every text that there is."""
+    return {
+        name: perplexity(model, tokenizer, record["documents"], window=window, progress=show).to_dict()
+        for name, record in documents.items()
+        if "documents" in record
+    }
+
+
 def _one(
     weights: Path,
     spec: Mapping[str, Any],
@@ -194,11 +205,7 @@ def _one(
                 beside["handed_on"] = hand_on(weights, kept)
         settings = spec["evaluation"]
         model = cast(fold(model), getattr(torch, settings["dtype"]))
-        scores = {
-            name: perplexity(model, tokenizer, record["documents"], window=settings["window"], progress=show).to_dict()
-            for name, record in documents.items()
-            if "documents" in record
-        }
+        scores = _perplexities(model, tokenizer, documents, settings["window"], show)
     state.unlink(missing_ok=True)
     held_out = scores[next(iter(documents))]
     raw = (
