@@ -363,7 +363,7 @@ def test_a_compression_can_be_healed_in_the_same_command(folders):
     said = assert_done(verb("compress", *asked, "--heal-minutes", "0.05", "--out", "both", cwd=folders))
     assert "healed: " in said.stdout
     account = json.loads((folders / "both" / "compression.json").read_text())
-    assert account["healing"]["minutes"] == 0.05 and account["healing"]["layer_samples"] == 16
+    assert account["healing"]["minutes"] == 0.05 and account["healing"]["layer_samples"] == 8
     assert divergence(masa.load(folders / "both")) < divergence(masa.load(folders / "smaller"))
     assert not list(folders.glob("*.healing"))
 

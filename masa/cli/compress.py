@@ -134,7 +134,7 @@ def _add_heal(verbs: Verbs) -> None:
     long = v.add_mutually_exclusive_group()
     long.add_argument("--minutes", type=_minutes, help="how long (default 10)")
     long.add_argument("--steps", type=_count, help="or how many steps, which are the same ones on every machine")
-    v.add_argument("--layer-samples", type=int, default=16, help="sequences to solve every layer on first (default 16)")
+    v.add_argument("--layer-samples", type=int, default=8, help="sequences to solve every layer on first (default 8)")
     v.add_argument("--lr", type=float, default=3e-4, help="peak, as a fraction of each tensor's size (default 3e-4)")
     v.add_argument("--length", type=_count, help="tokens of a window (default 128)")
     v.add_argument("--batch-size", type=_count, default=4, help="windows a step (default 4)")

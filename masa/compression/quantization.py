@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from masa.compression.calibration.statistics import Calibration
-from masa.compression.methods.fits import Fit, dense_fit, filled
+from masa.compression.methods.fits import Fit, assembled, dense_fit
 from masa.compression.methods.matrices import Matrix
 from masa.compression.methods.rounding import Rounding
 from masa.errors import MasaError
@@ -96,11 +96,8 @@ def _rounded(
     few = [fit for fit in fits if fit.config["kind"] != "nothing"]
     rounded = iter(Rounding(matrices, bits, log).fits(few))
     done = [fit if fit.config["kind"] == "nothing" else next(rounded) for fit in fits]
-    parts = [{"of": [list(member) for member in fit.members], **fit.config} for fit in done]
-    made = Parts(source.projections, source.num_layers, shapes, parts).to(like)
-    for part, fit in zip(made.parts, done, strict=True):
-        found = filled(fit, [shapes[letter] for letter, _ in fit.members], like)
-        part.load_state_dict(found.state_dict())
+    place = {member: member for fit in done for member in fit.members}
+    made = assembled(source.projections, source.num_layers, shapes, done, place, like)
     return made.requires_grad_(False)
 
 

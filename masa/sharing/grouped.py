@@ -102,7 +102,10 @@ class Grouped(nn.Module):
         self.trained = None
 
     def forward(self) -> Tensor:
-        scales, least = self.trained or (t.view(torch.float16).float() for t in (self.scales, self.least))
+        if self.trained is None:
+            scales, least = self.scales.view(torch.float16).float(), self.least.view(torch.float16).float()
+        else:
+            scales, least = self.trained
         found = self._decoded(self.numbers, scales, least, self.count)
         return found[: self.count].view(self.shape).to(autocast_dtype(self.like))
 
@@ -112,8 +115,8 @@ class Grouped(nn.Module):
         each = columns // self.group
         parts = [self.numbers.view(many, -1), self.scales.view(many, each), self.least.view(many, -1)]
         taken = [t[index] for t in parts] if isinstance(index, slice) else [t.index_select(0, index) for t in parts]
-        numbers, scales, least = (t.flatten() for t in taken)
-        scales, least = (t.view(torch.float16).float() for t in (scales, least))
+        numbers, scales, least = taken[0].flatten(), taken[1].flatten(), taken[2].flatten()
+        scales, least = scales.view(torch.float16).float(), least.view(torch.float16).float()
         found = self._decoded(numbers, scales, least, len(taken[0]) * columns)
         return found.view(-1, columns).to(autocast_dtype(self.like))
 

@@ -28,7 +28,7 @@ from masa.sharing.checkpoint import load, save
 MINUTES = 10.0
 SAMPLES = 512
 """Sequences drawn of a text, at most."""
-LAYER_SAMPLES = 16
+LAYER_SAMPLES = 8
 WINDOW = 128
 RATE = 3e-4
 

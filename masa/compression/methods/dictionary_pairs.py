@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import partialmethod
+from typing import Any
 
 import torch
 
@@ -153,18 +154,14 @@ class DictionaryPairs(ByteCompressor):
 
     def _few(self, problem: Problem, matrices: Sequence[Matrix], options: Sequence[Option]) -> list[Option]:
         """The same with few bits, and in the dtype of the model if that may be."""
-        found, log = list(options) if few_bits.AS_IT_IS in self.bits else [], problem.regularisation
-        for bits in few_bits.fewer(self.bits):
-            lost = [few_bits.noise(m, self.cost, bits, log) for m in matrices]
-            for option in options:
-                shapes = [(m.weight.shape[0], m.weight.shape[1]) for m in matrices]
-                # how the coefficients divide among the members is not known yet: each may end in a group of its own
-                counts = [option.settings["count"] - len(shapes) + 1, *[1] * (len(shapes) - 1)]
-                config = {"kind": "sparse-dictionary", "atoms": option.settings["atoms"], "counts": counts}
-                found.append(
-                    few_bits.option(option, [config], shapes, 2, lost, bits, self.cost, problem.dtype.itemsize)
-                )
-        return found
+
+        def of(option: Option) -> tuple[list[dict[str, Any]], int]:
+            # how the coefficients divide among the members is not known yet: each may end in a group of its own
+            counts = [option.settings["count"] - len(matrices) + 1, *[1] * (len(matrices) - 1)]
+            return [{"kind": "sparse-dictionary", "atoms": option.settings["atoms"], "counts": counts}], 2
+
+        how = (self.cost, self.bits or (), problem.regularisation, problem.dtype.itemsize)
+        return few_bits.added(options, matrices, of, *how)
 
     def fit_group(self, problem: Problem, option: Option) -> list[Fit]:
         matrices, group = self.group(problem, option.members)

@@ -193,15 +193,13 @@ class ByteCompressor(Compressor):
         if not self.bits:
             return options
         log, width = problem.regularisation, problem.dtype.itemsize
-        found = list(options) if few_bits.AS_IT_IS in self.bits else options[:1]
-        shape = (matrix.weight.shape[0], matrix.weight.shape[1])
-        for bits in few_bits.fewer(self.bits):
-            lost = [few_bits.noise(matrix, self.cost, bits, log)]
-            for option in options:
-                family = self.family(option.kind, log)
-                configs = family.configs(option)
-                found.append(few_bits.option(option, configs, [shape], family.factors, lost, bits, self.cost, width))
-        return found
+
+        def of(option: Option) -> tuple[list[dict[str, Any]], int]:
+            family = self.family(option.kind, log)
+            return family.configs(option), family.factors
+
+        few = few_bits.added(options, [matrix], of, self.cost, self.bits, log, width)
+        return few if few_bits.AS_IT_IS in self.bits else [*options[:1], *few]
 
     def family(self, kind: str, log: dict[str, float]) -> Family:
         """The family of an option."""

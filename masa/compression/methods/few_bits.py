@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -51,7 +51,37 @@ def noise(matrix: Matrix, rule: str, bits: int, log: dict[str, float]) -> float:
     return matrix.cost(rule, fit.tensors["weight"])
 
 
-def option(
+def added(
+    options: Sequence[Option],
+    matrices: Sequence[Matrix],
+    of: Callable[[Option], tuple[Sequence[Mapping[str, Any]], int]],
+    rule: str,
+    bits: Sequence[int],
+    log: dict[str, float],
+    width: int,
+) -> list[Option]:
+    """Options with few bits, after the same in the dtype of the model where that may be.
+
+    Args:
+        options: in the dtype of the model.
+        matrices: their members.
+        of: option -> the parts that it stores, and how many factors of a product are rounded.
+        rule: of the costs.
+        bits: that may be.
+        log: receives jitters.
+        width: bytes of a number of the model.
+    """
+    found = list(options) if AS_IT_IS in bits else []
+    shapes = [(m.weight.shape[0], m.weight.shape[1]) for m in matrices]
+    for few in fewer(bits):
+        lost = [noise(matrix, rule, few, log) for matrix in matrices]
+        for whole in options:
+            configs, factors = of(whole)
+            found.append(_rounded(whole, configs, shapes, factors, lost, few, rule, width))
+    return found
+
+
+def _rounded(
     whole: Option,
     configs: Sequence[Mapping[str, Any]],
     shapes: Sequence[tuple[int, int]],

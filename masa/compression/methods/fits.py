@@ -126,13 +126,32 @@ def part_sources(problem: Problem, fits: Sequence[Fit]) -> list[WeightSource]:
         own = [fit for fit in fits if fit.members[0][0] in letters]
         shapes = {letter: problem.shape.shapes[letter] for letter in letters}
         place = {(p, layer): [p, i] for p in letters for i, layer in enumerate(problem.shape.layers_of(p))}
-        parts = [{"of": [place[member] for member in fit.members], **fit.config} for fit in own]
         like = problem.weight(*next(iter(place)))
-        source = Parts(letters, problem.shape.count(letters[0]), shapes, parts).to(like)
-        for index, fit in enumerate(own):
-            source.parts[index].load_state_dict(_filled(problem, fit).state_dict())
-        sources.append(source)
+        sources.append(assembled(letters, problem.shape.count(letters[0]), shapes, own, place, like))
     return sources
+
+
+@torch.no_grad()
+def assembled(
+    letters: str,
+    num_layers: int,
+    shapes: Mapping[str, tuple[int, int]],
+    fits: Sequence[Fit],
+    place: Mapping[Member, Sequence[Any]],
+    like: Tensor,
+) -> Parts:
+    """The source of some letters that these parts are.
+
+    Args:
+        shapes: letter -> (out, in).
+        place: member -> its letter, and which of the layers that have it is its own.
+        like: of whose dtype and device it is.
+    """
+    parts = [{"of": [list(place[member]) for member in fit.members], **fit.config} for fit in fits]
+    source = Parts(letters, num_layers, shapes, parts).to(like)
+    for part, fit in zip(source.parts, fits, strict=True):
+        part.load_state_dict(filled(fit, [shapes[letter] for letter, _ in fit.members], like).state_dict())
+    return source
 
 
 def _joined(projections: str, fits: Sequence[Fit]) -> list[str]:

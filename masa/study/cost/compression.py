@@ -25,14 +25,48 @@ PREPARE = {
     "matrix-pca": 1.2,
     "matrix-pca-fisher": 1.8,
     "svd-fisher": 1.6,
+    "sparse-magnitude": 0.0,
+    "sparse-wanda": 0.0,
+    "sparse-gpt": 0.0,
+    "sparse-2-4": 0.0,
+    "sparse-fisher": 0.0,
+    "sparse-dictionary": 12.0,
+    "sparse-dictionary-fisher": 3.0,
+    "dictionary-pairs": 12.0,
+    "dictionary-pairs-fisher": 9.0,
+    "low-rank-sparse": 12.0,
+    "low-rank-sparse-fisher": 12.0,
+    "mixed": 22.0,
+    "mixed-fisher": 22.0,
+    "drop-blocks": 4.0,
+    "replace-me": 4.0,
 }
 """Decompositions a matrix that a method makes once, in units of one in the metric of the data; 1 for all others."""
 
 LOGITS = 2**25
 """Logits that calibration with gradients holds at once (masa.compression.calibration.gradients)."""
 
-SOLVE = 0.25
-"""The same for every reduction: ranks, factors, sources."""
+SOLVE = {
+    "original": 0.0,
+    "direct-share": 0.0,
+    "post-share": 0.0,
+    "sparse-magnitude": 0.5,
+    "sparse-wanda": 0.5,
+    "sparse-gpt": 1.5,
+    "sparse-2-4": 0.5,
+    "sparse-fisher": 3.5,
+    "sparse-dictionary": 1.1,
+    "sparse-dictionary-fisher": 7.0,
+    "dictionary-pairs": 7.0,
+    "dictionary-pairs-fisher": 7.0,
+    "low-rank-sparse": 6.0,
+    "low-rank-sparse-fisher": 6.0,
+    "mixed": 1.5,
+    "mixed-fisher": 1.5,
+    "drop-blocks": 0.0,
+    "replace-me": 0.1,
+}
+"""The same for every reduction: ranks, factors, options and sources; 0.25 for all others."""
 
 
 def decompositions(sizes: Sizes, projections: str) -> float:
@@ -139,14 +173,15 @@ def compress(
     scored = settings["dtype"]
     file = sizes.parameters * (2.0 if stored != "float32" else 4.0)
     lapack = decompositions(sizes, spec["projections"])
-    once = PREPARE.get(method.removesuffix("-update"), 1.0)
+    name = method.removesuffix("-update")
+    once = PREPARE.get(name, 1.0)
     work_flops, peak = 0.0, 0.0
     seconds = 1.4 * device.startup_seconds + lapack * once / device.lapack_flops
     if calibration and calibration["gradient_samples"] and once:
         seconds += 2 * sizes.layers * 16.0 * sizes.width**2 / READ  # statistics are read
     perplexity = forward(sizes, text_tokens / settings["window"], settings["window"])
     each = perplexity.seconds(device, scored, threads) + 4 * file / READ
-    each += 0.05 * device.startup_seconds + (lapack * SOLVE / device.lapack_flops if once else 0.0)
+    each += 0.05 * device.startup_seconds + lapack * SOLVE.get(name, 0.25) / device.lapack_flops
     work_flops += perplexity.flops
     training = Work()
     if spec.get("heal"):
