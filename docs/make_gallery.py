@@ -26,6 +26,11 @@ RUNS = {
         ["config/mirror.yaml", "config/whole.yaml"],
         "MASA_MIRROR=/path/to/mirror snakemake --cores all {name} --configfile config/mirror.yaml config/whole.yaml",
     ),
+    "bytes": (
+        "bytes of whole files (`config/bytes.yaml`)",
+        ["config/mirror.yaml", "config/bytes.yaml"],
+        "MASA_MIRROR=/path/to/mirror snakemake --cores all {name} --configfile config/mirror.yaml config/bytes.yaml",
+    ),
 }
 """Directory below results/reference -> what it is of, its overlays, the command that makes one figure of it."""
 

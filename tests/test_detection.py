@@ -320,7 +320,7 @@ def test_epochs_are_steps(drawn, tmp_path):
 def test_a_run_stopped_by_a_signal_goes_on_to_the_same_bits(drawn, tmp_path):
     """With dropout and mirroring, which draw; and in a process that is killed for real."""
     spec = spec_of(steps=200, model={"hidden_dropout_prob": 0.1}, micro_batch_size=4)
-    stop_and_resume(detection_training.pretrain, spec, "boxes", drawn, tmp_path, lines=10, number=signal.SIGINT)
+    stop_and_resume(detection_training.pretrain, spec, "boxes", drawn, tmp_path, lines=3, number=signal.SIGINT)
 
 
 @pytest.mark.parametrize(

@@ -216,7 +216,7 @@ def solve(
 
 def _weight(source: WeightSource, matrix: Matrix) -> Tensor:
     with torch.no_grad():
-        return source.layer_weight(matrix.letter, matrix.place)
+        return source.layer_weight(matrix.letter, matrix.place).detach()
 
 
 def _conjugate_gradients(
