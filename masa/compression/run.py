@@ -18,7 +18,7 @@ from masa.compression.calibration.texts import load_tokens
 from masa.compression.choice import Choice, choose
 from masa.compression.healing.run import healed, state_of
 from masa.compression.names import GRADIENT_SAMPLES, needs_gradients
-from masa.compression.output import ACCOUNT, check_output
+from masa.compression.output import ACCOUNT, account_of, check_output, target_beside
 from masa.compression.quantization import quantize
 from masa.compression.scoring import Perplexity, perplexity
 from masa.compression.storage import converted
@@ -170,9 +170,8 @@ def run_quantize(
     started = time.perf_counter()
     if threads:
         torch.set_num_threads(threads)
-    target, where = check_output(tried(Path(output), folder=True, option="output")), Path(model)
-    if where.resolve() == target.resolve():
-        raise MasaError(f"{output} is the model itself; choose another folder for the result.")
+    where = Path(model)
+    target = target_beside(output, where)
     statistics = None if calibration is None else Calibration.load(calibration)
     with whole_folder(target) as folder:
         loaded = load(where, runtime="factored")
@@ -180,12 +179,11 @@ def run_quantize(
         with terminal(quiet) as progress:
             quantize(loaded, bits, statistics, embeddings=embeddings, progress=progress)
         save(loaded, folder)
-        account = read_json(where / ACCOUNT) if (where / ACCOUNT).is_file() else {}
         summary: dict[str, Any] = {"model": str(model), "output": str(output), "bits": bits, "embeddings": embeddings}
         summary |= {"bytes_before": before, "bytes_after": _shared_bytes(loaded)}
         summary |= {"calibration": None if statistics is None else statistics.made_of()}
         summary |= {"handed_on": hand_on(where, folder), "seconds": round(time.perf_counter() - started, 2)}
-        write_json(folder / ACCOUNT, account | {"quantized": summary})
+        write_json(folder / ACCOUNT, account_of(where) | {"quantized": summary})
     return summary
 
 

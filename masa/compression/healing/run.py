@@ -13,7 +13,7 @@ from masa.compression.calibration.calibrate import Progress, check_length
 from masa.compression.calibration.statistics import Calibration
 from masa.compression.calibration.texts import load_tokens, tokens_of
 from masa.compression.healing.heal import heal
-from masa.compression.output import ACCOUNT, check_output
+from masa.compression.output import ACCOUNT, account_of, target_beside
 from masa.compression.report import peak_rss, reset_peak_rss
 from masa.compression.terminal import terminal
 from masa.data.texts import Documents, template_of
@@ -21,8 +21,7 @@ from masa.errors import MasaError
 from masa.models.beside import hand_on
 from masa.models.pretrained import load_pretrained, locate
 from masa.runs.files import whole_folder
-from masa.runs.outputs import tried
-from masa.runs.run import read_json, write_json
+from masa.runs.run import write_json
 from masa.sharing.checkpoint import load, save
 
 MINUTES = 10.0
@@ -87,9 +86,8 @@ def run_heal(
         torch.set_num_threads(threads)
     if calibration is None and text is None:
         raise MasaError("Healing needs something to train on: give a text, or the statistics of a calibration.")
-    target, where = check_output(tried(Path(output), folder=True, option="output")), Path(model)
-    if where.resolve() == target.resolve():
-        raise MasaError(f"{output} is the model itself; choose another folder for the result.")
+    where = Path(model)
+    target = target_beside(output, where)
     documents = None if text is None else Documents(text, column, subset=subset, split=split).check()
     with whole_folder(target) as folder:
         loaded = load(where, runtime="factored")
@@ -111,10 +109,9 @@ def run_heal(
                 **settings,
             )
         save(loaded, folder)
-        account = read_json(where / ACCOUNT) if (where / ACCOUNT).is_file() else {}
         summary = {"model": str(model), "original": original, "output": str(output)} | healing
         summary |= {"handed_on": hand_on(where, folder)}
-        write_json(folder / ACCOUNT, account | {"healing": summary})
+        write_json(folder / ACCOUNT, account_of(where) | {"healing": summary})
     state_of(target).unlink(missing_ok=True)
     return summary
 
