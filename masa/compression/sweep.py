@@ -31,6 +31,7 @@ from masa.evaluation import language
 from masa.models.beside import hand_on
 from masa.models.pretrained import load_pretrained, locate
 from masa.runs import run
+from masa.runs.adopted import adopted
 from masa.runs.files import sha256_of, whole_folder
 from masa.runs.fingerprint import fingerprint
 from masa.sharing import checkpoint
@@ -77,6 +78,7 @@ def sweep(
         "calibration": calibration.digest() if calibration else None,
         "texts": run.digest([r.get("sha256") for r in documents.values()]),
     }
+    told = inputs | {"calibration": calibration.made_of() if calibration else None}  # the same on every machine
     compressor = None if spec["method"] == ORIGINAL else make_compressor(spec["method"], **spec["options"])
     code, records = fingerprint(*modules(spec["method"])), {}
     tasks = task_data.current({t: tasks[t] for t in spec["evaluation"]["tasks"] if t in tasks})
@@ -85,9 +87,11 @@ def sweep(
             chosen = {k: v for k, v in spec.items() if k not in ("reductions", "tasks_at", "calibration", "cache")}
             chosen["tasks"] = [t for t in spec["evaluation"]["tasks"] if percent in spec["tasks_at"]]
             data = {t: task_data.public(tasks[t]) if t in tasks else None for t in chosen["tasks"]}
+            asked = run.digest([chosen, percent, told, data])
             identity = run.digest([chosen, percent, inputs, code, data])
             file = out / f"{percent:g}" / "metrics.json"
-            if not (file.is_file() and run.read_json(file).get("identity") == identity):
+            known = run.read_json(file) if file.is_file() else {}
+            if known.get("identity") != identity and not adopted(known, asked):
                 wanted = {t: tasks[t] for t in chosen["tasks"] if t in tasks}
                 try:
                     record = _one(weights, spec, compressor, percent, calibration, documents, wanted, file.parent)
@@ -95,11 +99,12 @@ def sweep(
                     raise MasaError(f"{spec['run']} at {percent:g} %: {error}") from error
                 made = {"calibration": calibration.made_of()} if calibration else {}
                 made |= {"handed_on": record.pop("handed_on")} if "handed_on" in record else {}
-                record |= {"identity": identity, "provenance": run.provenance(inputs) | made}
+                record |= {"asked": asked, "identity": identity, "provenance": run.provenance(inputs) | made}
                 run.write_json(file, record)
                 if not spec["keep_models"]:  # of the record that this one replaces
                     shutil.rmtree(file.parent / "model", ignore_errors=True)
-            records[f"{percent:g}"] = identity
+                known = record
+            records[f"{percent:g}"] = known["identity"]
         for old in out.iterdir():  # what an earlier configuration asked for, and nothing else
             if old.name not in records and re.fullmatch(r"[0-9.]+", old.name) and (old / "metrics.json").is_file():
                 shutil.rmtree(old)
