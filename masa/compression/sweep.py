@@ -108,7 +108,8 @@ def sweep(
         for old in out.iterdir():  # what an earlier configuration asked for, and nothing else
             if old.name not in records and re.fullmatch(r"[0-9.]+", old.name) and (old / "metrics.json").is_file():
                 shutil.rmtree(old)
-        run.write_json(out / "manifest.json", {"run": spec["run"], "records": records})
+        kept = {k: v for k, v in spec.items() if k != "cache"}  # which is this machine's
+        run.write_json(out / "manifest.json", {"run": spec["run"], "spec": kept, "records": records})
     return records
 
 
