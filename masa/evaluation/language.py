@@ -13,7 +13,7 @@ import torch
 from masa.data import benchmarks, task_data, tokenizers
 from masa.data.tokens import load_tokenizer, validation_tokens
 from masa.errors import MasaError
-from masa.evaluation import analysis
+from masa.evaluation import analysis, shared_context
 from masa.evaluation.perplexity import held_out_loss, tokens_by_document
 from masa.runs import memory, run
 from masa.runs.progress import Progress
@@ -170,7 +170,11 @@ def language_model(model: Any, tokenizer: Any, settings: Mapping[str, Any], devi
                     f"evaluation.max_length = {self.max_length} is too small: a continuation that is scored has "
                     f"{longest} tokens. Set it to {longest} or more (evaluation, or compression.evaluation)."
                 )
-            found = super()._loglikelihood_tokens(requests, *more, **{**named, "disable_tqdm": True})
+
+            def each(chosen: Any) -> Any:
+                return HFLM._loglikelihood_tokens(self, chosen, *more, **{**named, "disable_tqdm": True})
+
+            found = shared_context.scored(self, requests, each)
             analysis.check_finite(torch.tensor([score for score, _ in found]), "the model's log-likelihoods")
             return found
 

@@ -1,4 +1,8 @@
-"""Results that another machine or an earlier version finished, taken over instead of made again."""
+"""Results that another machine or an earlier version finished, taken over on purpose (``masa adopt``).
+
+Code and processor may have been others, so a result that was adopted is kept where it is of what is asked for: of the same
+specification, data and models, not of the same code and not of the same bits of statistics.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +10,14 @@ from collections.abc import Mapping
 from typing import Any
 
 ADOPTED = "adopted"
+"""Key of a point's ``metrics.json`` and of a run's ``manifest.json``: which folder it was taken from."""
 
 
 def adopted(record: Mapping[str, Any], asked: str) -> bool:
-    """Whether a record was taken over on purpose (``masa adopt``), and is of what is asked for now.
+    """Whether a point of a sweep was adopted and is of what is asked for now.
 
     Args:
-        record: of ``metrics.json`` or of a run's ``manifest.json``.
-        asked: hash of everything that was asked for: the method, its options, data and models, not the code and not
-            the bits of statistics, in which machines and versions may differ.
+        record: of ``metrics.json``.
+        asked: hash of all that is asked for: method, options, data and models.
     """
-    return bool(record.get(ADOPTED)) and record.get("asked") == asked
+    return ADOPTED in record and record.get("asked") == asked

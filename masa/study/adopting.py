@@ -1,0 +1,145 @@
+"""Finished results of the same configuration, taken over from another folder: ``masa adopt``.
+
+Metrics and logs travel, models do not: what is adopted is in all tables and figures, and cannot be loaded. What a table
+or figure asks for and is not there, or is of another specification, is left to the workflow, which makes it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from masa.errors import MasaError
+from masa.runs import run
+from masa.runs.adopted import ADOPTED
+from masa.runs.files import whole_folder
+from masa.study import compressions, experiments, kinds
+from masa.training.earlier import changed
+
+Config = Mapping[str, Any]
+
+RUN_FILES = ("spec.json", "provenance.json", "metrics.jsonl", "manifest.json")
+"""Of a run, the last written last."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """One result that the configuration asks for.
+
+    Attributes:
+        name: run, as ``nano/vanilla/seed0`` or ``SmolLM2-135M/svd-llm``.
+        state: "adopted", "there" (already in the results), or "left".
+        why: it was left.
+    """
+
+    name: str
+    state: str
+    why: str = ""
+
+
+def adopt(source: Path, config: Config, results: Path) -> list[Found]:
+    """Take over what the configuration's tables and figures ask for and ``source`` has.
+
+    Args:
+        source: a folder of results, as ``results/reference/whole``.
+        results: where the workflow writes.
+
+    Returns:
+        One entry for each run and each method of compression that is asked for, in their order.
+
+    Raises:
+        MasaError: there are no results in ``source``, or it is ``results`` itself.
+    """
+    if source.resolve() == results.resolve():
+        raise MasaError(f"{source} is where the workflow writes; name another folder, as results/reference/whole.")
+    if not any((source / part).is_dir() for part in ("runs", "compression")):
+        raise MasaError(f"{source} holds neither runs nor compression: it is no folder of results of a workflow.")
+    return [*_runs(source, config, results), *_compressions(source, config, results)]
+
+
+def _runs(source: Path, config: Config, results: Path) -> Iterator[Found]:
+    for name in _names(config, compressed=False):
+        place, to = source / "runs" / name, results / "runs" / name
+        if (to / "manifest.json").is_file():
+            yield Found(name, "there")
+            continue
+        spec = experiments.run_spec(config, *experiments.parse_run(name))
+        evaluation = config["evaluation" if kinds.of(spec) is kinds.LANGUAGE else "vision_evaluation"]
+        if why := _misfit_of_run(place, source / "evaluations" / name, spec, evaluation):
+            yield Found(name, "left", why)
+            continue
+        (to.parent).mkdir(parents=True, exist_ok=True)
+        for file in RUN_FILES:
+            if (place / file).is_file():
+                _copy(place / file, to / file, source if file == "manifest.json" else None)
+        _copy_tree(source / "evaluations" / name, results / "evaluations" / name)
+        yield Found(name, "adopted")
+
+
+def _misfit_of_run(place: Path, scored: Path, spec: Config, evaluation: Config) -> str:
+    manifest, found = run.read_mapping(place / "manifest.json"), run.read_mapping(place / "spec.json")
+    if manifest is None or found is None:
+        return "not there"
+    if differs := list(changed(found, spec)[0].values()):
+        return "; ".join(differs)
+    metrics = run.read_mapping(scored / "metrics.json")
+    if metrics is None:
+        return f"{scored / 'metrics.json'} is missing, and without the model it cannot be made"
+    if metrics.get("settings") != json.loads(json.dumps(dict(evaluation))):
+        return "it was scored in another way than the configuration says"
+    return ""
+
+
+def _compressions(source: Path, config: Config, results: Path) -> Iterator[Found]:
+    for name in _names(config, compressed=True):
+        place, to = source / "compression" / name, results / "compression" / name
+        if (to / "manifest.json").is_file():
+            yield Found(name, "there")
+            continue
+        manifest = run.read_mapping(place / "manifest.json")
+        spec = compressions.run_spec(config, *compressions.parse_run(name))
+        if why := _misfit_of_sweep(place, manifest, spec):
+            yield Found(name, "left", why)
+            continue
+        with whole_folder(to) as folder:
+            for percent in manifest["records"]:
+                _copy(place / percent / "metrics.json", folder / percent / "metrics.json", source)
+            _copy(place / "manifest.json", folder / "manifest.json", None)
+        yield Found(name, "adopted")
+
+
+def _misfit_of_sweep(place: Path, manifest: Config | None, spec: Config) -> str:
+    if manifest is None:
+        return "not there"
+    if "spec" not in manifest:
+        return "an earlier version made it, which did not say of what"
+    wanted = {k: v for k, v in spec.items() if k not in ("cache", "keep_models")}
+    if differs := list(changed({k: manifest["spec"].get(k) for k in wanted}, json.loads(json.dumps(wanted)))[0].values()):
+        return "; ".join(differs)
+    missing = [p for p in manifest["records"] if not (place / p / "metrics.json").is_file()]
+    return f"{place / missing[0] / 'metrics.json'} is missing" if missing else ""
+
+
+def _names(config: Config, compressed: bool) -> list[str]:
+    of = [a for kind in ("tables", "figures") for a in experiments.active(config, kind).values()]
+    chosen = [a for a in of if compressions.is_compression(config, a) == compressed]
+    found = compressions.artefact_runs if compressed else experiments.artefact_runs
+    return list(dict.fromkeys(name for artefact in chosen for name in found(config, artefact)))
+
+
+def _copy(file: Path, to: Path, source: Path | None) -> None:
+    """A file, as one that is new; a record says where it is from where ``source`` is given."""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    if source is None:
+        shutil.copyfile(file, to)
+    else:
+        run.write_json(to, run.read_json(file) | {ADOPTED: source.as_posix()})
+
+
+def _copy_tree(place: Path, to: Path) -> None:
+    for file in sorted(path for path in place.rglob("*") if path.is_file()):
+        _copy(file, to / file.relative_to(place), None)
