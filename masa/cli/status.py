@@ -1,4 +1,4 @@
-"""Verbs that watch runs: their status, and TensorBoard's files."""
+"""Verbs about runs that are there: their status, TensorBoard's files, and results that are taken over."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from masa.cli.base import Verbs, add_out
 from masa.errors import MasaError
 from masa.study import config
+from masa.study.adopting import ABSENT, STATES
 
 if TYPE_CHECKING:
     from masa.study.status.survey import Surveyor
@@ -42,6 +43,15 @@ def add(verbs: Verbs) -> None:
     v.add_argument("runs", nargs="*", metavar="RUN", help="as of `masa status`; default: all that lie in the results")
     _add_common(v)
     add_out(v, "DIR", "for `tensorboard --logdir`; one folder a run")
+
+    v = verbs.add(
+        "adopt",
+        _adopt,
+        "take over finished results of the same configuration from another folder",
+        "masa adopt results/reference/whole --configfile config/whole.yaml",
+    )
+    v.add_argument("source", metavar="RESULTS", help="a folder of results, of another machine or of this repository")
+    v.add_argument("--results", metavar="DIR", help="where the workflow writes; default: the configuration's")
 
 
 def _add_common(v: argparse.ArgumentParser) -> None:
@@ -107,6 +117,23 @@ def _tensorboard(given: argparse.Namespace) -> None:
         events.close()
     runs = f"{events.count} run{'s' * (events.count != 1)}"
     print(f"{runs} written to {given.out}; see with `tensorboard --logdir {given.out}`", file=sys.stderr)
+
+
+def _adopt(given: argparse.Namespace) -> None:
+    from masa.study.adopting import adopt
+
+    c = config.load(given.configfile)
+    results = Path(given.results or c["results"])
+    found = adopt(Path(given.source), c, results)
+    for result in found:
+        if result.why and result.why != ABSENT:
+            print(f"left     {result.name}: {result.why}")
+    count = {state: sum(result.state == state for result in found) for state in STATES}
+    absent = sum(result.why == ABSENT for result in found)
+    print(
+        f"{count['adopted']} of {len(found)} results adopted into {results}; {count['there']} were there, "
+        f"{count['left'] - absent} are of something else and {absent} not in {given.source}: the workflow makes those."
+    )
 
 
 def _surveyor(given: argparse.Namespace) -> Surveyor:

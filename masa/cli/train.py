@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -10,7 +11,10 @@ from typing import Any
 
 from masa.cli.base import Verbs, add_gpus, add_out, spec_of
 from masa.errors import MasaError
+from masa.evaluation.metrics import is_of
 from masa.runs import card, devices, memory
+from masa.runs.adopted import ADOPTED
+from masa.runs.run import read_mapping
 from masa.study import config, experiments, kinds
 from masa.study.cost import readings, shares
 from masa.study.cost.limits import estimated_need
@@ -144,7 +148,10 @@ def _evaluate(given: argparse.Namespace) -> None:
     from masa.runs import run
 
     directory, out = Path(given.directory), Path(given.out)
-    run.read_json(directory / "manifest.json")  # written last: without it, the run is not whole
+    manifest = run.read_json(directory / "manifest.json")  # written last: without it, the run is not whole
+    if ADOPTED in manifest:
+        _adopted(directory, manifest, out)
+        return
     spec = run.read_json(directory / "spec.json", "masa pretrain")
     check_spec("run", spec, str(directory / "spec.json"))
     kind = kinds.of(spec)
@@ -158,6 +165,16 @@ def _evaluate(given: argparse.Namespace) -> None:
     tasks = benchmarks_of(benchmarks)
     tasks = {task: tasks[task] for task in settings["tasks"] if task in tasks}
     module.evaluate(directory, tokens, tokenizer, tasks, settings, out)
+
+
+def _adopted(directory: Path, manifest: Mapping[str, Any], out: Path) -> None:
+    """See that a run which came without its model came with its scores."""
+    if not is_of(read_mapping(out / "metrics.json"), manifest["identity"]):
+        raise MasaError(
+            f"{directory} was taken over from {manifest[ADOPTED]} without its model, and {out} holds no scores of it. "
+            f"Delete {directory} and train it, or adopt it again (`masa adopt`)."
+        )
+    print(f"{directory}: scored where it was trained; {out} holds that", file=sys.stderr)
 
 
 def benchmarks_of(directory: Path) -> dict[str, Any]:

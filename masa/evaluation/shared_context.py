@@ -1,9 +1,9 @@
 """Multiple choice on CPU in a third of the time: a question is read once, not once an answer.
 
-lm-eval scores every (context, continuation) by itself. Here the continuations of one context follow it in one sequence,
-each at the positions that it would have alone and seeing the context and itself, no other: the same log-likelihoods, but
-for the order of sums. In 16 bits that order decides near ties, so only models in 32 or 64 bits are scored this way; and
-only those that this is true of, which is seen by scoring the longest question both ways.
+lm-eval scores every (context, continuation) by itself. Here the continuations of one context follow it in one
+sequence, each at the positions that it would have alone and seeing the context and itself, no other: the same
+log-likelihoods, but for the order of sums. In 16 bits that order decides near ties, so only models in 32 or 64 bits are
+scored this way; and only those that this is true of, which is seen by scoring the longest question both ways.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Results that another machine or an earlier version finished, taken over on purpose (``masa adopt``).
 
-Code and processor may have been others, so a result that was adopted is kept where it is of what is asked for: of the same
-specification, data and models, not of the same code and not of the same bits of statistics.
+Code and processor may have been others, so a result that was adopted is kept where it is of what is asked for: of the
+same specification, data and models, not of the same code and not of the same bits of statistics.
 """
 
 from __future__ import annotations

@@ -22,6 +22,10 @@ from masa.training.earlier import changed
 
 Config = Mapping[str, Any]
 
+STATES = ("adopted", "there", "left")
+ABSENT = "not there"
+"""Why a result was left that the other folder does not have."""
+
 RUN_FILES = ("spec.json", "provenance.json", "metrics.jsonl", "manifest.json")
 """Of a run, the last written last."""
 
@@ -32,7 +36,7 @@ class Found:
 
     Attributes:
         name: run, as ``nano/vanilla/seed0`` or ``SmolLM2-135M/svd-llm``.
-        state: "adopted", "there" (already in the results), or "left".
+        state: of :data:`STATES`: adopted, already there in the results, or left.
         why: it was left.
     """
 
@@ -83,8 +87,8 @@ def _runs(source: Path, config: Config, results: Path) -> Iterator[Found]:
 def _misfit_of_run(place: Path, scored: Path, spec: Config, evaluation: Config) -> str:
     manifest, found = run.read_mapping(place / "manifest.json"), run.read_mapping(place / "spec.json")
     if manifest is None or found is None:
-        return "not there"
-    if differs := list(changed(found, spec)[0].values()):
+        return ABSENT
+    if differs := list(changed(_as_asked(found, spec), spec)[0].values()):
         return "; ".join(differs)
     metrics = run.read_mapping(scored / "metrics.json")
     if metrics is None:
@@ -92,6 +96,14 @@ def _misfit_of_run(place: Path, scored: Path, spec: Config, evaluation: Config) 
     if metrics.get("settings") != json.loads(json.dumps(dict(evaluation))):
         return "it was scored in another way than the configuration says"
     return ""
+
+
+def _as_asked(found: Config, spec: Config) -> dict[str, Any]:
+    """A run's own spec without what a training finds out of its data, which another spec cannot say: images, steps."""
+    known = {k: v for k, v in found.items() if k in spec}
+    if spec["training"].get("steps", 0) is None:
+        known["training"] = known["training"] | {"steps": None}
+    return known
 
 
 def _compressions(source: Path, config: Config, results: Path) -> Iterator[Found]:
@@ -114,11 +126,13 @@ def _compressions(source: Path, config: Config, results: Path) -> Iterator[Found
 
 def _misfit_of_sweep(place: Path, manifest: Config | None, spec: Config) -> str:
     if manifest is None:
-        return "not there"
+        return ABSENT
     if "spec" not in manifest:
         return "an earlier version made it, which did not say of what"
     wanted = {k: v for k, v in spec.items() if k not in ("cache", "keep_models")}
-    if differs := list(changed({k: manifest["spec"].get(k) for k in wanted}, json.loads(json.dumps(wanted)))[0].values()):
+    if differs := list(
+        changed({k: manifest["spec"].get(k) for k in wanted}, json.loads(json.dumps(wanted)))[0].values()
+    ):
         return "; ".join(differs)
     missing = [p for p in manifest["records"] if not (place / p / "metrics.json").is_file()]
     return f"{place / missing[0] / 'metrics.json'} is missing" if missing else ""

@@ -20,6 +20,7 @@ from typing import Any, Literal
 from masa.errors import MasaError
 from masa.models.recipes import LATER
 from masa.runs import run
+from masa.runs.adopted import ADOPTED
 from masa.runs.files import damaged
 from masa.training import resuming
 from masa.training.resuming import OTHER_SUM
@@ -100,12 +101,15 @@ def look(out: Path, asked: Asked) -> Earlier:
     found.there = found.finished or steps
     if not found.there:
         return found
-    if found.manifest:
+    taken = found.finished and ADOPTED in found.manifest  # without its model, by other code perhaps
+    if found.manifest and not taken:
         found.damage = _damage(out / "model", found.manifest)
     if not {"identity", "spec", "inputs", "code"} <= set(record or {}):
         record = _before_records(out, found.manifest)
     if record["identity"] == asked.identity:
         return found
+    if taken:
+        record = record | {"code": asked.code}
     found.differs, found.free, found.longer = _differences(record, asked)
     return found
 
@@ -144,7 +148,10 @@ def decide(out: Path, asked: Asked, restart: Restart = None) -> dict[str, Any] |
     if found.manifest:
         changed = f" ({'; '.join(found.free)} would change none of its numbers)" if found.free else ""
         trained = found.manifest["training"].get("steps")
-        _say(f"{name}: {out} holds this run, finished after {trained:,} steps{changed}; nothing is trained again")
+        taken = f", taken over from {found.manifest[ADOPTED]}" * (ADOPTED in found.manifest)
+        _say(
+            f"{name}: {out} holds this run, finished after {trained:,} steps{changed}{taken}; nothing is trained again"
+        )
         return found.manifest
     if found.free:
         _say(f"{name}: goes on with {'; '.join(found.free)}, which changes none of its numbers")
