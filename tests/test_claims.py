@@ -11,7 +11,7 @@ from scipy import stats
 
 from masa.errors import MasaError
 from masa.report import claims as report
-from masa.report import own_tables
+from masa.report import own_tables, rule
 from masa.runs import run
 from masa.study import artefacts, claims, config
 
@@ -55,13 +55,13 @@ def test_long_documents_weigh_more():
 @pytest.mark.parametrize(
     ("gain", "margin", "verdict"),
     [
-        (0.03, 0.0, report.HOLDS),
-        (0.01, 0.0, report.OPEN),
-        (-0.01, 0.0, report.OPEN),
-        (-0.03, 0.0, report.FAILS),
-        (-0.03, 0.06, report.HOLDS),
-        (-0.03, 0.04, report.OPEN),
-        (-0.08, 0.04, report.FAILS),
+        (0.03, 0.0, rule.HOLDS),
+        (0.01, 0.0, rule.OPEN),
+        (-0.01, 0.0, rule.OPEN),
+        (-0.03, 0.0, rule.FAILS),
+        (-0.03, 0.06, rule.HOLDS),
+        (-0.03, 0.04, rule.OPEN),
+        (-0.08, 0.04, rule.FAILS),
     ],
 )
 def test_verdicts(gain, margin, verdict):
@@ -69,8 +69,39 @@ def test_verdicts(gain, margin, verdict):
     judged = report.judge(gain, [report.Variance(1e-4, 12)], margin)
     assert judged.verdict == verdict
     assert judged.high - judged.gain == pytest.approx(0.01 * stats.t.ppf(0.975, 12))
-    assert (judged.p < 0.05) == (verdict != report.OPEN)
+    assert (judged.p < 0.05) == (verdict != rule.OPEN)
     assert judged.p == pytest.approx(2 * stats.t.cdf(-abs(gain + margin) / 0.01, 12))
+
+
+@pytest.mark.parametrize(
+    ("gain", "within", "verdict"),
+    [
+        (0.0, 0.02, rule.EQUAL),
+        (0.002, 0.02, rule.EQUAL),
+        (-0.002, 0.02, rule.EQUAL),
+        (0.003, 0.02, rule.OPEN),
+        (0.0, 0.017, rule.OPEN),
+        (0.0, 0.0, rule.OPEN),
+        (0.03, 0.06, rule.HOLDS),
+        (-0.03, 0.06, rule.FAILS),
+    ],
+)
+def test_equality_is_a_90_percent_interval_within_the_margins(gain, within, verdict):
+    """With an error of 0.01 and 12 degrees of freedom its half width is 1.782 x 0.01."""
+    judged = rule.judge(gain, [rule.Variance(1e-4, 12)], 0.0, within)
+    assert judged.verdict == verdict
+    if within:
+        sides = [(within + gain) / 0.01, (within - gain) / 0.01]
+        assert judged.p_equal == pytest.approx(max(stats.t.sf(side, 12) for side in sides))
+    else:
+        assert judged.p_equal is None
+
+
+def test_equality_is_wrong_once_in_twenty_at_the_margin():
+    generator = np.random.default_rng(0)
+    drawn = generator.normal(0.01, 0.004, (6000, 8))
+    found = [rule.judge(x.mean(), [rule.Variance(x.var(ddof=1) / 8, 7)], 0.0, 0.01).p_equal < 0.05 for x in drawn]
+    assert np.mean(found) == pytest.approx(0.05, abs=0.012)
 
 
 def test_all_claims_at_once_by_holm():
@@ -88,13 +119,13 @@ def test_holm_is_wrong_once_in_twenty_tables():
 
 
 def test_nothing_is_decided_without_a_variance():
-    assert report.judge(5.0, [], 0.0) == report.Judged(5.0, None, None, report.OPEN)
+    assert report.judge(5.0, [], 0.0) == rule.Judged(5.0, None, None, rule.OPEN)
 
 
 def test_no_noise_that_was_seen_decides_nothing():
     """Accuracies are discrete: two methods at two seeds may well shift alike."""
     noise = report.of_seeds({"a": [95.0, 95.3], "b": [93.9, 94.2]})
-    assert report.judge(-1.1, [noise], 0.5).verdict == report.OPEN
+    assert report.judge(-1.1, [noise], 0.5).verdict == rule.OPEN
 
 
 def test_few_documents_of_unequal_length():
@@ -184,11 +215,12 @@ def test_the_table(main_claims, tmp_path):
     absent = copy.deepcopy(judged_claims[0]) | {"records": None, "scale": "elsewhere"}
     own_tables.write("claims", [*judged_claims, absent], tmp_path, tmp_path / "tables")
     frame = pd.read_csv(tmp_path / "tables" / "claims.csv")
-    assert list(frame["verdict"])[:2] == [report.HOLDS, report.FAILS]
+    assert list(frame["verdict"])[:2] == [rule.HOLDS, rule.FAILS]
     assert frame["verdict"].iloc[3] == report.ABSENT and pd.isna(frame["gain"].iloc[3])
     assert frame["gain"].iloc[0] == pytest.approx(0.2, abs=0.06)
     shown = (tmp_path / "tables" / "claims.md").read_text()
-    assert frame["p_holm"].iloc[:3].tolist() == pytest.approx(report.holm(frame["p"].iloc[:3].tolist()))
+    tests = [*frame["p"].iloc[:3], *frame["p_equal"].iloc[:3]]  # all that were asked at once
+    assert frame["p_holm"].iloc[:3].tolist() == pytest.approx(report.holm(tests)[:3])
     assert pd.isna(frame["p_holm"].iloc[3]) and "< 0.001" in shown and "for want of" not in shown
     assert "$<$ 0.001" in (tmp_path / "tables" / "claims.tex").read_text()
     assert "MASA-QKVO − Sequential (validation_loss)" in shown and "[" in shown and not re.search(r"\bnan\b", shown)
@@ -205,7 +237,7 @@ def test_a_table_of_which_nothing_can_be_decided(main_claims, tmp_path):
     records = {name: of_one[:1] for name, of_one in claim["records"].items()}
     own_tables.write("claims", [claim | {"records": records, "noise": {}}], tmp_path, tmp_path / "tables")
     (row,) = pd.read_csv(tmp_path / "tables" / "claims.csv").to_dict("records")
-    assert row["verdict"] == report.OPEN and pd.isna(row["p"]) and pd.isna(row["p_holm"])
+    assert row["verdict"] == rule.OPEN and pd.isna(row["p"]) and pd.isna(row["p_holm"])
 
 
 def test_what_is_missing_is_named_and_the_rest_judged(main_claims, tmp_path):
@@ -288,7 +320,7 @@ def test_perplexities_of_a_text_that_may_be_missing(tmp_path):
     compressed(tmp_path, "svd-llm", [3.0, 3.2, 3.1], tokens, ["wikitext"])
     compressed(tmp_path, "matrix-pca", [2.8, 3.1, 3.0], tokens, ["wikitext"])
     row = report.row(claim, tmp_path)
-    assert row["gain"] == pytest.approx((0.2 * 10 + 0.1 * 20 + 0.1 * 30) / 60) and row["verdict"] == report.HOLDS
+    assert row["gain"] == pytest.approx((0.2 * 10 + 0.1 * 20 + 0.1 * 30) / 60) and row["verdict"] == rule.HOLDS
     assert row["error_examples"] > 0
     compressed(tmp_path, "svd-llm", [3.0, 3.2, 3.1], tokens, [])
     assert report.row(claim, tmp_path)["verdict"] == report.ABSENT

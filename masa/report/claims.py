@@ -2,8 +2,9 @@
 
 A claim is a contrast of experiments, e.g. MASA-QKVO less low-rank, whose weights add up to zero. Its estimate is the
 weighted sum of the experiments' means over seeds, counted so that above zero is in the claim's favour. It holds if the
-whole 95 % interval is above minus the claim's margin, does not hold if the whole interval is below, and cannot be
-decided otherwise. The interval is Student's, of two variances added up:
+whole 95 % interval is above minus the claim's margin, does not hold if the whole interval is below, is equal if neither
+and the 90 % interval lies within the claim's margins of equality, and cannot be decided otherwise
+(:mod:`masa.report.rule`). The interval is Student's, of two variances added up:
 
 - of training again: the residual variance of one training beside its experiment and its seed, pooled over all
   experiments that were trained with the same seeds (what a seed does to all of them alike cancels in a contrast). It is
@@ -12,7 +13,9 @@ decided otherwise. The interval is Student's, of two variances added up:
 
 Degrees of freedom are Satterthwaite's. Where neither can be had, nothing is decided. Intervals and verdicts are each
 claim's own: of twenty, one may well miss. ``p_holm`` is for those who ask all claims of a table at once (Holm, 1979,
-which needs no independence): below 0.05 the verdict stands even so.
+which needs no independence; of all tests of difference and of equality): below 0.05 the verdict stands even so. Where a
+claim with margins of equality is not decidable, ``seeds_needed`` says how many it takes to find two methods without any
+difference equal four times of five, the held-out text being what it is.
 """
 
 from __future__ import annotations
@@ -20,122 +23,23 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from scipy import stats
 
 from masa.evaluation import metrics as m
-from masa.report import examples
+from masa.report import examples, power
+from masa.report.rule import ABSENT, EQUAL, OPEN, Variance, holm, judge, of_examples, of_seeds
 from masa.report.tables import write_files
 from masa.study import claims as asked
 
-LEVEL = 0.95
-ROUNDING = 1e-9
-"""Standard errors below it are no noise but rounding."""
 PERPLEXITIES = ("held_out_ppl", "wikitext_token_ppl")
 """They are compared by their logarithms, in nats a token."""
 COLUMNS = [
-    "claim", "source", "scale", "metric", "contrast", "margin", "seeds", "gain", "low", "high", "verdict",
-    "error_seeds", "error_own_seeds", "error_examples", "p", "p_holm",
+    "claim", "source", "scale", "metric", "contrast", "margin", "equal_within", "seeds", "seeds_needed", "gain", "low",
+    "high", "verdict", "error_seeds", "error_own_seeds", "error_examples", "p", "p_equal", "p_holm",
 ]  # fmt: skip
-HOLDS, FAILS, OPEN, ABSENT = "holds", "does not hold", "not decidable here", "not run here"
-
-
-@dataclass(frozen=True)
-class Variance:
-    """A variance of the estimate and its degrees of freedom."""
-
-    value: float
-    freedom: float
-
-
-@dataclass(frozen=True)
-class Judged:
-    """An estimate in favour of a claim, its interval, what follows, and how likely so large a gain is by chance.
-
-    ``p`` is two-sided, of a gain of minus the margin: below 0.05 if and only if the interval decides.
-    """
-
-    gain: float
-    low: float | None
-    high: float | None
-    verdict: str
-    p: float | None = None
-
-
-def judge(gain: float, variances: Sequence[Variance], margin: float) -> Judged:
-    """The rule.
-
-    Args:
-        gain: estimate, above zero in the claim's favour.
-        variances: independent parts of its variance; none: it cannot be decided.
-        margin: how much worse still counts, at least 0; of "at least as good" claims.
-    """
-    total = sum(v.value for v in variances)
-    if total < ROUNDING**2:  # no noise was seen, which does not mean that there is none
-        return Judged(gain, None, None, OPEN)
-    freedom = total**2 / sum(v.value**2 / v.freedom for v in variances)
-    half = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * math.sqrt(total)
-    low, high = gain - half, gain + half
-    p = 2 * float(stats.t.sf(abs(gain + margin) / math.sqrt(total), freedom))
-    return Judged(gain, low, high, HOLDS if low > -margin else FAILS if high < -margin else OPEN, p)
-
-
-def holm(p: Sequence[float]) -> list[float]:
-    """Holm's adjusted p-values, in the order given: all claims whose value is below a level are decided at that level.
-
-    Args:
-        p: p-values of all claims that are asked at once.
-    """
-    adjusted, least = [1.0] * len(p), 0.0
-    for rank, i in enumerate(sorted(range(len(p)), key=p.__getitem__)):
-        least = max(least, min(1.0, (len(p) - rank) * p[i]))
-        adjusted[i] = least
-    return adjusted
-
-
-def of_seeds(values: Mapping[str, Sequence[float]]) -> Variance | None:
-    """Residual variance of one training in the additive model experiment + seed.
-
-    Args:
-        values: experiment -> its values, all for the same seeds in the same order.
-
-    Returns:
-        None where there are fewer than two experiments or two seeds.
-    """
-    seeds = len(next(iter(values.values()), ()))
-    if len(values) < 2 or seeds < 2:
-        return None
-    freedom = (len(values) - 1) * (seeds - 1)
-    of_seed = [statistics.fmean(column) for column in zip(*values.values(), strict=True)]
-    mean = statistics.fmean(of_seed)
-    rest = sum(
-        (value - statistics.fmean(row) - of_seed[i] + mean) ** 2
-        for row in values.values()
-        for i, value in enumerate(row)
-    )
-    return Variance(rest / freedom, freedom)
-
-
-def of_examples(differences: Sequence[float], sizes: Sequence[int]) -> Variance | None:
-    """Variance of a mean over examples of which another sample could have been taken.
-
-    Unbiased where an example's variance falls with its size; otherwise right for many examples.
-
-    Args:
-        differences: paired differences of documents or images.
-        sizes: their weights: tokens, or 1 each.
-    """
-    total = sum(sizes)
-    weights = [size / total for size in sizes]
-    if len(differences) < 2 or max(weights) == 1:
-        return None
-    mean = sum(d * w for d, w in zip(differences, weights, strict=True))
-    spread = sum((w * (d - mean)) ** 2 / (1 - w) for d, w in zip(differences, weights, strict=True))
-    return Variance(spread, 1 / sum(w * w for w in weights) - 1)
 
 
 def missing(claim: Mapping[str, Any], results: Path) -> list[str]:
@@ -145,7 +49,7 @@ def missing(claim: Mapping[str, Any], results: Path) -> list[str]:
 
 def row(claim: Mapping[str, Any], results: Path) -> dict[str, Any]:
     """One claim at one scale, judged; not so if a record of it is missing."""
-    kept = {k: claim[k] for k in ("claim", "source", "scale", "metric", "contrast", "margin")}
+    kept = {k: claim[k] for k in ("claim", "source", "scale", "metric", "contrast", "margin", "equal_within")}
     if claim["records"] is None or missing(claim, results):
         return kept | {"verdict": ABSENT}
     loaded = {name: [m.load(results, r) for r in records] for name, records in claim["records"].items()}
@@ -160,12 +64,13 @@ def row(claim: Mapping[str, Any], results: Path) -> dict[str, Any]:
         return math.log(number) if metric.name in PERPLEXITIES else number
 
     gain = sign * sum(weight * statistics.fmean(map(value, loaded[name])) for name, weight in weights.items())
-    variances, errors = [], {}
+    variances, errors, other = [], {}, None
     if claim["trained"] and seeds > 1:
         own = [sum(w * value(loaded[name][i]) for name, w in weights.items()) for i in range(seeds)]
         errors["error_own_seeds"] = statistics.stdev(own) / math.sqrt(seeds)
     trained = {name: [value(m.load(results, r)) for r in records] for name, records in claim["noise"].items()}
-    if trained and (noise := of_seeds(trained)):
+    noise = of_seeds(trained) if trained else None
+    if noise:
         factor = sum(weight**2 for weight in weights.values()) / seeds
         variances.append(Variance(noise.value * factor, noise.freedom))
         errors["error_seeds"] = math.sqrt(variances[0].value)
@@ -173,7 +78,10 @@ def row(claim: Mapping[str, Any], results: Path) -> dict[str, Any]:
     if paired and (other := of_examples(*paired)) and (variances or not claim["trained"]):
         variances.append(other)
         errors["error_examples"] = math.sqrt(other.value)
-    judged = judge(gain, variances, claim["margin"])
+    judged = judge(gain, variances, claim["margin"], claim["equal_within"])
+    if judged.verdict == OPEN and noise and claim["equal_within"]:
+        once = variances[0].value * seeds
+        errors["seeds_needed"] = _needed(claim["equal_within"], once, len(trained), other.value if other else 0.0)
     return (
         kept
         | {
@@ -183,9 +91,25 @@ def row(claim: Mapping[str, Any], results: Path) -> dict[str, Any]:
             "high": judged.high,
             "verdict": judged.verdict,
             "p": judged.p,
+            "p_equal": judged.p_equal,
         }
         | errors
     )
+
+
+def _needed(within: float, once: float, methods: int, fixed: float) -> float:
+    """Seeds to find equality; infinity where the noise of the held-out text alone is too large.
+
+    Args:
+        once: variance of the contrast of one seed.
+        methods: whose noise is pooled.
+        fixed: variance of the contrast by other data.
+    """
+
+    def chance(error: float, freedom: float) -> float:
+        return power.equal(within, math.hypot(error, math.sqrt(fixed)), freedom)
+
+    return power.seeds_needed(chance, math.sqrt(once), methods) or math.inf
 
 
 def _by_example(
@@ -216,33 +140,51 @@ def write(claims: Sequence[Mapping[str, Any]], results: Path, folder: Path) -> N
     if lacking and not any("gain" in judged for judged in rows):
         m.load(results, lacking[0])  # raises, and says how to mend it
     frame = pd.DataFrame(rows).reindex(columns=COLUMNS)
-    tested = frame["p"].notna()
-    frame.loc[tested, "p_holm"] = holm(frame.loc[tested, "p"].tolist())
+    frame["p_holm"] = _all_at_once(frame)
     shown = pd.DataFrame(
         {
             "Claim": frame["claim"],
             "Paper": frame["source"],
             "At": frame["scale"],
             "Measured": [f"{c} ({x})" for c, x in zip(frame["contrast"], frame["metric"], strict=True)],
-            "Seeds": ["" if pd.isna(n) else f"{n:.0f}" for n in frame["seeds"]],
+            "Seeds": [_seeds(n, needed) for n, needed in zip(frame["seeds"], frame["seeds_needed"], strict=True)],
             "Gain [95 %]": [interval(r) for _, r in frame.iterrows()],
-            "Verdict": frame["verdict"],
+            "Verdict": [
+                f"{v} within {w:g}" if v == EQUAL else v
+                for v, w in zip(frame["verdict"], frame["equal_within"], strict=True)
+            ],
             "p (Holm)": ["" if pd.isna(p) else probability(p) for p in frame["p_holm"]],
         }
     )
     note = (
         "Gain: above zero is in the claim's favour, in the unit of what is measured (perplexities: nats a token); of a "
         "loss it is minus the difference that is written. A claim holds if the whole interval is above minus its "
-        "margin, does not hold if all of it is below, and is not decidable otherwise. The interval is of this claim "
-        "alone, not of all at once. It covers training again with other seeds (with one seed, by the noise of the "
-        "experiments which have several) and other held-out documents or test images, taken as independent; not, of "
-        "compressions, other calibration text. p (Holm): for all claims of the table at once; below 0.05 the verdict "
-        "stands even so."
+        "margin, does not hold if all of it is below, is equal where neither and two one-sided tests at 5 % put the "
+        "difference within the margins, and is not decidable otherwise; of those, Seeds says how many it would take "
+        "to find no difference equal four times of five. The interval is of this claim alone, not of all at once. It "
+        "covers training again with other seeds (with one seed, by the noise of the experiments which have several) "
+        "and other held-out documents or test images, taken as independent; not, of compressions, other calibration "
+        "text. p (Holm): for all tests of the table at once; below 0.05 the verdict stands even so."
     )
     if lacking:
         parts = dict.fromkeys(record.rpartition("/")[0] for record in lacking)
         note += f" Not judged for want of measurements in {', '.join(parts)}."
     write_files(frame, shown, {"name": "claims", "title": "Claims of the paper, judged by one rule"}, folder, note)
+
+
+def _all_at_once(frame: pd.DataFrame) -> list[float | None]:
+    """Holm's value of the test that each verdict rests on, among all tests of the table."""
+    tests = [(i, name) for name in ("p", "p_equal") for i in frame.index if not pd.isna(frame.loc[i, name])]
+    adjusted = dict(zip(tests, holm([float(frame.loc[test]) for test in tests]), strict=True))
+    verdicts = zip(frame.index, frame["verdict"], strict=True)
+    return [adjusted.get((i, "p_equal" if verdict == EQUAL else "p")) for i, verdict in verdicts]
+
+
+def _seeds(there: float, needed: float) -> str:
+    """``3``, or ``3 of 17`` where a verdict would take that many; empty where none were trained."""
+    if pd.isna(there):
+        return ""
+    return f"{there:.0f}" if pd.isna(needed) else f"{there:.0f} of {'∞' if math.isinf(needed) else f'{needed:.0f}'}"
 
 
 def probability(p: float) -> str:

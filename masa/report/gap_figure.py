@@ -14,9 +14,9 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from masa.errors import MasaError
 from masa.evaluation import metrics as m
 from masa.report.canvas import Canvas
-from masa.report.claims import Variance, judge, of_seeds
 from masa.report.curve import at, by_scale, curve
 from masa.report.labels import End
+from masa.report.rule import Variance, judge, of_seeds
 from masa.report.style import TEXT, look
 from masa.runs import run
 
@@ -28,7 +28,7 @@ def gap(spec: Mapping[str, Any], results: Path) -> Figure:
     """Held-out loss less the first row's at the same seed and token, over tokens a parameter of the first row.
 
     Bars at about 1, 2, 5, 10, … tokens a parameter, and at the end: 95 % intervals of the difference, each by itself,
-    from the residual variance of all rows over seeds (:func:`masa.report.claims.of_seeds`) and of no other text.
+    from the residual variance of all rows over seeds (:func:`masa.report.rule.of_seeds`) and of no other text.
 
     Raises:
         MasaError: a log or the first run's manifest is missing or damaged.

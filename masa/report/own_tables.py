@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from masa.evaluation import metrics as m
-from masa.report import claims
+from masa.report import claims, power
 from masa.report.paper import published_rows
 from masa.report.tables import write_files
 from masa.runs import run
@@ -177,5 +177,6 @@ WRITERS: dict[str, Callable[[Any, Path, Path], None]] = {
     "throughput": throughput,
     "parameters": parameters,
     "claims": claims.write,
+    "power": power.write,
 }
 """One for each of :data:`masa.study.artefacts.OWN_TABLES`."""

@@ -21,6 +21,7 @@ OWN_TABLES: dict[str, Callable[[Config], Any]] = {
     "throughput": lambda c: {"scales": c["throughput"]["scales"], "labels": labels(c)},
     "parameters": lambda c: {"labels": labels(c)},
     "claims": claims.spec,
+    "power": claims.power_spec,
 }
 """Tables that every configuration has, beside its own -> what each is made of (:mod:`masa.report.own_tables`)."""
 

@@ -57,6 +57,7 @@ def spec(config: Config) -> list[dict[str, Any]]:
             "source": claim["source"],
             "metric": claim["metric"],
             "margin": claim.get("margin", Claim.defaults()["margin"]),
+            "equal_within": claim.get("equal_within", Claim.defaults()["equal_within"]),
             "weights": dict(claim["contrast"]),
             "contrast": contrast({known[e]["label"]: w for e, w in claim["contrast"].items()}),
         }
@@ -118,6 +119,19 @@ def _compressed(config: Config, claim: Config) -> Iterator[dict[str, Any]]:
                 "records": {n: [f"compression/{model}/{n}/{percent:g}"] for n in made} if there else None,
                 "noise": {},
             }
+
+
+def power_spec(config: Config) -> list[dict[str, Any]]:
+    """Every scale of language models at which several experiments have several seeds, and those runs."""
+    runs = set(experiments.all_runs(dict(config)))
+    known, found = config["experiments"], []
+    for scale in config["scales"]:
+        chosen = several_seeds(runs, scale)
+        if chosen:
+            order = [name for name in known if name in chosen]
+            labels = {name: known[name]["label"] for name in order}
+            found.append({"scale": scale, "runs": {name: chosen[name] for name in order}, "labels": labels})
+    return found
 
 
 def records(claim: Mapping[str, Any]) -> list[str]:

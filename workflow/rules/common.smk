@@ -307,6 +307,12 @@ OWN_INPUTS = {
         f"{RESULTS}/{{record}}",
         record=claims.files(artefacts.table_spec(config, "claims")),
     ),
+    "power": lambda: [
+        f"{RESULTS}/runs/{run}/manifest.json"
+        for scale in artefacts.table_spec(config, "power")
+        for runs in scale["runs"].values()
+        for run in runs
+    ],
 }
 
 

@@ -119,3 +119,8 @@ class Claim(Section):
         "side: {ours: 1, theirs: -1} says that ours is better."
     )
     margin: Amount = key('How much worse still counts, in the metric\'s unit; for claims of "at least as good".', 0)
+    equal_within: Amount = key(
+        "How far from zero, both ways, the difference may be for a verdict of equality, in the unit of the weighted "
+        "sum; 0: it is not asked.",
+        0,
+    )
