@@ -1,4 +1,4 @@
-"""Where MASA's coefficients C come from while it trains: parameters of their own, or an MLP on block embeddings.
+"""Where MASA's coefficients C come from while it trains: parameters, an MLP on block embeddings, or a fixed basis.
 
 Dimensions: L layers, S atoms, e width of an embedding.
 """
@@ -25,6 +25,29 @@ class DirectCoefficients(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.normal_(self.values)
         self.values.copy_(nn.functional.normalize(self.values, dim=1))
+
+    def forward(self) -> Tensor:
+        return self.values
+
+
+class LegendreCoefficients(nn.Module):
+    """C (L, S) that is never trained: column s is Legendre's polynomial of degree s over depth, from -1 to 1.
+
+    Made orthogonal on the L layers (by QR of powers, which is Gram and Schmidt's method) and of a size that gives rows
+    the norm 1 on average, as those of :class:`DirectCoefficients` have. Atoms alone are learned: the mean over depth,
+    its slope, its curvature and so on.
+    """
+
+    def __init__(self, num_layers: int, atoms: int, **_: Any) -> None:
+        super().__init__()
+        self.values = nn.Buffer(torch.empty(num_layers, atoms))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        layers, atoms = self.values.shape
+        depth = torch.linspace(-1, 1, layers, dtype=torch.float64) if layers > 1 else torch.zeros(1).double()
+        q, r = torch.linalg.qr(torch.stack([depth**degree for degree in range(atoms)], dim=1))
+        self.values.copy_(q * r.diagonal().sign() * math.sqrt(layers / atoms))
 
     def forward(self) -> Tensor:
         return self.values
@@ -104,3 +127,7 @@ class MlpCoefficients(nn.Module):
                 "keep torch.save(model.state_dict()) beside it."
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+MAKERS = {"direct": DirectCoefficients, "mlp": MlpCoefficients, "legendre": LegendreCoefficients}
+"""Values of ``coefficients`` in a :class:`masa.SharingSpec`."""

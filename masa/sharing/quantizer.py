@@ -21,6 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from masa.errors import MasaError
 from masa.sharing import compressed_sources as _compressed  # noqa: F401 (registers the kinds that compression solves for)
 from masa.sharing import part_sources as _parts  # noqa: F401 (likewise)
+from masa.sharing import variant_sources as _variants  # noqa: F401 (and those that are not the paper's)
 from masa.sharing.bank import SharedProjections, is_hooked
 from masa.sharing.description import EARLIER, METHOD, check, read_spec
 from masa.sharing.embeddings import put_embeddings

@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from masa.errors import MasaError
+from masa.sharing import variant_sources as _variants  # noqa: F401 (registers the kinds that are not the paper's)
 from masa.sharing.bank import SharedProjections
 from masa.sharing.compression_spec import CompressionSpec
 from masa.sharing.embeddings import embedding_numbers

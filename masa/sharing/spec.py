@@ -89,18 +89,20 @@ class SharingSpec:
     """How the projections of a transformer share weights across layers.
 
     Args:
-        method: one of vanilla, gqa, low-rank, sequential, repeat-all-over and masa (:data:`METHODS`).
+        method: one of vanilla, gqa, low-rank, sequential, repeat-all-over, relaxed, masa and masa-per-head
+            (:data:`METHODS`).
         projections: letters of the projections that share; q, k, v, o of attention, and u, d (and g in Llama-like
             models) of the FFN, e.g. "qkv", "qkvo", "qkvoud".
         atoms: number S of matrix atoms of each dictionary (``masa``); an integer, "L/3", or a mapping from a
             dictionary's letters to its own S, e.g. {"qv": 8, "k": 4}.
-        sets: number M of weight sets that the L layers use in turn (``sequential``, ``repeat-all-over``).
-        rank: rank r of every matrix (``low-rank``). The paper's text says d/3, which saves only 33.3 %; d/6 is what
-            its 66.7 % needs, and the default.
+        sets: number M of weight sets that the L layers use in turn (``sequential``, ``repeat-all-over``, ``relaxed``).
+        rank: rank r of every matrix (``low-rank``), or of what each layer adds to its set (``relaxed``). The paper's
+            text says d/3, which saves only 33.3 %; d/6 is what its 66.7 % needs, and the default of ``low-rank``.
         num_key_value_heads: key/value heads after grouping (``gqa``). The paper's "6 / 8 groups" are query heads per
             key/value head.
         coefficients: "direct" (C is a parameter) or "mlp" (C comes from per-block embeddings through a three-layer
-            MLP, both of which :func:`masa.fold` and :func:`masa.save` leave behind).
+            MLP, both of which :func:`masa.fold` and :func:`masa.save` leave behind) or "legendre" (a fixed basis over
+            depth: atoms alone are learned).
         coefficient_norm: "free", or "fixed" to keep every row of C at norm 1 (the synthesised weights then keep the
             atoms' scale).
         embedding_dim: width of the per-block embedding and of the MLP's hidden layers (``coefficients="mlp"``).
@@ -134,7 +136,7 @@ class SharingSpec:
                 object.__setattr__(self, name, value)
         if self.projections is not None:
             self._check_letters("projections", self.projections)
-        for name, options in (("coefficients", ("direct", "mlp")), ("coefficient_norm", ("free", "fixed"))):
+        for name, options in (("coefficients", ("direct", "mlp", "legendre")), ("coefficient_norm", ("free", "fixed"))):
             value = getattr(self, name)
             if value is not None and value not in options:
                 raise unknown(f"The value of {name!r}", value, options)
@@ -314,6 +316,24 @@ def _check_heads(spec: SharingSpec, shape: ModelShape) -> None:
         )
 
 
+def _check_relaxed(spec: SharingSpec, shape: ModelShape) -> None:
+    _check_sets(spec, shape)
+    _check_rank(spec, shape)
+
+
+def _check_head_atoms(spec: SharingSpec, shape: ModelShape) -> None:
+    if others := [letter for letter in spec.projections or "" if letter not in ATTENTION]:
+        raise MasaError(
+            f"projections = {spec.projections!r}: {others[0]!r} ({PROJECTIONS[others[0]]}) has no heads, so it cannot "
+            f"have coefficients for each. Choose among {ATTENTION!r}, or method 'masa'."
+        )
+    for letter in spec.projections or "":
+        heads = shape.num_key_value_heads if letter in "kv" else shape.num_attention_heads
+        if shape.shapes[letter][letter == "o"] % heads:
+            raise MasaError(f"{letter!r} is {shape.shapes[letter]}, which {heads} heads do not divide.")
+    _check_atoms(spec, shape)
+
+
 _SETS: Any = {
     "fields": ("projections", "sets"),
     "defaults": {"projections": ATTENTION, "sets": "L/3"},
@@ -343,5 +363,19 @@ METHODS: dict[str, Method] = {
         "every matrix is a combination of S matrix atoms (arXiv 2508.04581, Eq. 2)",
         defaults={"projections": ATTENTION, "atoms": "L/3", "coefficients": "direct", "coefficient_norm": "free"},
         check=_check_atoms,
+    ),
+    "masa-per-head": Method(
+        "head_atoms",
+        ("projections", "atoms"),
+        "masa with coefficients of their own for each head (ours)",
+        defaults={"projections": ATTENTION, "atoms": "L/3"},
+        check=_check_head_atoms,
+    ),
+    "relaxed": Method(
+        "relaxed",
+        ("projections", "sets", "rank"),
+        "M sets; layer l uses set l % M and adds a matrix of rank r (Bae et al. 2024)",
+        defaults={"projections": ATTENTION, "sets": "L/6", "rank": "d/12"},
+        check=_check_relaxed,
     ),
 }

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from masa.errors import MasaError, unknown
-from masa.sharing.coefficients import BlockEmbedding, DirectCoefficients, MlpCoefficients
+from masa.sharing.coefficients import MAKERS, BlockEmbedding, DirectCoefficients
 from masa.sharing.products import (
     full_precision,
     linear_in_atoms,
@@ -167,7 +167,8 @@ class Atoms(WeightSource):
 
     Args:
         atoms: S.
-        coefficients: "direct": C is a parameter. "mlp": ``C = MLP(E)`` from per-block embeddings E (L, e).
+        coefficients: "direct": C is a parameter. "mlp": ``C = MLP(E)`` from per-block embeddings E (L, e). "legendre":
+            C is a fixed basis over depth.
         coefficient_norm: "fixed" divides every row of C by its norm.
         embedding_dim: e, also the MLP's hidden width.
 
@@ -189,7 +190,7 @@ class Atoms(WeightSource):
         super().__init__(projections, num_layers, shape)
         self.num_atoms, self.coefficient_norm = atoms, coefficient_norm
         self.atoms = nn.Parameter(torch.empty(atoms, *self.shape))
-        maker = DirectCoefficients if coefficients == "direct" else MlpCoefficients
+        maker = MAKERS[coefficients]
         self.maker = nn.ModuleDict(
             {p: maker(num_layers, atoms, embedding_dim=embedding_dim, embedding=embedding) for p in projections}
         )

@@ -113,13 +113,18 @@ def _sources(sharing: SharingSpec, shape: ModelShape) -> tuple[int, int, int, fl
         return L * r * sides, 2 * len(numbers), 0, 2.0 * L * r * sum(numbers.values())
     if method in ("sequential", "repeat-all-over"):
         return int(sharing.sets or 1) * sum(numbers.values()), len(numbers), 0, 0.0
+    if method == "relaxed":
+        r, sides = int(sharing.rank or 1), sum(sum(shape.shapes[p]) for p in numbers)
+        dense = int(sharing.sets or 1) * sum(numbers.values())
+        return dense + L * r * sides, 3 * len(numbers), 0, 2.0 * L * r * sum(numbers.values())
     if sharing.atoms is None:  # a method that is not counted here: at most what it would be without sharing
         return L * sum(numbers.values()), L * len(numbers), 0, 0.0
     total, tensors, unstored, flops = 0, 0, 0, 0.0
     e = sharing.embedding_dim or 64
     for group in sharing.groups():
         S = sharing.atoms_of(group)
-        total += S * numbers[group[0]] + len(group) * L * S
+        each = 1 if method == "masa" else shape.num_key_value_heads if group in "kv" else shape.num_attention_heads
+        total += S * numbers[group[0]] + len(group) * L * S * each
         tensors += 1 + len(group)
         flops += 2.0 * S * L * sum(numbers[p] for p in group)
         if sharing.coefficients == "mlp":  # three layers instead of L x S numbers; the embeddings once for all
