@@ -148,7 +148,8 @@ def test_every_parameter_gets_a_gradient_and_is_registered_once(spec, ids):
     model = masa.share(language_model(), spec)
     grads = gradients(model, ids)
     assert all(torch.isfinite(g).all() for g in grads.values())
-    assert all(g.abs().sum() > 0 for n, g in grads.items() if not n.endswith("k_proj.bias")), "softmax ignores k's bias"
+    none = ("k_proj.bias", "right") if spec["method"] == "relaxed" else ("k_proj.bias",)  # the left factor is zero yet
+    assert all(g.abs().sum() > 0 for n, g in grads.items() if not n.endswith(none)), "softmax ignores k's bias"
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     assert len({id(p) for _, p in model.named_parameters(remove_duplicate=False)}) == len(names) - 1  # tied embeddings
 
