@@ -90,6 +90,15 @@ def find(words: Iterable[str], results: Path) -> list[Run]:
     return [_renamed(r) if r.group in twice else r for r in runs]
 
 
+def seeds_of(word: str, results: Path) -> list[Run]:
+    """The runs of one method that differ in their seeds, or the one that is named.
+
+    Raises:
+        MasaError: there is none.
+    """
+    return [read(directory) for directory in _directories(word, results)]
+
+
 def _renamed(r: Run) -> Run:
     return Run(**(vars(r) | {"name": str(r.directory), "group": str(r.directory.parent)}))
 
