@@ -127,11 +127,6 @@ def test_a_method_of_compression_is_kept_on_another_machine(swept, tmp_path):  #
     c["calibrations"]["attention"] = {"text": "calibration", **spec["calibration"]}
     c["compression"]["evaluation"] = spec["evaluation"]
     c["compressions"]["svd-llm"]["reductions"] = [20, 40]
-    manifest = run.read_json(source / "compression" / MODEL / "svd-llm" / "manifest.json")
-    run.write_json(
-        source / "compression" / MODEL / "svd-llm" / "manifest.json",
-        manifest | {"spec": {**spec, "tasks_at": [20, 40]}},
-    )
     (found,) = adopt(source, c, tmp_path / "results")
     assert (found.name, found.state) == (f"{MODEL}/svd-llm", "adopted"), found
     file = tmp_path / "results/compression" / MODEL / "svd-llm/20/metrics.json"
@@ -152,5 +147,13 @@ def test_a_method_of_compression_is_kept_on_another_machine(swept, tmp_path):  #
     )
     sweep(other, "svd-llm")
     assert run.read_json(place / "20/metrics.json")["identity"] != record["identity"]
+    # of an unfinished one the points that are there
+    half = tmp_path / "half"
+    shutil.copytree(source / "compression", half / "compression")
+    shutil.rmtree(half / "compression" / MODEL / "svd-llm/40")
+    (half / "compression" / MODEL / "svd-llm/manifest.json").unlink()
+    (found,) = adopt(half, c, tmp_path / "of half")
+    assert (found.state, found.why) == ("adopted", "1 of 2 reductions")
+    assert not (tmp_path / "of half/compression" / MODEL / "svd-llm/manifest.json").exists()
     sweep(other, "svd-llm", projections="qk")
     assert "adopted" not in run.read_json(place / "40/metrics.json"), "another method's options are another point"

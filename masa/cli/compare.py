@@ -65,7 +65,10 @@ def _board(given: argparse.Namespace) -> None:
     known = c["experiments"].get(found[0].group.rpartition("/")[2]) or {}
     made = board.entry(found, given.label or known.get("label"), given.note)
     write_json(given.out, made)
-    print(f"{made['label']}, {len(made['seeds'])} seed{'s' * (len(made['seeds']) != 1)}: written to {given.out}", file=sys.stderr)
+    print(
+        f"{made['label']}, {len(made['seeds'])} seed{'s' * (len(made['seeds']) != 1)}: written to {given.out}",
+        file=sys.stderr,
+    )
 
 
 def _compare(given: argparse.Namespace) -> None:

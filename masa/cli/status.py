@@ -127,7 +127,7 @@ def _adopt(given: argparse.Namespace) -> None:
     found = adopt(Path(given.source), c, results)
     for result in found:
         if result.why and result.why != ABSENT:
-            print(f"left     {result.name}: {result.why}")
+            print(f"{result.state:8} {result.name}: {result.why}")
     count = {state: sum(result.state == state for result in found) for state in STATES}
     absent = sum(result.why == ABSENT for result in found)
     print(

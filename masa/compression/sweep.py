@@ -83,6 +83,7 @@ def sweep(
     code, records = fingerprint(*modules(spec["method"])), {}
     tasks = task_data.current({t: tasks[t] for t in spec["evaluation"]["tasks"] if t in tasks})
     with run.exclusive(out, wait):  # what another process has finished by then is not done again
+        run.write_json(out / "spec.json", {k: v for k, v in spec.items() if k != "cache"})  # which is this machine's
         for percent in spec["reductions"]:
             chosen = {k: v for k, v in spec.items() if k not in ("reductions", "tasks_at", "calibration", "cache")}
             chosen["tasks"] = [t for t in spec["evaluation"]["tasks"] if percent in spec["tasks_at"]]
@@ -108,8 +109,7 @@ def sweep(
         for old in out.iterdir():  # what an earlier configuration asked for, and nothing else
             if old.name not in records and re.fullmatch(r"[0-9.]+", old.name) and (old / "metrics.json").is_file():
                 shutil.rmtree(old)
-        kept = {k: v for k, v in spec.items() if k != "cache"}  # which is this machine's
-        run.write_json(out / "manifest.json", {"run": spec["run"], "spec": kept, "records": records})
+        run.write_json(out / "manifest.json", {"run": spec["run"], "records": records})
     return records
 
 

@@ -16,7 +16,6 @@ from typing import Any
 from masa.errors import MasaError
 from masa.runs import run
 from masa.runs.adopted import ADOPTED
-from masa.runs.files import whole_folder
 from masa.study import compressions, experiments, kinds
 from masa.training.earlier import changed
 
@@ -37,7 +36,7 @@ class Found:
     Attributes:
         name: run, as ``nano/vanilla/seed0`` or ``SmolLM2-135M/svd-llm``.
         state: of :data:`STATES`: adopted, already there in the results, or left.
-        why: it was left.
+        why: it was left, or how much of it was adopted.
     """
 
     name: str
@@ -112,30 +111,31 @@ def _compressions(source: Path, config: Config, results: Path) -> Iterator[Found
         if (to / "manifest.json").is_file():
             yield Found(name, "there")
             continue
-        manifest = run.read_mapping(place / "manifest.json")
         spec = compressions.run_spec(config, *compressions.parse_run(name))
-        if why := _misfit_of_sweep(place, manifest, spec):
+        if why := _misfit_of_sweep(place, spec):
             yield Found(name, "left", why)
             continue
-        with whole_folder(to) as folder:
-            for percent in manifest["records"]:
-                _copy(place / percent / "metrics.json", folder / percent / "metrics.json", source)
-            _copy(place / "manifest.json", folder / "manifest.json", None)
-        yield Found(name, "adopted")
+        points = [f"{percent:g}" for percent in spec["reductions"]]
+        made = [percent for percent in points if (place / percent / "metrics.json").is_file()]
+        for percent in made:
+            if (to / percent / "metrics.json").is_file():
+                continue
+            _copy(place / percent / "metrics.json", to / percent / "metrics.json", source)
+        whole = made == points and (place / "manifest.json").is_file()
+        if whole:
+            _copy(place / "manifest.json", to / "manifest.json", None)
+        yield Found(name, "adopted", "" if whole else f"{len(made)} of {len(points)} reductions")
 
 
-def _misfit_of_sweep(place: Path, manifest: Config | None, spec: Config) -> str:
-    if manifest is None:
+def _misfit_of_sweep(place: Path, spec: Config) -> str:
+    if not place.is_dir():
         return ABSENT
-    if "spec" not in manifest:
+    found = run.read_mapping(place / "spec.json")
+    if found is None:
         return "an earlier version made it, which did not say of what"
-    wanted = {k: v for k, v in spec.items() if k not in ("cache", "keep_models")}
-    if differs := list(
-        changed({k: manifest["spec"].get(k) for k in wanted}, json.loads(json.dumps(wanted)))[0].values()
-    ):
-        return "; ".join(differs)
-    missing = [p for p in manifest["records"] if not (place / p / "metrics.json").is_file()]
-    return f"{place / missing[0] / 'metrics.json'} is missing" if missing else ""
+    points = ("cache", "keep_models", "reductions", "tasks_at")  # which reductions are there is seen one by one
+    wanted = json.loads(json.dumps({k: v for k, v in spec.items() if k not in points}))
+    return "; ".join(changed({k: found.get(k) for k in wanted}, wanted)[0].values())
 
 
 def _names(config: Config, compressed: bool) -> list[str]:
