@@ -8,7 +8,7 @@ from typing import Any, Literal
 Optimizer = Literal["adamw", "muon"]
 """Names of :data:`masa.training.optimizers.OPTIMIZERS`."""
 
-LATER: dict[str, Any] = {"optimizer": "adamw", "compile": "auto"}
+LATER: dict[str, Any] = {"optimizer": "adamw", "compile": "auto", "average_fraction": 0, "data_seed": None}
 """Keys that came after runs had been made -> their default, with which a recipe says no more than it did before."""
 
 

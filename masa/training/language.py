@@ -14,7 +14,7 @@ from masa.evaluation.perplexity import held_out_loss
 from masa.models import language
 from masa.runs import run
 from masa.runs.fingerprint import fingerprint
-from masa.training import trainer
+from masa.training import averaging, trainer
 from masa.training.attention import without_mask
 from masa.training.peak import Peak
 
@@ -45,13 +45,19 @@ def pretrain(spec: Mapping[str, Any], tokens: Path, out: Path, peak: Peak | None
         )
     held_out, _ = validation_tokens(tokens)
 
+    average = averaging.of(recipe)
+
+    def final(model: nn.Module) -> nn.Module:
+        return average.final(model) if average else model
+
     def score(model: nn.Module) -> dict[str, float]:
-        return {"validation_loss": held_out_loss(model, held_out, recipe["context"]).mean}
+        return {"validation_loss": held_out_loss(final(model), held_out, recipe["context"]).mean}
 
     code = fingerprint("masa.training.language")
+    order = spec["seed"] if recipe.get("data_seed") is None else recipe["data_seed"]
     task = trainer.Task(
         build=lambda: without_mask(language.build(spec["model"], spec["sharing"], recipe["context"])),
-        data=PackedTokens(tokens, recipe["context"], recipe["steps"] * recipe["batch_size"], spec["seed"]),
+        data=PackedTokens(tokens, recipe["context"], recipe["steps"] * recipe["batch_size"], order),
         score=score,
         unit="tokens",
         units_per_step=recipe["batch_size"] * recipe["context"],
@@ -59,5 +65,7 @@ def pretrain(spec: Mapping[str, Any], tokens: Path, out: Path, peak: Peak | None
         code=code,
         identity=run.digest([spec, manifest["train"], manifest["tokenizer"], code]),
         peak=peak,
+        callbacks=[average] if average else (),
+        final=final,
     )
     return trainer.train(spec, task, out, **how)

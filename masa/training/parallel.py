@@ -34,6 +34,8 @@ def check(spec: Mapping[str, Any]) -> None:
         return
     if spec["training"].get("ema_decay"):
         raise MasaError(f"{spec['run']}: training.ema_decay needs training.parallel: ddp.")
+    if spec["training"].get("average_fraction"):
+        raise MasaError(f"{spec['run']}: training.average_fraction needs training.parallel: ddp.")
     name, optimizer = optimizers.of(spec["training"])
     if not optimizer.sharded:
         raise MasaError(f"{spec['run']}: training.optimizer: {name} needs whole matrices; set training.parallel: ddp.")

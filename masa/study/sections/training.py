@@ -36,6 +36,19 @@ class Training(Section):
     coefficients_learning_rate_ratio: float = key(
         "Learning rate of MASA's coefficients relative to all other parameters.", gt=0
     )
+    average_fraction: float = key(
+        "The model that is scored last and kept is the mean of the weights over this fraction of the steps, at the end "
+        "(0: the last weights); it takes noise off comparisons.",
+        0,
+        ge=0,
+        le=1,
+    )
+    data_seed: int | None = key(
+        "Seed of the order of the data; null: the run's own, so that seeds differ in order and in first weights. A "
+        "number leaves them the weights alone.",
+        None,
+        ge=0,
+    )
     context: Positive = key("Tokens a sequence.")
     batch_size: Positive = key("Sequences an optimiser step, over all devices.")
     micro_batch_size: Positive | None = key(
