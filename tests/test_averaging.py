@@ -49,6 +49,7 @@ def test_what_is_kept_is_the_mean_of_the_last_weights(tokens, tmp_path, monkeypa
     assert manifest["training"]["validation_loss"] == pytest.approx(loss, rel=1e-6), (
         "what is scored last is what is kept"
     )
+    assert manifest["training"]["validation_loss_last_weights"] != manifest["training"]["validation_loss"]
 
 
 def test_until_the_last_step_the_log_is_that_of_a_training_without(tokens, tmp_path):
@@ -63,6 +64,7 @@ def test_until_the_last_step_the_log_is_that_of_a_training_without(tokens, tmp_p
         for name in ("plain", "averaged")
     ]
     assert curves[0][:-1] == curves[1][:-1] and curves[0][-1][1] != curves[1][-1][1]
+    assert averaged["training"]["validation_loss_last_weights"] == plain["training"]["validation_loss"]
     assert plain["identity"] != averaged["identity"]
 
 

@@ -23,6 +23,8 @@ from masa.runs import run
 
 LEVEL = 0.05
 POWER = 0.8
+KEYS = {"validation_loss": "", "validation_loss_last_weights": ", before averaging"}
+"""Losses at the end of a training -> what is said of them: of one that averages its weights both are known."""
 MOST = 10_000
 """Seeds beyond which nobody would go."""
 DIFFERENCE, MARGIN = 0.005, 0.01
@@ -123,13 +125,14 @@ def write(spec: Sequence[Mapping[str, Any]], results: Path, folder: Path) -> Non
     """``power.*``: of every scale with several seeds (:func:`masa.study.claims.power_spec`)."""
     made = []
     for scale in spec:
-        losses = {
-            name: [_loss(results / "runs" / run_id / "manifest.json") for run_id in runs]
-            for name, runs in scale["runs"].items()
-        }
-        losses = {name: values for name, values in losses.items() if None not in values}
-        if len(losses) > 1:
-            made += [{"scale": scale["scale"], **found} for found in rows(losses, scale["labels"])]
+        for key, said in KEYS.items():
+            losses = {
+                name: [_loss(results / "runs" / run_id / "manifest.json", key) for run_id in runs]
+                for name, runs in scale["runs"].items()
+            }
+            losses = {name: values for name, values in losses.items() if None not in values}
+            if len(losses) > 1:
+                made += [{"scale": scale["scale"] + said, **found} for found in rows(losses, scale["labels"])]
     columns = ["scale", "of", "seeds", "deviation", "visible", "seeds_to_show", "seeds_to_equal"]
     frame = pd.DataFrame(made, columns=columns)
     most = f"> {MOST:,}"
@@ -154,6 +157,6 @@ def write(spec: Sequence[Mapping[str, Any]], results: Path, folder: Path) -> Non
     write_files(frame, shown_frame, {"name": "power", "title": "How many seeds it takes"}, folder, note)
 
 
-def _loss(manifest: Path) -> float | None:
+def _loss(manifest: Path, key: str) -> float | None:
     """Held-out loss at the end of a training; None of a model that has none."""
-    return run.read_json(manifest, "masa pretrain")["training"].get("validation_loss")
+    return run.read_json(manifest, "masa pretrain")["training"].get(key)

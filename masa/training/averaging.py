@@ -57,10 +57,15 @@ class TailAverage(TrainerCallback):
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             save_file({name: t.contiguous() for name, t in self.mean.items()}, folder / self.FILE)
 
+    @property
+    def whole(self) -> bool:
+        """Whether all steps that are averaged have been."""
+        return self.count == self.last - self.first + 1
+
     @torch.no_grad()
     def final(self, model: nn.Module) -> nn.Module:
         """The model; after the last step, with the mean in the place of its weights."""
-        if self.count and self.count == self.last - self.first + 1:
+        if self.whole:
             for name, p in model.named_parameters():
                 p.copy_(self.mean[name.removeprefix("module.")])
         return model

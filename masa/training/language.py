@@ -51,7 +51,11 @@ def pretrain(spec: Mapping[str, Any], tokens: Path, out: Path, peak: Peak | None
         return average.final(model) if average else model
 
     def score(model: nn.Module) -> dict[str, float]:
-        return {"validation_loss": held_out_loss(final(model), held_out, recipe["context"]).mean}
+        loss = held_out_loss(model, held_out, recipe["context"]).mean
+        if not (average and average.whole):
+            return {"validation_loss": loss}
+        averaged = held_out_loss(average.final(model), held_out, recipe["context"]).mean
+        return {"validation_loss": averaged, "validation_loss_last_weights": loss}
 
     code = fingerprint("masa.training.language")
     order = spec["seed"] if recipe.get("data_seed") is None else recipe["data_seed"]
