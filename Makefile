@@ -35,7 +35,7 @@ test-fast: env # a few minutes, no workflow and no long training: for the inner 
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -n 3 -m "not slow"
 
 # one after the other, to themselves; a missed target is no error here, and stands in the table
-BENCHMARKS = training_step training_loop inference tokenization calibration_speed calibration_memory mixing serving growth compression_growth workflow
+BENCHMARKS = training_step training_loop inference tokenization calibration_speed calibration_memory mixing multiple_choice serving growth compression_growth workflow
 benchmarks: env
 	for name in $(BENCHMARKS); do PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$name.py || test $$? -eq 1 || exit; done
 

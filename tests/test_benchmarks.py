@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["calibration_speed", "compression_growth", "growth", "inference", "mixing", "serving", "tokenization"]
-QUICK += ["calibration_memory", "training_loop", "training_step"]
+QUICK += ["calibration_memory", "multiple_choice", "training_loop", "training_step"]
 SLOW = ["default_run", "job_parts", "workflow"]
 """They run whole workflows, as tests/test_workflow.py does."""
 GPU = ["gpu_step", "gpu_resume", "gpu_evidence"]

@@ -100,9 +100,11 @@ def harness(
 
     The numbers are those of lm-eval's own command line for the same model, data, ``batch_size`` and ``max_length``; of
     a model in 16 bits, with ``softmax_dtype=float32`` among its model arguments, since log-likelihoods are added in
-    single precision here. But for rolling likelihoods (WikiText) of a tokenizer that puts a start token before every
-    text: lm-eval puts another one before that and scores the tokenizer's; here no start token is scored, as in
-    :func:`masa.compression.perplexity` and as lm-eval does with ``add_bos_token=False``.
+    single precision here. Of a model in 32 bits a question with several answers is read once
+    (:mod:`masa.evaluation.shared_context`), which moves log-likelihoods by rounding alone. Rolling likelihoods
+    (WikiText) differ where a tokenizer puts a start token before every text: lm-eval puts another one before that and
+    scores the tokenizer's; here no start token is scored, as in :func:`masa.compression.perplexity` and as lm-eval does
+    with ``add_bos_token=False``.
 
     Args:
         start: whether the model knows start tokens. One that ``masa pretrain`` trained does not: the end token
