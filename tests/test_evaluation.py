@@ -1,13 +1,15 @@
 """Benchmarks from pip and from a mirror, and lm-eval itself on a model of known behaviour."""
 
+import gzip
 import json
+import math
 
 import pytest
 from conftest import language_model
 
 import masa
 from masa.data import benchmarks, tokenize
-from masa.evaluation import analysis, language
+from masa.evaluation import analysis, answers, language
 
 SETTINGS = {"limit": 3, "limit_per_task": {"mmlu": 1}, "max_length": 512, "batch_size": 4}
 
@@ -56,7 +58,7 @@ def test_wheel_and_mirror_hold_the_same_questions(prepared, mirror, tmp_path):
     assert sum(t in squeezed for t in wanted) > 0.99 * len(wanted)
 
 
-def test_harness_scores_equal_log_likelihoods_by_hand(prepared, tokenizer):
+def test_harness_scores_equal_log_likelihoods_by_hand(prepared, tokenizer, tmp_path):
     """acc and acc_norm of PIQA, from our own reading of the data and of the model."""
     import datasets
     import torch
@@ -73,14 +75,25 @@ def test_harness_scores_equal_log_likelihoods_by_hand(prepared, tokenizer):
             logp = model(torch.tensor([both])).logits.double().log_softmax(-1)[0]
         return sum(logp[i - 1, both[i]].item() for i in range(len(prompt), len(both)))
 
-    acc = norm = 0
+    acc = norm = bits = size = 0
     for row in datasets.load_dataset(prepared["piqa"]["path"], split="validation").select(range(3)):
         sums = [score(f"Question: {row['goal']}\nAnswer:", " " + row[f"sol{i}"]) for i in (1, 2)]
         acc += int(sums[1] > sums[0]) == row["label"]
+        bits -= sums[row["label"]] / math.log(2)
+        size += len(b" " + row[("sol1", "sol2")[row["label"]]].encode())
         means = [s / len(row[f"sol{i}"]) for i, s in zip((1, 2), sums, strict=True)]
         norm += int(means[1] > means[0]) == row["label"]
     assert raw["results"]["piqa"]["acc,none"] == pytest.approx(acc / 3)
     assert raw["results"]["piqa"]["acc_norm,none"] == pytest.approx(norm / 3)
+    scored = language.scored(raw, tasks)["tasks"]
+    assert scored["piqa"]["answer_bits_per_byte"] == pytest.approx(bits / size, rel=1e-5)
+    (one,) = {len(example["nll"]) for example in raw["answers"]["lambada_openai"]}
+    assert one == 1 and {example["gold"] for example in raw["answers"]["lambada_openai"]} == {0}
+    for out in ("first", "second"):
+        answers.write(raw["answers"], tmp_path / out)
+    assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
+    lines = gzip.decompress((tmp_path / "first").read_bytes()).decode().splitlines()
+    assert len(lines) == 6 and json.loads(lines[0]) == {"task": "piqa", **raw["answers"]["piqa"][0]}
 
 
 def test_a_window_shorter_than_an_answer_is_an_error_that_says_what_to_set(prepared, tokenizer):
@@ -99,6 +112,8 @@ def test_all_nine_tasks_from_the_mirror(mirror, tokenizer, tmp_path):
     assert raw["examples"]["mmlu"] == 57
     assert raw["results"]["wikitext"]["word_perplexity,none"] > 1
     assert 0 <= raw["results"]["race"]["acc,none"] <= 1
+    scored = language.scored(raw, tasks)["tasks"]
+    assert {task for task, of in scored.items() if of.get("answer_bits_per_byte", 0) > 0} == set(scored) - {"wikitext"}
 
 
 def test_an_unreachable_hub_is_a_reason_and_the_next_source_is_tried(tmp_path, cache, monkeypatch):

@@ -27,7 +27,7 @@ from masa.compression.storage import converted, stored
 from masa.compression.terminal import terminal
 from masa.data import excerpts, task_data
 from masa.errors import MasaError
-from masa.evaluation import language
+from masa.evaluation import answers, language
 from masa.models.beside import hand_on
 from masa.models.pretrained import load_pretrained, locate
 from masa.runs import run
@@ -219,6 +219,9 @@ def _one(
         if tasks
         else {"results": {}, "examples": {}}
     )
+    scored = language.scored(raw, tasks)
+    if kept := raw.pop("answers", None):
+        answers.write(kept, folder / "answers.jsonl.gz")
     return {
         "run": f"{spec['run']}/{percent:g}",
         "requested_pct": percent,
@@ -229,7 +232,7 @@ def _one(
         "corpus": {"loss": held_out["nll"] / held_out["tokens"], **held_out},
         "texts": scores,
         "text_data": {n: {k: v for k, v in r.items() if k != "documents"} for n, r in documents.items()},
-        **language.scored(raw, tasks),
+        **scored,
         **beside,
         "lm_eval": json.loads(json.dumps(raw, default=str)),
         "settings": dict(settings),

@@ -13,7 +13,8 @@ import torch
 from masa.data import benchmarks, task_data, tokenizers
 from masa.data.tokens import load_tokenizer, validation_tokens
 from masa.errors import MasaError
-from masa.evaluation import analysis, shared_context
+from masa.evaluation import analysis, answers, shared_context
+from masa.evaluation.metrics import ANSWER_BITS
 from masa.evaluation.perplexity import held_out_loss, tokens_by_document
 from masa.runs import memory, run
 from masa.runs.progress import Progress
@@ -22,7 +23,7 @@ from masa.runs.progress import Progress
 def evaluate(
     run_dir: Path, tokens: Path, tokenizer_dir: Path, tasks: Mapping[str, Any], settings: Mapping[str, Any], out: Path
 ) -> dict[str, Any]:
-    """Write ``metrics.json``, ``lm_eval.json`` (the harness's own output) and ``weights.json`` into ``out``.
+    """Write ``metrics.json``, ``lm_eval.json`` (the harness's own output), ``weights.json`` and ``answers.jsonl.gz``.
 
     Args:
         run_dir: a finished run (:func:`masa.training.language.pretrain`).
@@ -51,7 +52,8 @@ def evaluate(
     tokenizer = load_tokenizer(tokenizer_dir)
     tasks = task_data.current(tasks)
     raw = harness(model, tokenizer, tasks, settings, model.device.type, start=False)
-    run.write_json(out / "lm_eval.json", raw)
+    answers.write(raw["answers"], out / "answers.jsonl.gz")
+    run.write_json(out / "lm_eval.json", {key: value for key, value in raw.items() if key != "answers"})
     metrics = {
         "run": spec["run"],
         "parameters": manifest["parameters"],
@@ -81,6 +83,8 @@ def scored(raw: Mapping[str, Any], tasks: Mapping[str, Any]) -> dict[str, Any]:
         of_task = scores(results.get(task, {}))
         for name in [task] if of_task else members.get(task, ()):
             found[name] = of_task or scores(results.get(name, {}))
+            if examples := [x for part in members.get(name, [name]) for x in raw.get("answers", {}).get(part, ())]:
+                found[name][ANSWER_BITS] = answers.bits_per_byte(examples)
     return {
         "tasks": found,
         "task_data": {task: task_data.public(record) for task, record in tasks.items()},
@@ -111,8 +115,9 @@ def harness(
             separates its documents, and is what a first token is predicted from.
 
     Returns:
-        lm-eval's ``results``, ``versions``, ``n-shot`` and ``configs``, ``examples`` scored a task, ``members``, the
-        tasks of each group or tag that was asked for, and ``start_token``, ``{"contexts", "rolling"}``: what stands
+        lm-eval's ``results``, ``versions``, ``n-shot`` and ``configs``, ``examples`` scored a task, ``answers``
+        (:func:`masa.evaluation.answers.compact`), ``members``, the tasks of each group or tag that was asked for, and
+        ``start_token``, ``{"contexts", "rolling"}``: what stands
         before the contexts of choices, and before documents.
 
     Raises:
@@ -127,6 +132,7 @@ def harness(
     asked = {name: task for task, names in members.items() for name in [task, *names]}
     limits = {name: settings["limit_per_task"].get(asked[name], settings["limit"]) for name in loaded}
     merged: dict[str, Any] = {"results": {}, "versions": {}, "n-shot": {}, "configs": {}, "examples": {}}
+    merged["answers"] = {}
     merged["start_token"] = _start_token(tokenizer, start)
     progress = Progress("lm-eval", len(loaded), "tasks")
     for limit in dict.fromkeys(limits.values()):
@@ -138,8 +144,9 @@ def harness(
             num_fewshot=0,
             limit=limit,
             bootstrap_iters=0,
-            log_samples=False,
+            log_samples=True,
         )
+        merged["answers"] |= answers.compact(output["samples"])
         for key in ("results", "versions", "n-shot", "configs"):
             merged[key] |= json.loads(json.dumps(output[key], default=str))
         for task, counts in output["n-samples"].items():

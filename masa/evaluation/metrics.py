@@ -78,6 +78,7 @@ METRICS = (
     Metric("mmlu", "MMLU", 3, "higher"),
     Metric("avg_pct", "Average (%)", 2, "higher"),
     Metric("avg_available_pct", "Average of available tasks (%)", 2, "higher"),
+    Metric("answer_bits", "Correct answers (bits/byte)", 3, "lower"),
     Metric("wikitext_ppl", "WikiText-2 word perplexity", 2, "lower"),
     Metric("lambada_ppl", "LAMBADA perplexity", 2, "lower"),
     Metric("regularised", "Matrices regularised", 0),
@@ -85,6 +86,9 @@ METRICS = (
     Metric("heal_seconds", "Healing (s)", 1),
     Metric("peak_gib", "Peak memory of the process (GiB)", 2),
 )
+
+ANSWER_BITS = "answer_bits_per_byte"
+"""What :mod:`masa.evaluation.answers` adds to a task's scores; its column is the mean over tasks."""
 
 METRIC_NAMES = tuple(metric.name for metric in METRICS)
 
@@ -134,7 +138,8 @@ def _of_text(metrics: Mapping[str, Any]) -> dict[str, float]:
 def _of_tasks(metrics: Mapping[str, Any]) -> dict[str, float]:
     tasks = metrics["tasks"]
     flat = {column: tasks[task][name] for column, (task, name) in TASKS.items() if name in tasks.get(task, {})}
-    return flat | averages(flat)
+    bits = [scores[ANSWER_BITS] for scores in tasks.values() if ANSWER_BITS in scores]
+    return flat | averages(flat) | ({"answer_bits": statistics.fmean(bits)} if bits else {})
 
 
 def _of_images(metrics: Mapping[str, Any]) -> dict[str, float]:
