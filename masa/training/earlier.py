@@ -148,7 +148,8 @@ def decide(out: Path, asked: Asked, restart: Restart = None) -> dict[str, Any] |
     if found.manifest:
         changed = f" ({'; '.join(found.free)} would change none of its numbers)" if found.free else ""
         trained = found.manifest["training"].get("steps")
-        taken = f", taken over from {found.manifest[ADOPTED]}" * (ADOPTED in found.manifest)
+        source = found.manifest.get(ADOPTED)
+        taken = f", taken over from {source}" if source else ""
         _say(
             f"{name}: {out} holds this run, finished after {trained:,} steps{changed}{taken}; nothing is trained again"
         )
