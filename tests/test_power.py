@@ -1,5 +1,7 @@
 """How many seeds it takes, against simulation, textbooks and the committed runs."""
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -7,7 +9,7 @@ from conftest import ROOT
 from scipy import stats
 
 from masa.report import own_tables, power
-from masa.study import artefacts, config
+from masa.study import artefacts, config, specs
 
 
 def test_power_is_what_simulation_finds():
@@ -42,3 +44,11 @@ def test_the_table_of_power(tmp_path):
     assert "Seeds for equal within 0.01" in (tmp_path / "power.md").read_text()
     own_tables.write("power", [], tmp_path, tmp_path)  # one seed everywhere
     assert pd.read_csv(tmp_path / "power.csv").empty
+
+
+def test_the_workflow_can_hand_over_every_table_of_every_configuration():
+    """What Snakemake passes as --spec is checked before a table is made of it."""
+    for overlay in ("evidence", "smoke"):
+        asked = config.load([ROOT / f"config/{overlay}.yaml"])
+        for name in artefacts.OWN_TABLES:
+            specs.check(f"table {name}", json.loads(json.dumps(artefacts.table_spec(asked, name))))

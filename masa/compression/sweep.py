@@ -174,6 +174,18 @@ def _perplexities(
     }
 
 
+def _of_tasks(
+    model: Any, tokenizer: Any, tasks: Mapping[str, Any], settings: Mapping[str, Any], folder: Path
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What lm-eval gives, and the parts of a metrics file; every answer's score is kept beside it."""
+    if not tasks:
+        return (raw := {"results": {}, "examples": {}}), language.scored(raw, tasks)
+    raw = language.harness(model, tokenizer, tasks, settings, model.device.type)
+    scored = language.scored(raw, tasks)
+    answers.write(raw.pop("answers"), folder / "answers.jsonl.gz")
+    return raw, scored
+
+
 def _one(
     weights: Path,
     spec: Mapping[str, Any],
@@ -214,14 +226,7 @@ def _one(
         scores = _perplexities(model, tokenizer, documents, settings["window"], show)
     state.unlink(missing_ok=True)
     held_out = scores[next(iter(documents))]
-    raw = (
-        language.harness(model, tokenizer, tasks, settings, model.device.type)
-        if tasks
-        else {"results": {}, "examples": {}}
-    )
-    scored = language.scored(raw, tasks)
-    if kept := raw.pop("answers", None):
-        answers.write(kept, folder / "answers.jsonl.gz")
+    raw, scored = _of_tasks(model, tokenizer, tasks, settings, folder)
     return {
         "run": f"{spec['run']}/{percent:g}",
         "requested_pct": percent,

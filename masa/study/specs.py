@@ -88,12 +88,14 @@ SPECS: dict[str, Any] = {
             **{"name": Name, **dict.fromkeys(("claim", "source", "scale", "contrast"), str)},
             metric=Literal[tuple(metric.name for metric in METRICS if metric.better)],
             margin=Amount,
+            equal_within=Amount,
             trained=bool,
             weights=Annotated[dict[str, float], Field(min_length=2)],
             records=_RECORDS | None,
             noise=_RECORDS,
         )
     ],
+    "table power": list[_form(scale=Name, runs=dict[str, list[RunId]], labels=dict[str, str])],
     "artefact": _form(
         {"kind": str, "caption": str, "columns": list[str], "tolerance": float, "judged": str, "paper": PaperNumbers}
         | {"left_out": list[str]},
