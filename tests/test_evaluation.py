@@ -68,6 +68,9 @@ def test_harness_scores_equal_log_likelihoods_by_hand(prepared, tokenizer, tmp_p
     raw = language.harness(model, tokenizer, tasks, SETTINGS, "cpu")
     assert raw["examples"] == {"piqa": 3, "lambada_openai": 3}
     assert raw["n-shot"]["piqa"] == 0
+    assert raw["configs"]["piqa"]["metadata"]["config_source"] == "lm_eval/tasks/piqa/piqa.yaml", (
+        "and no path of this machine"
+    )
 
     def score(context, continuation):
         prompt, both = tokenizer(context)["input_ids"], tokenizer(context + continuation)["input_ids"]

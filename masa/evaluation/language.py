@@ -234,6 +234,12 @@ def _without_paths(configs: Mapping[str, Any], tasks: Mapping[str, Any]) -> None
     """Where the data came from instead of where this machine keeps it: results are shown to others."""
     known = task_data.places(tasks)
     for config in configs.values():
+        metadata = config.get("metadata") if isinstance(config, dict) else None
+        if isinstance(metadata, dict) and (
+            file := metadata.get("config_source")
+        ):  # of the task: lm-eval's, or a user's
+            _, package, inside = str(file).rpartition("lm_eval/tasks/")
+            metadata["config_source"] = package + inside if package else Path(file).name
         if not isinstance(config, dict) or not (path := config.get("dataset_path")):
             continue
         if found := known.get(path) or known.get(str(Path(path).parent)):
