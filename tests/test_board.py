@@ -36,7 +36,10 @@ def test_the_committed_board_is_what_the_committed_runs_make(tmp_path):
     entries = board.read(BOARD)
     assert len(entries) > 10
     for item in entries:
-        assert made(f"d48/{item['method']}", tmp_path / "again.json", "--note", item["note"], "--label", item["label"]) == 0
+        assert (
+            made(f"d48/{item['method']}", tmp_path / "again.json", "--note", item["note"], "--label", item["label"])
+            == 0
+        )
         assert run.read_json(tmp_path / "again.json") == {k: v for k, v in item.items() if k != "file"}
     assert (BOARD / "README.md").read_text(encoding="utf-8") == board.page(entries)
 

@@ -32,7 +32,8 @@ def test_the_gallery_is_up_to_date_and_its_links_lead_somewhere():
     for name, figure in config.load()["figures"].items():
         assert text.count(f"### {figure['title']}\n") == 1 and figure["caption"] in text
         assert re.search(
-            rf"`[^`]*snakemake --cores all {name}( --configfile config/mirror.yaml( config/(whole|bytes).yaml)?)?`", text
+            rf"`[^`]*snakemake --cores all {name}( --configfile config/mirror.yaml( config/(whole|bytes).yaml)?)?`",
+            text,
         )
 
 

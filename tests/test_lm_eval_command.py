@@ -59,12 +59,16 @@ def results(done, out):
 
 
 def compare(ours, theirs):
-    """How many metrics are equal to the last digit; one that is not fails. Standard errors are theirs alone."""
+    """How many metrics are equal; one that is not fails. Standard errors are theirs alone.
+
+    Accuracies to the last digit, perplexities to five: we read a question once, and so batch other requests otherwise.
+    """
     compared = 0
     for task, metrics in ours.items():
         for metric, value in metrics.items():
             if isinstance(value, float) and metric != "answer_bits_per_byte":  # which lm-eval does not have
-                assert theirs[f"{task}_here"][metric] == value, f"{task}: {metric}"
+                near = pytest.approx(value, rel=1e-5 if "perplexity" in metric else 0, abs=0)
+                assert theirs[f"{task}_here"][metric] == near, f"{task}: {metric}"
                 compared += 1
     return compared
 
@@ -86,7 +90,7 @@ def evaluate(smoke_results, name, records, out):
 
 
 @pytest.mark.parametrize("source", ["pypi", "mirror"])
-def test_the_exported_folder_has_the_same_numbers_to_the_last_digit(source, smoke_results, cache, tmp_path, request):
+def test_the_exported_folder_has_the_same_numbers(source, smoke_results, cache, tmp_path, request):
     """Those of atoms, whose product with many tokens is that of the folded matrix."""
     mirror = request.getfixturevalue("mirror") if source == "mirror" else None
     names = [*TASKS, *(["wikitext"] if mirror else [])]
@@ -107,9 +111,7 @@ def test_the_exported_folder_has_the_same_numbers_to_the_last_digit(source, smok
     [("masa-qkvo", VERB), ("low-rank", VERB), ("low-rank", IMPORT)],
     ids=["masa", "low-rank", "import"],
 )
-def test_the_factored_folder_has_the_same_numbers_to_the_last_digit(
-    name, entry, smoke_results, records, tasks, tmp_path
-):
+def test_the_factored_folder_has_the_same_numbers(name, entry, smoke_results, records, tasks, tmp_path):
     evaluate(smoke_results, name, records, tmp_path / "ours")
     folder, tokenizer = smoke_results / f"runs/smoke/{name}/seed0/model", smoke_results / "data/tokenizer"
     done = lm_eval(entry, tasks, tmp_path / "theirs", pretrained=folder, tokenizer=tokenizer)

@@ -71,7 +71,7 @@ def describe_weights(model: nn.Module) -> dict[str, Any]:
 def read_run(run_dir: Path, manifest: Mapping[str, Any], out: Path) -> nn.Module:
     """The model of a finished run as others' programs read its folder (factored), on a GPU where there is one.
 
-    Its scores are therefore those of lm-eval's own command line on that folder, to the last digit. ``weights.json`` is
+    Its scores are therefore those of lm-eval's own command line on that folder. ``weights.json`` is
     written into ``out``.
 
     Args:
