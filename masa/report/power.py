@@ -133,18 +133,19 @@ def write(spec: Sequence[Mapping[str, Any]], results: Path, folder: Path) -> Non
             losses = {name: values for name, values in losses.items() if None not in values}
             if len(losses) > 1:
                 made += [{"scale": scale["scale"] + said, **found} for found in rows(losses, scale["labels"])]
+    if not made:
+        made = [{"scale": "", "of": "no two methods have several seeds"}]
     columns = ["scale", "of", "seeds", "deviation", "visible", "seeds_to_show", "seeds_to_equal"]
     frame = pd.DataFrame(made, columns=columns)
-    most = f"> {MOST:,}"
     shown_frame = pd.DataFrame(
         {
             "At": frame["scale"],
             "Noise of": frame["of"],
-            "Seeds": frame["seeds"].astype(str),
-            "Deviation of a difference": [f"{x:.4f}" for x in frame["deviation"]],
-            "Visible at these seeds": [f"{x:.4f}" for x in frame["visible"]],
-            f"Seeds for {DIFFERENCE:g}": [most if pd.isna(n) else f"{n:.0f}" for n in frame["seeds_to_show"]],
-            f"Seeds for equal within {MARGIN:g}": [most if pd.isna(n) else f"{n:.0f}" for n in frame["seeds_to_equal"]],
+            "Seeds": ["" if pd.isna(n) else f"{n:.0f}" for n in frame["seeds"]],
+            "Deviation of a difference": ["" if pd.isna(x) else f"{x:.4f}" for x in frame["deviation"]],
+            "Visible at these seeds": ["" if pd.isna(x) else f"{x:.4f}" for x in frame["visible"]],
+            f"Seeds for {DIFFERENCE:g}": _seeds(frame, "seeds_to_show"),
+            f"Seeds for equal within {MARGIN:g}": _seeds(frame, "seeds_to_equal"),
         }
     )
     note = (
@@ -155,6 +156,12 @@ def write(spec: Sequence[Mapping[str, Any]], results: Path, folder: Path) -> Non
         "given."
     )
     write_files(frame, shown_frame, {"name": "power", "title": "How many seeds it takes"}, folder, note)
+
+
+def _seeds(frame: pd.DataFrame, column: str) -> list[str]:
+    """How many, as the table prints them; nothing where there is no noise to go by."""
+    cells = zip(frame[column], frame["deviation"], strict=True)
+    return ["" if pd.isna(d) else f"> {MOST:,}" if pd.isna(n) else f"{n:.0f}" for n, d in cells]
 
 
 def _loss(manifest: Path, key: str) -> float | None:
