@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,26 +61,39 @@ def adopt(source: Path, config: Config, results: Path) -> list[Found]:
         raise MasaError(f"{source} is where the workflow writes; name another folder, as results/reference/whole.")
     if not any((source / part).is_dir() for part in ("runs", "compression")):
         raise MasaError(f"{source} holds neither runs nor compression: it is no folder of results of a workflow.")
-    return [*_runs(source, config, results), *_compressions(source, config, results)]
+    runs = [_run(name, source, config, results) for name in experiments.all_runs(config)]
+    return runs + [_compression(name, source, config, results) for name in _compressions(config)]
 
 
-def _runs(source: Path, config: Config, results: Path) -> Iterator[Found]:
-    for name in _names(config, compressed=False):
-        place, to = source / "runs" / name, results / "runs" / name
-        if (to / "manifest.json").is_file():
-            yield Found(name, "there")
-            continue
-        spec = experiments.run_spec(config, *experiments.parse_run(name))
-        evaluation = config["evaluation" if kinds.of(spec) is kinds.LANGUAGE else "vision_evaluation"]
-        if why := _misfit_of_run(place, source / "evaluations" / name, spec, evaluation):
-            yield Found(name, "left", why)
-            continue
-        (to.parent).mkdir(parents=True, exist_ok=True)
+def _found(name: str, to: Path, misfit: Callable[[], str], take: Callable[[], str]) -> Found:
+    """One result: there already, left, or taken over.
+
+    Args:
+        to: its folder in the results.
+        misfit: why it is left, or "".
+        take: copies it, and says how much of it was there, or "".
+    """
+    if (to / "manifest.json").is_file():
+        return Found(name, "there")
+    if why := misfit():
+        return Found(name, "left", why)
+    return Found(name, "adopted", take())
+
+
+def _run(name: str, source: Path, config: Config, results: Path) -> Found:
+    place, to, scored = source / "runs" / name, results / "runs" / name, source / "evaluations" / name
+    spec = experiments.run_spec(config, *experiments.parse_run(name))
+    evaluation = config["evaluation" if kinds.of(spec) is kinds.LANGUAGE else "vision_evaluation"]
+
+    def take() -> str:
         for file in RUN_FILES:
             if (place / file).is_file():
                 _copy(place / file, to / file, source if file == "manifest.json" else None)
-        _copy_tree(source / "evaluations" / name, results / "evaluations" / name)
-        yield Found(name, "adopted")
+        target = results / "evaluations" / name
+        shutil.copytree(scored, target, copy_function=shutil.copyfile, dirs_exist_ok=True)
+        return ""
+
+    return _found(name, to, lambda: _misfit_of_run(place, scored, spec, evaluation), take)
 
 
 def _misfit_of_run(place: Path, scored: Path, spec: Config, evaluation: Config) -> str:
@@ -105,26 +118,22 @@ def _as_asked(found: Config, spec: Config) -> dict[str, Any]:
     return known
 
 
-def _compressions(source: Path, config: Config, results: Path) -> Iterator[Found]:
-    for name in _names(config, compressed=True):
-        place, to = source / "compression" / name, results / "compression" / name
-        if (to / "manifest.json").is_file():
-            yield Found(name, "there")
-            continue
-        spec = compressions.run_spec(config, *compressions.parse_run(name))
-        if why := _misfit_of_sweep(place, spec):
-            yield Found(name, "left", why)
-            continue
+def _compression(name: str, source: Path, config: Config, results: Path) -> Found:
+    place, to = source / "compression" / name, results / "compression" / name
+    spec = compressions.run_spec(config, *compressions.parse_run(name))
+
+    def take() -> str:
         points = [f"{percent:g}" for percent in spec["reductions"]]
         made = [percent for percent in points if (place / percent / "metrics.json").is_file()]
         for percent in made:
-            if (to / percent / "metrics.json").is_file():
-                continue
-            _copy(place / percent / "metrics.json", to / percent / "metrics.json", source)
+            if not (to / percent / "metrics.json").is_file():
+                _copy(place / percent / "metrics.json", to / percent / "metrics.json", source)
         whole = made == points and (place / "manifest.json").is_file()
         if whole:
             _copy(place / "manifest.json", to / "manifest.json", None)
-        yield Found(name, "adopted", "" if whole else f"{len(made)} of {len(points)} reductions")
+        return "" if whole else f"{len(made)} of {len(points)} reductions"
+
+    return _found(name, to, lambda: _misfit_of_sweep(place, spec), take)
 
 
 def _misfit_of_sweep(place: Path, spec: Config) -> str:
@@ -138,11 +147,11 @@ def _misfit_of_sweep(place: Path, spec: Config) -> str:
     return "; ".join(changed({k: found.get(k) for k in wanted}, wanted)[0].values())
 
 
-def _names(config: Config, compressed: bool) -> list[str]:
-    of = [a for kind in ("tables", "figures") for a in experiments.active(config, kind).values()]
-    chosen = [a for a in of if compressions.is_compression(config, a) == compressed]
-    found = compressions.artefact_runs if compressed else experiments.artefact_runs
-    return list(dict.fromkeys(name for artefact in chosen for name in found(config, artefact)))
+def _compressions(config: Config) -> list[str]:
+    """All methods of compression that tables and figures ask for, each once."""
+    asked = [a for kind in ("tables", "figures") for a in experiments.active(config, kind).values()]
+    chosen = [artefact for artefact in asked if compressions.is_compression(config, artefact)]
+    return list(dict.fromkeys(name for artefact in chosen for name in compressions.artefact_runs(config, artefact)))
 
 
 def _copy(file: Path, to: Path, source: Path | None) -> None:
@@ -152,8 +161,3 @@ def _copy(file: Path, to: Path, source: Path | None) -> None:
         shutil.copyfile(file, to)
     else:
         run.write_json(to, run.read_json(file) | {ADOPTED: source.as_posix()})
-
-
-def _copy_tree(place: Path, to: Path) -> None:
-    for file in sorted(path for path in place.rglob("*") if path.is_file()):
-        _copy(file, to / file.relative_to(place), None)
