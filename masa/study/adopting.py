@@ -17,6 +17,7 @@ from masa.errors import MasaError
 from masa.runs import run
 from masa.runs.adopted import ADOPTED
 from masa.study import compressions, experiments, kinds
+from masa.study.cost.workflow import compression_runs
 from masa.training.earlier import changed
 
 Config = Mapping[str, Any]
@@ -62,7 +63,7 @@ def adopt(source: Path, config: Config, results: Path) -> list[Found]:
     if not any((source / part).is_dir() for part in ("runs", "compression")):
         raise MasaError(f"{source} holds neither runs nor compression: it is no folder of results of a workflow.")
     runs = [_run(name, source, config, results) for name in experiments.all_runs(config)]
-    return runs + [_compression(name, source, config, results) for name in _compressions(config)]
+    return runs + [_compression(name, source, config, results) for name in compression_runs(config)]
 
 
 def _found(name: str, to: Path, misfit: Callable[[], str], take: Callable[[], str]) -> Found:
@@ -145,13 +146,6 @@ def _misfit_of_sweep(place: Path, spec: Config) -> str:
     points = ("cache", "keep_models", "reductions", "tasks_at")  # which reductions are there is seen one by one
     wanted = json.loads(json.dumps({k: v for k, v in spec.items() if k not in points}))
     return "; ".join(changed({k: found.get(k) for k in wanted}, wanted)[0].values())
-
-
-def _compressions(config: Config) -> list[str]:
-    """All methods of compression that tables and figures ask for, each once."""
-    asked = [a for kind in ("tables", "figures") for a in experiments.active(config, kind).values()]
-    chosen = [artefact for artefact in asked if compressions.is_compression(config, artefact)]
-    return list(dict.fromkeys(name for artefact in chosen for name in compressions.artefact_runs(config, artefact)))
 
 
 def _copy(file: Path, to: Path, source: Path | None) -> None:
