@@ -19,6 +19,8 @@ SHARED = {
     "low-rank": {"method": "low-rank"},
     "sequential": {"method": "sequential"},
     "repeat": {"method": "repeat-all-over"},
+    "masa-per-head": {"method": "masa-per-head"},
+    "relaxed": {"method": "relaxed"},
 }
 PARTS = ("sparse-fisher", "dictionary-pairs", "low-rank-sparse")
 COMPRESSED = ("svd-llm", "svd-fisher", "matrix-pca", "basis-sharing", "direct-share", *PARTS)

@@ -68,8 +68,6 @@ def _plan(given: argparse.Namespace) -> None:
 
 
 def _config(given: argparse.Namespace) -> None:
-    from masa.study.cost.workflow import compression_runs
-
     if given.describe:
         print(config.describe(), end="")
         return
@@ -91,7 +89,7 @@ def _config(given: argparse.Namespace) -> None:
         else:
             amount = f"batches of {batch:,} images"
         print(f"{run_id}\t{length}\t{amount}")
-    for name in (compressions := compression_runs(c)):
+    for name in (compressions := experiments.all_compressions(c)):
         print(f"{name}\tcompression")
     print(
         f"the configuration is right: {len(runs)} runs of training, {len(compressions)} compressions", file=sys.stderr

@@ -17,7 +17,6 @@ from masa.errors import MasaError
 from masa.runs import run
 from masa.runs.adopted import ADOPTED
 from masa.study import compressions, experiments, kinds
-from masa.study.cost.workflow import compression_runs
 from masa.training.earlier import changed
 
 Config = Mapping[str, Any]
@@ -63,7 +62,7 @@ def adopt(source: Path, config: Config, results: Path) -> list[Found]:
     if not any((source / part).is_dir() for part in ("runs", "compression")):
         raise MasaError(f"{source} holds neither runs nor compression: it is no folder of results of a workflow.")
     runs = [_run(name, source, config, results) for name in experiments.all_runs(config)]
-    return runs + [_compression(name, source, config, results) for name in compression_runs(config)]
+    return runs + [_compression(name, source, config, results) for name in experiments.all_compressions(config)]
 
 
 def _found(name: str, to: Path, misfit: Callable[[], str], take: Callable[[], str]) -> Found:

@@ -145,6 +145,19 @@ def all_runs(config: Config) -> list[str]:
     return list(dict.fromkeys(ids))
 
 
+def all_compressions(config: Config) -> list[str]:
+    """Compression runs of all tables and figures, each once."""
+    return list(
+        dict.fromkeys(
+            run
+            for kind in ("tables", "figures")
+            for artefact in active(config, kind).values()
+            if compressions.is_compression(config, artefact)
+            for run in compressions.artefact_runs(config, artefact)
+        )
+    )
+
+
 def parse_run(run: str) -> tuple[str, str, int]:
     """Split a run id.
 

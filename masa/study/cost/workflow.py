@@ -36,7 +36,7 @@ def behind(name: Name, waits: Mapping[Name, Sequence[Name]]) -> set[Name]:
 
 def needed(config: Config) -> Iterator[tuple[Name, tuple[Name, ...]]]:
     """(rule, name) of each job, and what it needs."""
-    runs, compressions = experiments.all_runs(config), compression_runs(config)
+    runs, compressions = experiments.all_runs(config), experiments.all_compressions(config)
     language = [run for run in runs if _kind(config, run) is kinds.LANGUAGE]
     if language or compressions:
         yield ("benchmarks", ""), ()
@@ -101,19 +101,6 @@ def _data(config: Config, run: str) -> Name:
 
 def _evaluation(config: Config, run: str) -> Name:
     return ("evaluate" if _kind(config, run) is kinds.LANGUAGE else "evaluate_vision"), run
-
-
-def compression_runs(config: Config) -> list[str]:
-    """Compression runs of all tables and figures, each once."""
-    return list(
-        dict.fromkeys(
-            run
-            for kind in ("tables", "figures")
-            for artefact in experiments.active(config, kind).values()
-            if compression.is_compression(config, artefact)
-            for run in compression.artefact_runs(config, artefact)
-        )
-    )
 
 
 def _calibrations(config: Config, runs: list[str]) -> Iterator[tuple[str, str]]:

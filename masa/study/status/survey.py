@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from masa.errors import MasaError
-from masa.study import compressions as plan
 from masa.study import experiments
 from masa.study.experiments import unknown_run
 from masa.study.status.clock import FileClock
@@ -90,16 +89,7 @@ class Surveyor:
         self.specs = {
             run: experiments.run_spec(config, *experiments.parse_run(run)) for run in experiments.all_runs(config)
         }
-        self.compressions = [
-            f"{model}/{name}"
-            for model, name in dict.fromkeys(
-                plan.parse_run(run)
-                for kind in ("tables", "figures")
-                for artefact in experiments.active(config, kind).values()
-                if plan.is_compression(config, artefact)
-                for run in plan.artefact_runs(config, artefact)
-            )
-        ]
+        self.compressions = experiments.all_compressions(config)
         if results.exists() and not results.is_dir():
             raise MasaError(f"{results} is no directory; --results takes the one that holds runs/.")
         self.notes: tuple[str, ...] = ()
