@@ -35,7 +35,7 @@ AccountingStorageType=accounting_storage/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
 DefMemPerCPU=1000
-MinJobAge=600
+MinJobAge=7200
 KillWait=30
 SchedulerParameters=sched_interval=1,batch_sched_delay=0
 GresTypes=gpu

@@ -397,6 +397,7 @@ def status(call):
         (["--option", "ranks={a"], "'{a' is no value"),
         (["--method", "svd-fisher", "--option", "damping=x"], "Option 'damping' of 'svd-fisher' is float, not 'x'"),
         (["--method", "post-share", "--option", "steps=0.5"], "Option 'steps' of 'post-share' is int, not 0.5"),
+        (["--method", "post-share", "--option", "lr=-1"], "lr positive and pull between 0 and 1; got"),
         (["--method", "basis-sharing", "--option", "shared=3"], "Option 'shared' of 'basis-sharing' is str, not 3"),
         (["--option", "ranks=3"], "Ranks are a rule, uniform, role"),
     ],

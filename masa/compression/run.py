@@ -121,7 +121,7 @@ def run_compress(
             score = documents and _scorer(documents, tokenizer, min(window, positions_of(loaded) or window), how)
             if score:
                 scores["perplexity_before"] = score(loaded).to_dict()
-            asked = {"size": chosen.size, "tokens": _tokens(calibration), "projections": chosen.projections}
+            asked = {"size": chosen.size, "tokens": _tokens(statistics), "projections": chosen.projections}
             loaded, report = compress(loaded, compressor, statistics, reduction, **asked, **how)
             if heal_minutes is not None:
                 teacher = load_pretrained(where, device=device, trust_remote_code=trust_remote_code)[0]
@@ -231,9 +231,9 @@ def _scorer(documents: Documents, tokenizer: Any, window: int, how: Mapping[str,
     return partial(perplexity, tokenizer=tokenizer, documents=documents, window=window, **how)
 
 
-def _tokens(calibration: str | Path | None) -> Any:
-    """The tokens of statistics, seen to be those that they were made of."""
-    tokens = load_tokens(calibration) if calibration is not None else None
+def _tokens(statistics: Calibration | None) -> Any:
+    """The tokens beside statistics, seen to be those that they were made of."""
+    tokens = load_tokens(statistics.directory) if statistics and statistics.directory else None
     if tokens is not None:
-        Calibration.load(calibration).check_tokens(tokens)
+        statistics.check_tokens(tokens)
     return tokens

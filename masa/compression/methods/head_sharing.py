@@ -177,8 +177,8 @@ class PostShare(DirectShare):
         length: cut the sequences to this many tokens.
         dtype: "bfloat16" or "float16" to run under autocast; by default the model's own.
 
-    Raises (in ``solve``):
-        MasaError: the loss is no longer finite.
+    Raises:
+        MasaError: an argument is out of its range; in ``solve``: the loss is no longer finite.
     """
 
     needs_tokens = True
@@ -195,6 +195,11 @@ class PostShare(DirectShare):
         dtype: str | None = None,
     ) -> None:
         super().__init__(mode)
+        if steps < 1 or not lr > 0 or not 0 <= pull <= 1:
+            raise MasaError(
+                f"{self.name}: steps must be at least 1, lr positive and pull between 0 and 1; got steps = {steps}, "
+                f"lr = {lr}, pull = {pull}."
+            )
         self.steps, self.lr, self.pull, self.seed, self.length, self.dtype = steps, lr, pull, seed, length, dtype
 
     def train(self, problem: Problem, chosen: dict[str, list[Match]]) -> None:
