@@ -1,6 +1,5 @@
 """Small real models and data for all tests."""
 
-import contextlib
 import functools
 import gc
 import json
@@ -25,7 +24,6 @@ import torch
 import tqdm
 from filelock import FileLock
 from projects import ROOT, run_smoke
-from slurm_cluster import missing
 from warm import started
 
 from masa.runs import memory
@@ -69,14 +67,6 @@ def pytest_collection_modifyitems(items):
         needs_run = {"smoke_project", "smoke_results"} & set(getattr(item, "fixturenames", ()))
         if needs_run or item.path.stem.removeprefix("test_") in SLOW:
             item.add_marker("slow")
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item, call):
-    """A fixture may ask how its test went."""
-    report = yield
-    setattr(item, f"rep_{report.when}", report)
-    return report
 
 
 def language_model(layers=6, width=24, heads=4, **more):
@@ -337,27 +327,15 @@ def common(factory, config):
 
 @pytest.fixture(scope="session")
 def smoke_project(tmp_path_factory, request):
-    """A copy of the project after a full smoke run, made once for all workers (three minutes): read only.
-
-    Where the tests make that run on a cluster, it is that one.
-    """
+    """A copy of the project after a full smoke run, made once for all workers (three minutes): read only."""
     base = common(tmp_path_factory, request.config)
-    folder, finished, other = base / "smoke_project", base / "smoke_project.finished", base / "slurm_project.ended"
+    folder, finished = base / "smoke_project", base / "smoke_project.finished"
     with FileLock(base / "smoke_project.lock"):
-        if not finished.exists() and is_made_by_slurm(request.session.items):
-            with contextlib.suppress(AssertionError):
-                until(other.exists, 900)  # which has copied its project to the folder, unless it failed
         if not finished.exists():
             shutil.rmtree(folder, ignore_errors=True)  # another worker's, which failed
             run_smoke(folder)
             finished.touch()
     return folder
-
-
-def is_made_by_slurm(items):
-    """Whether this session makes a whole run on a cluster, on another worker than the one that asks."""
-    whole = [item for item in items if item.nodeid.endswith("test_slurm.py::test_the_whole_workflow")]
-    return bool(whole) and missing() is None and "PYTEST_XDIST_WORKER" in os.environ
 
 
 @pytest.fixture(scope="session")
