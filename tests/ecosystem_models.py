@@ -17,13 +17,12 @@ SHARED = {
     "masa-mlp": {"method": "masa", "coefficients": "mlp"},
     "masa-common": {"method": "masa", "projections": "qo", "dictionaries": ["qo"]},
     "low-rank": {"method": "low-rank"},
-    "sequential": {"method": "sequential"},
     "repeat": {"method": "repeat-all-over"},
     "masa-per-head": {"method": "masa-per-head"},
     "relaxed": {"method": "relaxed"},
 }
 PARTS = ("sparse-fisher", "dictionary-pairs", "low-rank-sparse")
-COMPRESSED = ("svd-llm", "svd-fisher", "matrix-pca", "basis-sharing", "direct-share", *PARTS)
+COMPRESSED = ("svd-llm", "matrix-pca", "basis-sharing", "direct-share", *PARTS)
 KINDS = (*SHARED, *COMPRESSED)
 FEW = ("masa", "low-rank", "matrix-pca", "svd-llm", "dictionary-pairs")
 """A kind of each way to multiply, for what takes long."""

@@ -37,7 +37,7 @@ def add(verbs: Verbs) -> None:
         "board",
         _board,
         "sort the results of many methods on a page, or make one method's entry for it",
-        "masa board --of nano/masa-qkvo --out boards/masa-qkvo.json && masa board boards --out boards/README.md",
+        "masa board --of nano/masa-qkvo --out boards/masa-qkvo.json",
     )
     what = v.add_mutually_exclusive_group(required=True)
     what.add_argument("folder", nargs="?", metavar="FOLDER", help="make the page of all entries (JSON) below it")
