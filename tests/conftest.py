@@ -30,6 +30,8 @@ from masa.runs import memory
 
 VERB = {"tokens": "pretrain", "images": "train-vit", "boxes": "train-vit"}
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in what a shell starts in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # tqdm's lock is shared with forked processes: one that a test kills while it holds it would stop this one for good
 tqdm.tqdm.monitor_interval = 0
