@@ -181,7 +181,7 @@ class Forked:
             self.status = os.waitstatus_to_exitcode(status) if pid else None
         return self.status
 
-    def wait(self, seconds=120):
+    def wait(self, seconds=600):
         """The exit status at its end."""
         until(lambda: self.poll() is not None, seconds)
         return self.status
@@ -217,7 +217,7 @@ def ranks(work, folder, count=2):
     return [Forked(functools.partial(one, rank), folder / f"rank-{rank}.txt") for rank in range(count)]
 
 
-def until(true, seconds=120, process=None):
+def until(true, seconds=600, process=None):
     """Wait until something is true, and fail if it is not in time, or if the process ends before."""
     end = time.monotonic() + seconds
     while not true():

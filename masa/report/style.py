@@ -72,6 +72,9 @@ _LOOKS = {
     "masa-qkvo-s8": (BLUE, _LONG, "P"),
     "masa-qkvo-mlp": (BLUE, _SHORT, "^"),
     "masa-qkvo-fixed-norm": (GREY, _SOLID, "X"),
+    "masa-per-head": (GREY, _LONG, "^"),
+    "masa-legendre": (GREY, _SHORT, "v"),
+    "relaxed": (PINK, _DASHED, "s"),
     # compressions: a colour a family
     "original": (GREY, _DASHED, ""),
     "svd": (BLACK, _DASHED, "s"),
