@@ -544,7 +544,7 @@ def test_the_page_of_a_real_run(chromium, smoke, smoke_results, tmp_path, width)
     page = opened.page
     assert page.locator("#overview .cards li").first.inner_text().startswith("10 of 10")
     assert page.locator(".missing-list").count() == 0
-    assert page.locator("article.table").count() == 12
+    assert page.locator("article.table").count() == 13
     assert page.locator("figure").count() == 13
     assert page.locator(".node.done").count() == page.locator(".node").count() > 10
     assert page.locator("#chart canvas").count() == 1
@@ -562,7 +562,7 @@ def test_an_empty_page_opens_too(chromium, smoke, tmp_path):
     build.write(smoke, tmp_path / "results", tmp_path / "page.html")
     opened = Opened(chromium, tmp_path / "page.html", 390)
     opened.check()
-    assert opened.page.locator(".missing-list li").count() == 25
+    assert opened.page.locator(".missing-list li").count() == 26
 
 
 def test_smoothing_is_an_exponential_mean(chromium):
