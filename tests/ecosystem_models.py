@@ -17,6 +17,7 @@ SHARED = {
     "masa-mlp": {"method": "masa", "coefficients": "mlp"},
     "masa-common": {"method": "masa", "projections": "qo", "dictionaries": ["qo"]},
     "low-rank": {"method": "low-rank"},
+    "sequential": {"method": "sequential"},
     "repeat": {"method": "repeat-all-over"},
     "masa-per-head": {"method": "masa-per-head"},
     "relaxed": {"method": "relaxed"},
