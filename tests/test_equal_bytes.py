@@ -326,6 +326,19 @@ def test_where_no_data_reach_a_common_dictionary_is_not_arbitrary():
         assert (plain[name] - dense[name]).norm() < 1.2 * dense[name].norm(), name
 
 
+@pytest.mark.parametrize(("method", "options"), [("dictionary-pairs", {"group_size": 1}), ("sparse-dictionary", {})])
+def test_a_wide_matrix_by_itself_has_all_directions_where_the_ratio_asks_for_more(method, options):
+    """Else nothing would be left for it at a tenth less, where all matrices have the same share."""
+    options |= {"allocation": "uniform"} | ({"ratios": [2.5]} if method == "sparse-dictionary" else {})
+    base, seen = tiny_llama(intermediate_size=144), statistics(intermediate_size=144)
+    model, report = compress(base, method, seen, 0.1, projections="all", **options)
+    parts = [p for source in model.model.shared.values() for p in source.config()["parts"]]
+    width = base.config.hidden_size
+    gates = [p for p in parts if p["of"][0][0] in ("g", "u")]
+    assert gates and all(p["atoms"] == width and p["counts"][0] > 144 * width / 2.5 for p in gates)
+    assert 0.1 <= report.reduction_achieved < 0.11
+
+
 def test_odd_counts_one_layer_and_groups_of_four():
     model, _ = compress(
         tiny_llama(num_hidden_layers=1), "dictionary-pairs", statistics(num_hidden_layers=1), 0.3, projections="all"

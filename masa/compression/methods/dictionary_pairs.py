@@ -143,7 +143,7 @@ class DictionaryPairs(ByteCompressor):
         width, start, found = problem.weight(*members[0]).element_size(), group.start(), []
         for share in SHARES if shares is None else shares:
             for ratio in self.ratios:
-                sizes = dictionary_sizes(shapes, "in", share, ratio, width, shapes[0][1])
+                sizes = dictionary_sizes(shapes, "in", share, ratio, width, shapes[0][1], capped=True)
                 if sizes is None:
                     continue
                 atoms, count, size = sizes

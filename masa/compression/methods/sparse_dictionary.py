@@ -67,7 +67,8 @@ class Dictionary(Family):
             for share in SHARES if shares is None else shares:
                 for ratio in self.ratios:
                     shape = (matrix.weight.shape[0], matrix.weight.shape[1])
-                    sizes = dictionary_sizes([shape], name, share, ratio, width, basis.codes.shape[0])
+                    directions, capped = basis.codes.shape[0], shares is not None
+                    sizes = dictionary_sizes([shape], name, share, ratio, width, directions, capped)
                     if sizes is None:
                         continue
                     atoms, count, size = sizes
@@ -107,24 +108,24 @@ def written(code: Code, side: str) -> Tensor:
 
 
 def dictionary_sizes(
-    shapes: Sequence[tuple[int, int]], side: str, share: float, ratio: float, width: int, directions: int
+    shapes: Sequence[tuple[int, int]], side: str, share: float, ratio: float, width: int, directions: int, capped: bool
 ) -> tuple[int, int, int] | None:
     """k, the coefficients of all members and the bytes of a dictionary with k / s = ``ratio`` within a share of theirs.
 
     Args:
         shapes: (out, in) of the members; one, unless the dictionary is shared.
         directions: that the members have; there are no more atoms.
+        capped: where the ratio asks for more atoms than that, there are more coefficients in their place; else there
+            is no such dictionary, which is for those who have other ratios and shares to choose from.
 
     Returns:
-        None where no atom or coefficient fits, or where a matrix by itself would need more atoms than its shorter side
-        is long.
+        None where no atom or coefficient fits, or where there are too many.
     """
-    one = len(shapes) == 1
     out, inp = sum(out for out, _ in shapes), shapes[0][1]
     m, n = (inp, out) if side == "in" else (out, inp)
     budget = share * m * n * width
     atoms = int(budget / (m * width + n / 8 + n * width / ratio))
-    if atoms < 1 or (one and atoms > min(m, n)):
+    if atoms < 1 or (not capped and atoms > min(m, n)):
         return None
     atoms = min(atoms, directions)
     config = {"kind": "sparse-dictionary", "atoms": atoms, "counts": [0] * len(shapes), "side": side}
