@@ -326,10 +326,12 @@ def test_where_no_data_reach_a_common_dictionary_is_not_arbitrary():
         assert (plain[name] - dense[name]).norm() < 1.2 * dense[name].norm(), name
 
 
-@pytest.mark.parametrize(("method", "options"), [("dictionary-pairs", {"group_size": 1}), ("sparse-dictionary", {})])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("dictionary-pairs", {"group_size": 1}), ("sparse-dictionary", {"allocation": "uniform", "ratios": [2.5]})],
+)
 def test_a_wide_matrix_by_itself_has_all_directions_where_the_ratio_asks_for_more(method, options):
     """Else nothing would be left for it at a tenth less, where all matrices have the same share."""
-    options |= {"allocation": "uniform"} | ({"ratios": [2.5]} if method == "sparse-dictionary" else {})
     base, seen = tiny_llama(intermediate_size=144), statistics(intermediate_size=144)
     model, report = compress(base, method, seen, 0.1, projections="all", **options)
     parts = [p for source in model.model.shared.values() for p in source.config()["parts"]]
